@@ -1,0 +1,185 @@
+"""GGUF files of the llama family, as ordinary mlx-lm model directories.
+
+Format facts: the GGUF specification (ggml-org/ggml, docs/gguf.md). llama.cpp stores the query and key rows of
+its llama architecture interleaved for its own RoPE; mlx-lm's half-split RoPE wants them back in order.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..files import write_json
+
+Arrays = dict[str, mx.array]
+
+# GGUF block tensor -> mlx-lm llama layer tensor; the suffix (weight, scales, biases) carries over.
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+CONTROL_TOKEN = 3  # tokenizer.ggml.token_type
+
+
+def convert_gguf(source: Path, out: Path) -> None:
+    """Write the mlx-lm model directory of a llama-family GGUF file into the existing directory ``out``.
+
+    4-bit and 8-bit GGUF blocks are kept bit for bit: they are mlx's affine quantisation with group size 32.
+
+    Args:
+        source: the ``.gguf`` file.
+        out: directory that receives config.json, model.safetensors and the tokeniser's files.
+
+    Raises:
+        InputError: not a GGUF file, not of the llama family, or with a tensor that has no place in llama.
+    """
+    arrays: Arrays
+    metadata: dict[str, Any]
+    try:
+        arrays, metadata = mx.load(str(source), return_metadata=True)  # type: ignore[assignment]
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as GGUF ({error}); is the file complete?") from error
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise InputError(f"{source} holds a {architecture} model; only llama-family GGUF files convert.")
+    config = model_config(metadata, arrays)
+    weights = rename_tensors(arrays, config)
+    if quantization := quantization_of(weights):
+        config["quantization"] = config["quantization_config"] = quantization
+    mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
+    write_json(out / "config.json", config)
+    write_tokenizer(metadata, out)
+
+
+def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
+    """Return mlx-lm's config.json for a llama-family GGUF file."""
+
+    def number(name: str) -> Any:
+        if f"llama.{name}" not in metadata:
+            raise InputError(f"the GGUF file lacks the metadata key llama.{name}; it cannot be converted.")
+        return metadata[f"llama.{name}"].item()
+
+    heads = number("attention.head_count")
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": number("embedding_length"),
+        "num_hidden_layers": number("block_count"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv"),
+        "rms_norm_eps": decimal(number("attention.layer_norm_rms_epsilon")),
+        "rope_theta": number("rope.freq_base"),
+        "max_position_embeddings": number("context_length"),
+        "vocab_size": arrays["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in arrays,
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
+    }
+    return config
+
+
+def quantization_of(weights: Arrays) -> dict[str, Any] | None:
+    """Return mlx-lm's ``quantization`` entry: the commonest scheme, then every module that differs from it.
+
+    mlx packs ``bits``-wide numbers into 32-bit words and keeps one scale for each ``group_size`` of them;
+    GGUF blocks are 32 numbers long.
+    """
+    group_size = 32
+    bits_of = {
+        name.removesuffix(".scales"): 32
+        * weights[name.replace(".scales", ".weight")].shape[1]
+        // array.shape[1]
+        // group_size
+        for name, array in weights.items()
+        if name.endswith(".scales")
+    }
+    if not bits_of:
+        return None
+    common = max(set(bits_of.values()), key=list(bits_of.values()).count)
+    others = {module: {"group_size": group_size, "bits": bits} for module, bits in bits_of.items() if bits != common}
+    return {"group_size": group_size, "bits": common, **others}
+
+
+def decimal(value: float) -> float:
+    """Undo what storing a short decimal as fp32 added (1e-05 was stored as 9.99999974737875e-06)."""
+    return float(f"{value:.6g}")
+
+
+def rename_tensors(arrays: Arrays, config: dict[str, Any]) -> Arrays:
+    """Return the tensors under mlx-lm's names, query and key rows in half-split RoPE order."""
+    weights = {}
+    for name, array in arrays.items():
+        stem, _, suffix = name.rpartition(".")
+        block, _, inner = stem.removeprefix("blk.").partition(".")
+        if stem in TOP_TENSORS:
+            target = TOP_TENSORS[stem]
+        elif inner in LAYER_TENSORS:
+            target = f"model.layers.{block}.{LAYER_TENSORS[inner]}"
+        else:
+            raise InputError(f"tensor {name} has no place in a llama model; the GGUF file cannot be converted.")
+        if inner in ("attn_q", "attn_k"):
+            heads = config["num_attention_heads" if inner == "attn_q" else "num_key_value_heads"]
+            weights[f"{target}.{suffix}"] = half_split_rows(array, heads)
+        else:
+            weights[f"{target}.{suffix}"] = array
+    return weights
+
+
+def half_split_rows(array: mx.array, heads: int) -> mx.array:
+    """Reorder each head's rows from interleaved pairs (0, d/2, 1, d/2+1, ...) to halves.
+
+    Works on weights and on their scales and biases alike, since only whole rows move.
+    """
+    rows, width = array.shape
+    pairs = array.reshape(heads, rows // heads // 2, 2, width)  # (H, D/2, 2, W)
+    return pairs.swapaxes(1, 2).reshape(rows, width)  # (H, 2, D/2, W) -> (H*D, W)
+
+
+def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for a byte-level BPE vocabulary.
+
+    Raises:
+        InputError: another kind of vocabulary or pre-tokeniser, whose splitting rules are not known here.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if (model, splitter) != ("gpt2", "smollm"):
+        raise InputError(f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is.")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"].tolist()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.save(str(out / "tokenizer.json"))
+
+    def token_of(role: str) -> str:
+        return tokens[metadata[f"tokenizer.ggml.{role}_token_id"].item()]
+
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(metadata["tokenizer.ggml.add_bos_token"].item()),
+        "bos_token": token_of("bos"),
+        "eos_token": token_of("eos"),
+        "unk_token": token_of("unknown"),
+        "pad_token": token_of("padding"),
+        "chat_template": metadata["tokenizer.chat_template"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": metadata["llama.context_length"].item(),
+    }
+    write_json(out / "tokenizer_config.json", tokenizer_config)

@@ -1,0 +1,29 @@
+"""KV Prediction on mlx-lm: a sooner first token for local language models.
+
+Letters in shape comments: B batch, T prompt positions, H key/value heads, D head_dim; ``H*D`` means merged heads,
+head-major. The names below load on first use, so that importing the package stays quick.
+"""
+
+import importlib
+from typing import Any
+
+from .blas import load_fast_blas
+
+__version__ = "0.1.0"
+
+load_fast_blas()  # has to come before the first import of mlx.core, see blas.py
+
+_HOMES = {
+    "load": "bundle",
+    "KVPModel": "bundle",
+    "predict_base_cache": "pipeline",
+    "base_prefill": "pipeline",
+    "stream_generate": "pipeline",
+    "Response": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
