@@ -1,0 +1,173 @@
+"""A bundle: base, auxiliary and predictor, loaded from a directory and checked before anything is computed."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from . import default_model
+from .config import BaseConfig, BundleConfig, read_config
+from .errors import BundleError, InputError
+from .families import hidden_size, kv_shapes, prefix_model
+from .models import compute_dtype, context_length, fit_to_device, load_model, load_tokenizer, model_directory
+from .predictor import Predictor, plan_blocks
+from .safetensors import fingerprint, read_header
+
+
+@dataclass
+class KVPModel:
+    """What the pipeline runs.
+
+    Attributes:
+        base: the mlx-lm model that answers.
+        auxiliary: the mlx-lm model that reads the prompt; for a prefix, the base's own first layers.
+        predictor: the maps from the auxiliary's reading to the base's raw keys and values.
+        tokenizer: mlx-lm's tokeniser, or None where the base brings none.
+        config: kvp.json.
+        base_config: the base's config.json.
+    """
+
+    base: nn.Module
+    auxiliary: nn.Module
+    predictor: Predictor
+    tokenizer: TokenizerWrapper | None
+    config: BundleConfig
+    base_config: dict[str, Any]
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the auxiliary is a part of the base and shares its cache."""
+        return self.config.auxiliary.kind == "prefix"
+
+    @property
+    def text_tokenizer(self) -> TokenizerWrapper:
+        """The tokeniser, for callers that cannot do without.
+
+        Raises:
+            InputError: the base brings none.
+        """
+        if self.tokenizer is None:
+            raise InputError("this bundle's base has no tokeniser; pass token ids from Python instead.")
+        return self.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """The base's context window in tokens, where its config states one."""
+        return context_length(self.base_config)
+
+
+def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
+    """Load a bundle from a directory, a Hub id or the alias ``smollm2-135m``.
+
+    Args:
+        name: where the bundle is.
+        allow_base_mismatch: run on a base whose fingerprint differs from the one the maps were made for.
+
+    Raises:
+        InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there).
+        BundleError: a missing, damaged, newer or ill-fitting part.
+        UnsupportedModelError: a base or auxiliary that cannot be predicted.
+    """
+    directory = bundle_directory(name)
+    config = read_config(directory)
+    weights = directory / "predictor.safetensors"
+    found = {name: tensor.shape for name, tensor in read_header(weights).items()}
+    base_path = base_directory(config.base, directory)
+    _check_fingerprint(base_path, config.base.fingerprint, allow_base_mismatch)
+    base, base_config = load_model(base_path)
+    auxiliary = load_auxiliary(base, config, directory)
+    predictor = build_predictor(base, auxiliary, config)
+    _check_shapes(predictor, found, weights)
+    predictor.load_weights(str(weights))
+    tokenizer = load_tokenizer(base_path, base_config)
+    fit_to_device(base)
+    fit_to_device(auxiliary)
+    predictor.set_dtype(compute_dtype(base))
+    mx.eval(predictor.parameters())
+    return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; nothing is loaded or downloaded."""
+    directory = bundle_directory(name)
+    config = read_config(directory)
+    tensors = read_header(directory / "predictor.safetensors").values()
+    sizes = {
+        part: sum(file.stat().st_size for file in files)
+        for part, files in {
+            "predictor": [directory / "predictor.safetensors"],
+            "auxiliary": list((directory / "auxiliary").glob("*.safetensors")),
+        }.items()
+    }
+    return {
+        "path": str(directory),
+        **config.model_dump(mode="json", exclude={"predictor"}),
+        "predictor": {
+            "input": config.predictor.input,
+            "layer_map": [None if s is None else list(s) for s in config.predictor.layer_map],
+            "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        },
+        "size_bytes": sizes,
+    }
+
+
+def bundle_directory(name: str) -> Path:
+    """Return the local directory of a bundle: the shipped default, a path, or a Hub id (downloaded once)."""
+    return default_model.BUNDLE if name == default_model.ALIAS else model_directory(name)
+
+
+def base_directory(base: BaseConfig, bundle: Path) -> Path:
+    """Return the local directory of a bundle's base."""
+    if base.path is not None:
+        return bundle / base.path
+    return model_directory(str(base.alias or base.hub_id), base.revision)
+
+
+def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Module:
+    """Cut the prefix off the base, or load the bundle's ``auxiliary/``."""
+    if config.auxiliary.kind == "prefix":
+        return prefix_model(base, config.auxiliary.layers)
+    return load_model(bundle / "auxiliary")[0]
+
+
+def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig) -> Predictor:
+    """Return a predictor with untrained maps of the shapes that a configuration asks for.
+
+    Raises:
+        BundleError: the layer map does not fit the models.
+    """
+    config.check_layers(len(base.layers), len(auxiliary.layers))
+    return Predictor(
+        plan_blocks(
+            config.predictor.layer_map,
+            config.predictor.input,
+            kv_shapes(auxiliary),
+            hidden_size(auxiliary),
+            kv_shapes(base),
+        )
+    )
+
+
+def _check_fingerprint(base: Path, expected: str, allow_mismatch: bool) -> None:
+    found = fingerprint(base)
+    if found != expected and not allow_mismatch:
+        raise BundleError(
+            f"{base} is not the base that this bundle was made for (fingerprint {found[7:19]}, expected "
+            f"{expected[7:19]}); restore it, fit a bundle for it, or pass --allow-base-mismatch."
+        )
+
+
+def _check_shapes(predictor: Predictor, found: dict[str, tuple[int, ...]], path: Path) -> None:
+    expected = {name: tuple(array.shape) for name, array in tree_flatten(predictor.parameters())}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise BundleError(f"{path} lacks the tensor {missing[0]}; get the bundle again.")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise BundleError(f"{path} has an unknown tensor {unknown[0]}; get the bundle again or upgrade kvp-mlx.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise BundleError(f"{path}: {name} has shape {found[name]}, the base needs {shape}; get the bundle again.")

@@ -1,0 +1,221 @@
+"""Where each mlx-lm architecture keeps its raw keys and values. The one place that knows.
+
+A raw key stands straight after the K projection: before k_norm, before RoPE, heads merged ``(B, T, H*D)``.
+A raw value likewise. mlx-lm's own modules do all the computing; this module listens to their projections and
+cuts a prefix off a model, so nothing here changes when mlx-lm improves one.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from .errors import UnsupportedModelError
+
+Cache = list[KVCache]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names of one architecture.
+
+    ``qkv_proj`` is set where one projection yields query heads, key heads and value heads in that order;
+    otherwise ``k_proj`` and ``v_proj`` stand alone. ``n_heads``, ``n_kv_heads``, ``rope`` and, where there is
+    one, ``k_norm`` are attributes of the attention module everywhere.
+    """
+
+    inner: str = "model"
+    attention: str = "self_attn"
+    k_proj: str = "k_proj"
+    v_proj: str = "v_proj"
+    qkv_proj: str | None = None
+
+
+FAMILIES = {
+    "llama": Family(),
+    "openelm": Family(inner="transformer", attention="attn", qkv_proj="qkv_proj"),
+}
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Key/value heads of one layer."""
+
+    heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Features of one raw key or value, ``H*D``."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class RawLayer:
+    """What one layer's K and V projections read and returned.
+
+    Attributes:
+        hidden: their input ``(B, T, hidden)``, RMS-normalised where the architecture does so.
+        keys: raw keys ``(B, T, H*D)``.
+        values: raw values ``(B, T, H*D)``.
+    """
+
+    hidden: mx.array
+    keys: mx.array
+    values: mx.array
+
+
+def check_architecture(model_type: str) -> None:
+    """Refuse an architecture that has no row.
+
+    Raises:
+        UnsupportedModelError: always for an unknown ``model_type``.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"architecture '{model_type}' is not supported; supported: {', '.join(sorted(FAMILIES))}."
+        )
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the row of an mlx-lm model.
+
+    Raises:
+        UnsupportedModelError: an unknown architecture, or one whose cache is not a plain per-layer KV cache.
+    """
+    check_architecture(model.model_type)
+    odd = {type(cache).__name__ for cache in make_prompt_cache(model)} - {"KVCache"}
+    if odd:
+        raise UnsupportedModelError(
+            f"this {model.model_type} model uses {', '.join(sorted(odd))} (a sliding-window, recurrent or latent "
+            "cache), which cannot be predicted; choose a model with full attention in every layer."
+        )
+    return FAMILIES[model.model_type]
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the part between token ids and the final norm, without the output head."""
+    return model[family_of(model).inner]
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Return the width of the residual stream."""
+    return inner_model(model).norm.weight.shape[0]
+
+
+def kv_shapes(model: nn.Module) -> list[KVShape]:
+    """Return the key/value shape of every layer (they differ from layer to layer in OpenELM)."""
+    family = family_of(model)
+    return [_kv_shape(layer[family.attention], family) for layer in model.layers]
+
+
+def _kv_shape(attention: nn.Module, family: Family) -> KVShape:
+    heads = attention.n_kv_heads
+    if family.qkv_proj:
+        rows = attention[family.qkv_proj].weight.shape[0]
+        return KVShape(heads, rows // (attention.n_heads + 2 * heads))
+    return KVShape(heads, attention[family.k_proj].weight.shape[0] // heads)
+
+
+def prefix_model(model: nn.Module, layers: int) -> nn.Module:
+    """Return the model cut off after its first ``layers`` layers and one more, sharing all weights.
+
+    The extra layer is there to be listened to: its projections see what the first ``layers`` layers made of
+    the prompt, and its own keys and values come out exact. Its attention output and FFN are never evaluated.
+    """
+    family = family_of(model)
+    view, inner = copy.copy(model), copy.copy(model[family.inner])
+    inner.layers = inner.layers[: layers + 1]
+    view[family.inner] = inner
+    return view
+
+
+def run_layers(model: nn.Module, ids: mx.array, cache: Cache, listen: Iterable[int]) -> dict[int, RawLayer]:
+    """Run a model over ``ids`` (B, T), extending ``cache``, and return what the layers in ``listen`` said.
+
+    Nothing is evaluated here, and the model's output is dropped: what neither the caller nor the cache needs
+    (final norm, logits, the last layer's attention output and FFN) is never computed.
+
+    Args:
+        model: an mlx-lm model or a ``prefix_model``.
+        ids: token ids ``(B, T)`` at the positions that follow the cache.
+        cache: one KV cache per layer.
+        listen: layers whose raw keys and values are wanted.
+    """
+    family = family_of(model)
+    with contextlib.ExitStack() as stack:
+        heard = {
+            layer: stack.enter_context(_listening(model.layers[layer][family.attention], family)) for layer in listen
+        }
+        model[family.inner](ids, cache)
+    return {layer: read() for layer, read in heard.items()}
+
+
+class _Listener(nn.Module):
+    """Stands in for a projection, calls it, and keeps what went in and came out."""
+
+    def __init__(self, projection: nn.Module):
+        super().__init__()
+        self.projection = projection
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.heard = (x, self.projection(x))
+        return self.heard[1]
+
+
+@contextlib.contextmanager
+def _listening(attention: nn.Module, family: Family) -> Iterator[Callable[[], RawLayer]]:
+    """Listen to one layer's projections while the block runs; the yielded function tells what they said."""
+    names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
+    listeners = [_Listener(attention[name]) for name in names]
+
+    def read() -> RawLayer:
+        hidden, output = listeners[0].heard
+        if not family.qkv_proj:
+            return RawLayer(hidden, output, listeners[1].heard[1])
+        width = _kv_shape(attention, family).width
+        _, keys, values = mx.split(output, [output.shape[-1] - 2 * width, output.shape[-1] - width], axis=-1)
+        return RawLayer(hidden, keys, values)
+
+    for name, listener in zip(names, listeners, strict=True):
+        attention[name] = listener
+    try:
+        yield read
+    finally:
+        for name, listener in zip(names, listeners, strict=True):
+            attention[name] = listener.projection
+
+
+def append_raw(model: nn.Module, layer: int, cache: KVCache, keys: mx.array, values: mx.array) -> None:
+    """Append raw pairs to one layer's cache as the layer itself would: k_norm, then RoPE, then the write.
+
+    Args:
+        model: the mlx-lm model that the cache belongs to.
+        layer: index of its layer.
+        cache: that layer's cache; positions count on from ``cache.offset``.
+        keys: raw keys ``(B, T, H*D)``.
+        values: raw values ``(B, T, H*D)``.
+    """
+    family = family_of(model)
+    attention = model.layers[layer][family.attention]
+    shape = _kv_shape(attention, family)
+    keys, values = (_split_heads(x, shape) for x in (_normalise(attention, keys, shape), values))
+    cache.update_and_fetch(attention.rope(keys, offset=cache.offset), values)
+
+
+def _normalise(attention: nn.Module, keys: mx.array, shape: KVShape) -> mx.array:
+    """Apply the layer's k_norm, which spans one head or all of them (told by the size of its weight)."""
+    k_norm = attention.get("k_norm")
+    if k_norm is None:
+        return keys
+    heads = keys.reshape(*keys.shape[:2], -1, k_norm.weight.size)  # (B, T, H*D) -> (B, T, H or 1, D or H*D)
+    return k_norm(heads).reshape(keys.shape)
+
+
+def _split_heads(x: mx.array, shape: KVShape) -> mx.array:
+    batch, length, _ = x.shape
+    return x.reshape(batch, length, shape.heads, shape.head_dim).transpose(0, 2, 1, 3)  # (B, T, H*D) -> (B, H, T, D)

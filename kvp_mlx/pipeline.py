@@ -1,0 +1,299 @@
+"""From a prompt to streamed text: encode, auxiliary_prefill, predict_base_cache, decode, stream.
+
+``predict_base_cache`` and ``base_prefill`` return the same thing, a list of mlx-lm caches, so everything after
+the prompt is mlx-lm's own ``stream_generate`` on the last prompt token.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, GenerationResponse, generation_stream, wired_limit
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+
+from .bundle import KVPModel
+from .errors import InputError
+from .families import Cache, append_raw, run_layers
+
+Prefill = Literal["kvp", "full", "auto"]
+Progress = Callable[[int, int], None]
+
+AUTO_MIN_PROMPT_TOKENS = 64
+
+
+@dataclass
+class PrefillTimes:
+    """Where the time before the first base step went, in milliseconds."""
+
+    auxiliary_prefill_ms: float = 0.0
+    predict_ms: float = 0.0
+    base_prefill_ms: float = 0.0
+
+
+@dataclass
+class Response:
+    """One piece of a streamed answer, with what is known so far.
+
+    Attributes:
+        text: the next piece of text (may be empty).
+        token: the token id it came from.
+        prompt_tokens: length of the prompt.
+        prefill: the path that ran, ``kvp`` or ``full``.
+        exact_tail: prompt tokens that the base read itself on top of the predicted cache.
+        ttft_ms: from the call to the first token's value on the host, tokenising included.
+        times: its parts; what remains is ``first_step_ms``.
+        first_step_ms: the exact tail, the last prompt token and sampling.
+        generation_tokens: tokens generated so far.
+        generation_tps: tokens per second since the first one.
+        finish_reason: None while streaming, then ``stop`` or ``length``.
+    """
+
+    text: str
+    token: int
+    prompt_tokens: int
+    prefill: str
+    exact_tail: int
+    ttft_ms: float
+    times: PrefillTimes
+    first_step_ms: float
+    generation_tokens: int
+    generation_tps: float
+    finish_reason: str | None
+
+
+def encode(model: KVPModel, prompt: str | list[int], *, raw: bool = False) -> list[int]:
+    """Turn a prompt into token ids: through the chat template as a user's message, or as it stands.
+
+    Args:
+        model: the bundle.
+        prompt: text, or token ids that are passed through.
+        raw: skip the chat template (a base without one is always raw).
+
+    Raises:
+        InputError: nothing to encode, no tokeniser, or more tokens than the context window holds.
+    """
+    if isinstance(prompt, str):
+        tokenizer = model.text_tokenizer
+        if raw or tokenizer.chat_template is None:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    else:
+        ids = list(prompt)
+    if not ids:
+        raise InputError("the prompt is empty; give it at least one token.")
+    check_context(model, len(ids))
+    return ids
+
+
+def check_context(model: KVPModel, tokens: int) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Raises:
+        InputError: the context window is full.
+    """
+    if model.context_length is not None and tokens >= model.context_length:
+        raise InputError(
+            f"the prompt has {tokens} tokens, the model's context window {model.context_length}; shorten the prompt."
+        )
+
+
+def choose_prefill(prefill: Prefill, prompt_tokens: int, exact_tail: int) -> str:
+    """Return the path to take: ``auto`` predicts only where the prompt is long enough to pay.
+
+    A prompt with nothing left to predict (a single token, or no more than the exact tail) goes the full path.
+    """
+    predictable = prompt_tokens - 1 - exact_tail
+    if prefill == "full" or predictable <= 0:
+        return "full"
+    return "kvp" if prefill == "kvp" or predictable >= AUTO_MIN_PROMPT_TOKENS else "full"
+
+
+def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> dict[str, mx.array]:
+    """Let the auxiliary read ``ids`` (B, T) on top of its ``cache``; lazy.
+
+    Returns the predictor's inputs. No logits, final norm, last attention output or last FFN are computed.
+    """
+    return model.predictor.inputs(run_layers(model.auxiliary, ids, cache, model.predictor.sources))
+
+
+def write_predicted(model: KVPModel, inputs: dict[str, mx.array], cache: Cache) -> None:
+    """Predict raw keys and values and append them, normed and rotated, to the base's ``cache``; lazy."""
+    for layer, raw in model.predictor(inputs).items():
+        append_raw(model.base, layer, cache[layer], raw["keys"], raw["values"])
+
+
+def auxiliary_cache_for(model: KVPModel, cache: Cache) -> Cache:
+    """Return the cache the auxiliary fills: the base's own first layers for a prefix, else a fresh one."""
+    return cache[: len(model.auxiliary.layers)] if model.is_prefix else make_prompt_cache(model.auxiliary)
+
+
+def predict_base_cache(
+    model: KVPModel,
+    ids: mx.array,
+    cache: Cache | None = None,
+    auxiliary_cache: Cache | None = None,
+    *,
+    prefill_step_size: int | None = None,
+    times: PrefillTimes | None = None,
+    progress: Progress | None = None,
+) -> Cache:
+    """Fill the base's cache for ``ids`` without running the base.
+
+    Args:
+        model: the bundle.
+        ids: token ids ``(B, T)``, T >= 1, all of one length.
+        cache: base cache to append to (default: a new one). Positions count on from its offset.
+        auxiliary_cache: the auxiliary's own cache at the same offset; kinds ``model`` and ``pruned`` only.
+        prefill_step_size: tokens per chunk (default: ``default_step_size()``); bounds the activations' memory.
+        times: filled with what each part took.
+        progress: called with (tokens done, tokens in all) after every chunk.
+
+    Returns:
+        One mlx-lm ``KVCache`` per base layer, evaluated, T positions longer.
+    """
+    cache = make_prompt_cache(model.base) if cache is None else cache
+    auxiliary_cache = auxiliary_cache_for(model, cache) if auxiliary_cache is None else auxiliary_cache
+    times = PrefillTimes() if times is None else times
+    with wired_limit(model.base), mx.stream(generation_stream):
+        for chunk, done in _chunks(ids, prefill_step_size):
+            start = time.perf_counter()
+            inputs = auxiliary_prefill(model, chunk, auxiliary_cache)
+            mx.eval(_state(auxiliary_cache), inputs)
+            read = time.perf_counter()
+            write_predicted(model, inputs, cache)
+            mx.eval(_state(cache))
+            times.auxiliary_prefill_ms += 1e3 * (read - start)
+            times.predict_ms += 1e3 * (time.perf_counter() - read)
+            del inputs
+            mx.clear_cache()
+            if progress:
+                progress(done, ids.shape[1])
+    return cache
+
+
+def base_prefill(
+    model: KVPModel,
+    ids: mx.array,
+    cache: Cache | None = None,
+    *,
+    prefill_step_size: int | None = None,
+    times: PrefillTimes | None = None,
+    progress: Progress | None = None,
+) -> Cache:
+    """Fill the base's cache for ``ids`` by running the base itself, as mlx-lm does; arguments as above."""
+    cache = make_prompt_cache(model.base) if cache is None else cache
+    start = time.perf_counter()
+    with wired_limit(model.base), mx.stream(generation_stream):
+        for chunk, done in _chunks(ids, prefill_step_size):
+            run_layers(model.base, chunk, cache, listen=())
+            mx.eval(_state(cache))
+            mx.clear_cache()
+            if progress:
+                progress(done, ids.shape[1])
+    if times is not None:
+        times.base_prefill_ms += 1e3 * (time.perf_counter() - start)
+    return cache
+
+
+def default_step_size() -> int:
+    """Return the chunk length that suits the device.
+
+    GPUs take mlx-lm's default. mlx computes the whole score matrix on CPU and masks it afterwards, so there
+    short chunks save up to half of attention (README, "Measured").
+    """
+    return 256 if mx.default_device().type == mx.DeviceType.cpu else DEFAULT_PREFILL_STEP_SIZE
+
+
+def _chunks(ids: mx.array, size: int | None) -> Iterator[tuple[mx.array, int]]:
+    """Cut ``ids`` (B, T) along T; yields each chunk with the number of tokens up to its end."""
+    size = size or default_step_size()
+    for start in range(0, ids.shape[1], size):
+        chunk = ids[:, start : start + size]
+        yield chunk, start + chunk.shape[1]
+
+
+def _state(cache: Cache) -> list[Any]:
+    return [layer.state for layer in cache]
+
+
+def stream_generate(
+    model: KVPModel,
+    prompt: str | list[int],
+    *,
+    prefill: Prefill = "kvp",
+    exact_tail: int = 0,
+    max_tokens: int = 256,
+    raw: bool = False,
+    prefill_step_size: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[Response]:
+    """Answer a prompt, yielding text as it is generated.
+
+    Args:
+        model: the bundle; it needs a tokeniser.
+        prompt: text, or token ids.
+        prefill: ``kvp`` (predict), ``full`` (the base reads everything) or ``auto`` (predict long prompts).
+        exact_tail: the base itself reads this many prompt tokens before the last, on top of the prediction.
+        max_tokens: tokens to generate at most; the context window may allow fewer.
+        raw: skip the chat template.
+        prefill_step_size: prompt tokens per chunk (default: ``default_step_size()``).
+        progress: called with (prompt tokens done, prompt tokens to do) after every chunk.
+        options: passed to mlx-lm's ``stream_generate`` (sampler, logits_processors, kv_bits, ...).
+
+    Raises:
+        InputError: see ``encode``.
+    """
+    start = time.perf_counter()
+    ids = encode(model, prompt, raw=raw)
+    path = choose_prefill(prefill, len(ids), exact_tail)
+    tail = exact_tail if path == "kvp" else 0
+    cache, times = make_prompt_cache(model.base), PrefillTimes()
+    if len(ids) > 1:
+        fill = predict_base_cache if path == "kvp" else base_prefill
+        head = mx.array([ids[: len(ids) - 1 - tail]])
+        fill(model, head, cache, prefill_step_size=prefill_step_size, times=times, progress=progress)
+    decoded = decode(model, ids, cache, max_tokens=max_tokens, **options)
+    first_step_start, ttft_ms, first_step_ms = time.perf_counter(), 0.0, 0.0
+    for piece in decoded:
+        if not ttft_ms:
+            now = time.perf_counter()
+            ttft_ms, first_step_ms = 1e3 * (now - start), 1e3 * (now - first_step_start)
+        yield Response(
+            text=piece.text,
+            token=piece.token,
+            prompt_tokens=len(ids),
+            prefill=path,
+            exact_tail=tail,
+            ttft_ms=ttft_ms,
+            times=times,
+            first_step_ms=first_step_ms,
+            generation_tokens=piece.generation_tokens,
+            generation_tps=piece.generation_tps,
+            finish_reason=piece.finish_reason,
+        )
+
+
+def decode(
+    model: KVPModel, ids: list[int], cache: Cache, *, max_tokens: int = 256, **options: Any
+) -> Iterator[GenerationResponse]:
+    """Generate with mlx-lm from a cache that holds the beginning of ``ids``; the base reads the rest.
+
+    Args:
+        model: the bundle.
+        ids: the whole prompt.
+        cache: base cache holding fewer positions than ``ids``, predicted or not; extended in place.
+        max_tokens: tokens to generate at most, cut down to what the context window leaves.
+        options: passed to mlx-lm's ``stream_generate``.
+    """
+    if model.context_length is not None:
+        max_tokens = min(max_tokens, model.context_length - len(ids))
+    rest = mx.array(ids[cache[0].offset :])
+    options.setdefault("prefill_step_size", default_step_size())
+    return mlx_lm_stream_generate(
+        model.base, model.text_tokenizer, rest, max_tokens=max_tokens, prompt_cache=cache, **options
+    )
