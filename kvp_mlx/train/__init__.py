@@ -1,0 +1,1 @@
+"""Making predictors: closed-form ridge maps."""

@@ -1,0 +1,54 @@
+"""Layer-pruned auxiliaries (KVP-LP): a copy of some of a base's layers as a model directory of its own."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import UnsupportedModelError
+from ..files import write_json
+from ..safetensors import weight_tensors
+
+DEPTH_KEYS = ("num_hidden_layers", "num_transformer_layers")
+LAYER_KEY = re.compile(r"^(.*\blayers)\.(\d+)\.(.*)$")
+
+
+def write_pruned(base: Path, retained: list[int], out: Path) -> None:
+    """Write an mlx-lm model directory with only the ``retained`` layers of ``base`` (weights as stored).
+
+    Args:
+        base: mlx-lm model directory.
+        retained: layer indices to keep, rising.
+        out: existing directory to write into.
+
+    Raises:
+        UnsupportedModelError: the base's config does not state its depth the usual way.
+    """
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    write_json(out / "config.json", prune_config(config, retained))
+    position = {layer: i for i, layer in enumerate(retained)}
+    files: dict[Path, Any] = {path: mx.load(str(path)) for path in {path for _, path, _ in weight_tensors(base)}}
+    kept = {}
+    for name, path, _ in weight_tensors(base):
+        array = files[path][name]
+        match = LAYER_KEY.match(name)
+        if match is None:
+            kept[name] = array
+        elif int(match[2]) in position:
+            kept[f"{match[1]}.{position[int(match[2])]}.{match[3]}"] = array
+    mx.save_safetensors(str(out / "model.safetensors"), kept, metadata={"format": "mlx"})
+
+
+def prune_config(config: dict[str, Any], retained: list[int]) -> dict[str, Any]:
+    """Return a config of the retained layers: the depth, and every list that has one entry per layer."""
+    key = next((key for key in DEPTH_KEYS if key in config), None)
+    if key is None:
+        raise UnsupportedModelError(f"config.json states none of {', '.join(DEPTH_KEYS)}; it cannot be pruned.")
+    depth = config[key]
+    pruned = {
+        name: [value[i] for i in retained] if isinstance(value, list) and len(value) == depth else value
+        for name, value in config.items()
+    }
+    return pruned | {key: len(retained)}

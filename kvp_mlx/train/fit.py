@@ -1,0 +1,194 @@
+"""``kvp fit``: a bundle with closed-form maps, for any base and each kind of auxiliary."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .. import __version__
+from ..bundle import build_predictor, load_auxiliary
+from ..config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
+from ..default_model import ALIAS
+from ..errors import BundleError, InputError
+from ..files import atomic_directory, require_free
+from ..layer_map import prefix_layer_map, pruned_layer_map, retained_layers, spread_layer_map, widened
+from ..models import fit_to_device, load_model, load_tokenizer, model_directory
+from ..predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
+from ..safetensors import fingerprint
+from .auxiliary import write_pruned
+from .ridge import fit_predictor
+from .text import data_files, token_windows
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What ``kvp fit`` does; exactly one of ``layers``, ``auxiliary`` and ``prune`` chooses the kind.
+
+    Attributes:
+        layers: prefix of this many base layers.
+        auxiliary: mlx-lm model directory of the same tokeniser.
+        prune: fraction of base layers that a layer-pruned auxiliary keeps.
+        sources: auxiliary layers that each base layer reads (kinds ``model`` and ``pruned``).
+        tokens: how much text to read.
+        window: tokens per window.
+        penalty: ridge penalty relative to the mean square of the inputs.
+        seed: of the shuffle.
+    """
+
+    layers: int | None = None
+    auxiliary: Path | None = None
+    prune: float | None = None
+    sources: int = 1
+    tokens: int = 200_000
+    window: int = 512
+    penalty: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options against each other."""
+        if sum(choice is not None for choice in (self.layers, self.auxiliary, self.prune)) != 1:
+            raise InputError("choose the auxiliary with exactly one of --layers K, --auxiliary DIR and --prune 0.5.")
+        if self.layers is not None and self.sources != 1:
+            raise InputError("--sources belongs to --auxiliary and --prune; a prefix reads one hidden state.")
+        for name, value in (("--tokens", self.tokens), ("--window", self.window), ("--penalty", self.penalty)):
+            if value <= 0:
+                raise InputError(f"{name} must be positive, not {value}.")
+
+
+def fit_bundle(
+    base_name: str,
+    data: list[Path],
+    out: Path,
+    options: FitOptions,
+    *,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Fit a predictor and write the bundle ``out``.
+
+    Args:
+        base_name: the base: alias, directory or Hub id of an mlx-lm model.
+        data: text files or folders.
+        out: bundle directory to write.
+        options: see ``FitOptions``.
+        force: replace an existing ``out``.
+        progress: called with (tokens read, tokens to read).
+
+    Returns:
+        What was done: ``tokens``, ``seconds``, ``predictor_bytes``.
+
+    Raises:
+        InputError: unusable data, options or output.
+    """
+    require_free(out, force)
+    files = data_files(data)
+    start = time.perf_counter()
+    base_path = model_directory(base_name)
+    base, base_config = load_model(base_path)
+    tokenizer = load_tokenizer(base_path, base_config)
+    if tokenizer is None:
+        raise InputError(f"{base_path} has no tokeniser; text cannot be read for it.")
+    with atomic_directory(out) as work:
+        auxiliary_config = write_auxiliary(base, base_path, options, work)
+        config = bundle_config(base, base_name, base_path, auxiliary_config, options)
+        auxiliary = load_auxiliary(base, config, work)
+        check_vocabulary(base, auxiliary)
+        predictor = build_predictor(base, auxiliary, config)
+        fit_to_device(base)
+        is_prefix = auxiliary_config.kind == "prefix"
+        if not is_prefix:
+            fit_to_device(auxiliary)
+        tokens = fit_predictor(
+            base,
+            None if is_prefix else auxiliary,
+            predictor,
+            budgeted(token_windows(files, tokenizer, options.window, options.seed), options.tokens),
+            penalty=options.penalty,
+            progress=lambda done: progress(min(done, options.tokens), options.tokens),
+        )
+        record = {
+            "method": "ridge",
+            "kvp_mlx": __version__,
+            "tokens": tokens,
+            "data": [path.name for path in files],
+            **{key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")},
+        }
+        write_predictor(predictor, work / "predictor.safetensors")
+        config.model_copy(update={"training": record}).save(work)
+        size = (work / "predictor.safetensors").stat().st_size
+    return {"tokens": tokens, "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
+
+
+def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work: Path) -> AuxiliaryConfig:
+    """Put the auxiliary into the bundle ``work`` (nothing to put for a prefix) and describe it."""
+    if options.layers is not None:
+        prefix_layer_map(len(base.layers), options.layers)  # refuses a prefix that does not fit
+        return AuxiliaryConfig(kind="prefix", layers=options.layers)
+    if options.prune is not None:
+        retained = retained_layers(len(base.layers), options.prune)
+        (work / "auxiliary").mkdir()
+        write_pruned(base_path, retained, work / "auxiliary")
+        return AuxiliaryConfig(kind="pruned", layers=len(retained), retained_layers=tuple(retained))
+    source = model_directory(str(options.auxiliary))
+    auxiliary, _ = load_model(source)
+    shutil.copytree(source, work / "auxiliary")
+    return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers))
+
+
+def bundle_config(
+    base: nn.Module, base_name: str, base_path: Path, auxiliary: AuxiliaryConfig, options: FitOptions
+) -> BundleConfig:
+    """Describe the bundle: where its base lives, its auxiliary, and which layers the maps read."""
+    depth = len(base.layers)
+    if auxiliary.kind == "prefix":
+        predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=prefix_layer_map(depth, auxiliary.layers))
+    else:
+        if auxiliary.retained_layers is not None:
+            layer_map = pruned_layer_map(depth, list(auxiliary.retained_layers))
+        else:
+            layer_map = spread_layer_map(depth, auxiliary.layers)
+        layer_map = widened(layer_map, options.sources, auxiliary.layers)
+        predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
+    mark = fingerprint(base_path)
+    if base_name == ALIAS:
+        reference = BaseConfig(fingerprint=mark, alias=ALIAS)
+    elif Path(base_name).expanduser().is_dir():
+        reference = BaseConfig(fingerprint=mark, path=str(base_path.resolve()))
+    else:
+        reference = BaseConfig(fingerprint=mark, hub_id=base_name, revision=base_path.name)
+    return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor)
+
+
+def check_vocabulary(base: nn.Module, auxiliary: nn.Module) -> None:
+    """Refuse an auxiliary that cannot read the base's token ids.
+
+    Raises:
+        BundleError: the vocabularies differ in size.
+    """
+    if base.args.vocab_size != auxiliary.args.vocab_size:
+        raise BundleError(
+            f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
+            "choose an auxiliary of the same tokeniser."
+        )
+
+
+def write_predictor(predictor: Predictor, path: Path) -> None:
+    """Write the maps in fp16."""
+    arrays = {name: array.astype(mx.float16) for name, array in tree_flatten(predictor.parameters())}
+    mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+
+
+def budgeted(windows: Any, tokens: int) -> Any:
+    """Cut a stream of windows off once it has yielded ``tokens`` tokens, shortening the last one."""
+    left = tokens
+    for window in windows:
+        yield window[:left]
+        left -= len(window)
+        if left <= 0:
+            return
