@@ -1,0 +1,89 @@
+"""The arithmetic: FLOPs and weight bytes of a first token, by full prefill and by prediction.
+
+Counted: every matmul that is evaluated, attention over the causal half, the predictor, the base's first step.
+Not counted: embedding look-up and output head, norms, softmax. The last layer of a model that only fills a
+cache contributes its K and V projections (all of a fused projection) and nothing else: that is so for mlx-lm's
+own prefill too, since nothing asks for the rest.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..bundle import KVPModel
+from ..families import family_of, kv_shapes
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of weights read."""
+
+    flops: float = 0.0
+    weight_bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.weight_bytes + other.weight_bytes)
+
+
+def full_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
+    """Return the work of mlx-lm's own prefill and first step."""
+    return prefill_work(model.base, prompt_tokens - 1, batch) + step_work(model.base, prompt_tokens, batch)
+
+
+def kvp_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
+    """Return the work of auxiliary prefill, prediction and the base's first step."""
+    read = prompt_tokens - 1
+    return (
+        prefill_work(model.auxiliary, read, batch)
+        + predictor_work(model, read, batch)
+        + step_work(model.base, prompt_tokens, batch)
+    )
+
+
+def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:
+    """Return the work of the predictor's maps on ``batch * tokens`` positions."""
+    sizes = sum(block.in_width * block.out_width for block in model.predictor.blocks)
+    return Work(2.0 * batch * tokens * sizes, _bytes(model.predictor))
+
+
+def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
+    """Return the work of filling a cache with ``tokens`` positions; the last layer only projects K and V."""
+    family, work = family_of(model), Work()
+    for index, layer in enumerate(model.layers):
+        attention = layer[family.attention]
+        if index < len(model.layers) - 1:
+            work += Work(2.0 * batch * tokens * _linear_size(layer), _bytes(layer))
+            width = attention.n_heads * kv_shapes(model)[index].head_dim
+            work += Work(4.0 * batch * width * tokens * (tokens + 1) / 2)
+        else:
+            names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
+            for projection in (attention[name] for name in names):
+                work += Work(2.0 * batch * tokens * _linear_size(projection), _bytes(projection))
+    return work
+
+
+def step_work(model: nn.Module, context: int, batch: int) -> Work:
+    """Return the work of one decoding step that attends to ``context`` positions; bytes include the head."""
+    family = family_of(model)
+    work = Work(0.0, _bytes(model))
+    for layer, shape in zip(model.layers, kv_shapes(model), strict=True):
+        attention = 4.0 * batch * context * layer[family.attention].n_heads * shape.head_dim
+        work += Work(2.0 * batch * _linear_size(layer) + attention)
+    return work
+
+
+def _linear_size(module: nn.Module) -> int:
+    """Return the number of weights in a module's (quantised) linear maps."""
+    size = 0
+    for part in module.modules():
+        if isinstance(part, nn.QuantizedLinear):
+            size += part.weight.size * 32 // part.bits
+        elif isinstance(part, nn.Linear):
+            size += part.weight.size
+    return size
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()) if isinstance(array, mx.array))

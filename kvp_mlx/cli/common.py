@@ -1,0 +1,88 @@
+"""What the commands share: option types, progress bars, JSON output."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..default_model import ALIAS
+from ..errors import InputError
+
+errors = Console(stderr=True, highlight=False)
+
+
+class PrefillChoice(StrEnum):
+    """The three values of ``--prefill``."""
+
+    kvp = "kvp"
+    full = "full"
+    auto = "auto"
+
+
+Model = Annotated[str, typer.Option("--model", help="Bundle directory, Hub id or the alias of the default.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+PrefillOption = Annotated[
+    PrefillChoice, typer.Option("--prefill", help="kvp: predict; full: the base reads all; auto: predict if long.")
+]
+ExactTail = Annotated[
+    int, typer.Option("--exact-tail", min=0, help="Prompt tokens before the last that the base reads itself.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
+]
+DEFAULT_MODEL = ALIAS
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while the block runs, on a terminal only; yields its (done, total) callback."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file, or of stdin for ``-``.
+
+    Raises:
+        InputError: missing, empty or not UTF-8.
+    """
+    name = "stdin" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror}); check --prompt-file.") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}); convert it first.") from error
+    if not text.strip():
+        raise InputError(f"{name} is empty; give it some text.")
+    return text
+
+
+def make_sampler(temperature: float, top_p: float, seed: int | None) -> Any:
+    """Return mlx-lm's sampler, after seeding MLX's generator."""
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler as mlx_lm_make_sampler
+
+    if seed is not None:
+        mx.random.seed(seed)
+    return mlx_lm_make_sampler(temp=temperature, top_p=top_p)

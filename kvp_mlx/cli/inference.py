@@ -1,0 +1,192 @@
+"""``kvp generate``, ``kvp chat`` and ``kvp demo``."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from .common import (
+    DEFAULT_MODEL,
+    AllowMismatch,
+    ExactTail,
+    Json,
+    MaxTokens,
+    Model,
+    PrefillChoice,
+    PrefillOption,
+    Seed,
+    Temperature,
+    TopP,
+    errors,
+    make_sampler,
+    print_json,
+    progress_bar,
+    read_text,
+)
+
+if TYPE_CHECKING:
+    from ..bundle import KVPModel
+    from ..pipeline import Response
+
+DEMO_DOCUMENT = Path(__file__).parents[1] / "data" / "demo.md"
+DEMO_QUESTION = "Who designed the lighthouse that stands today?"
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; after --prompt-file, a question about it.")] = None,
+    model: Model = DEFAULT_MODEL,
+    prompt_file: Annotated[str | None, typer.Option(help="Read the prompt from a file, - for stdin.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    prefill: PrefillOption = PrefillChoice.auto,
+    exact_tail: ExactTail = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Answer one prompt.
+
+    Afterwards a line on stderr says which path it took and how soon the first token came.
+    """
+    text = "\n\n".join(part for part in (read_text(prompt_file) if prompt_file else None, prompt) if part)
+    if not text.strip():
+        raise InputError("there is no prompt; give one as an argument or with --prompt-file FILE.")
+    from .. import bundle
+
+    loaded = bundle.load(model, allow_base_mismatch=allow_base_mismatch)
+    result = answer(
+        loaded,
+        text,
+        echo=not json,
+        prefill=prefill.value,
+        exact_tail=exact_tail,
+        max_tokens=max_tokens,
+        raw=raw,
+        sampler=make_sampler(temperature, top_p, seed),
+    )
+    if json:
+        print_json(result)
+    else:
+        errors.print(f"[dim]{summary(result)}[/dim]")
+
+
+def answer(loaded: "KVPModel", text: str, *, echo: bool, **options: Any) -> dict[str, Any]:
+    """Generate an answer, printing it as it comes if ``echo``, and return the JSON of ``kvp generate``."""
+    import mlx.core as mx
+
+    from ..pipeline import stream_generate
+
+    mx.reset_peak_memory()
+    pieces: list[Response] = []
+    with progress_bar("reading the prompt") as progress:
+        stream = stream_generate(loaded, text, progress=progress, **options)
+        pieces.append(next(stream))
+    if echo:
+        print(pieces[0].text, end="", flush=True)
+    for piece in stream:
+        pieces.append(piece)
+        if echo:
+            print(piece.text, end="", flush=True)
+    if echo:
+        print()
+    last = pieces[-1]
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "tokens": [piece.token for piece in pieces],
+        "prompt_tokens": last.prompt_tokens,
+        "prefill": last.prefill,
+        "exact_tail": last.exact_tail,
+        "ttft_ms": round(last.ttft_ms, 2),
+        "auxiliary_prefill_ms": round(last.times.auxiliary_prefill_ms, 2),
+        "predict_ms": round(last.times.predict_ms, 2),
+        "base_prefill_ms": round(last.times.base_prefill_ms, 2),
+        "first_step_ms": round(last.first_step_ms, 2),
+        "generation_tps": round(last.generation_tps, 2),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "finish_reason": last.finish_reason,
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the line that follows an answer: path, prompt length, time to first token, decoding speed."""
+    path = "predicted cache (kvp)" if result["prefill"] == "kvp" else "full prefill"
+    return (
+        f"{path}, {result['prompt_tokens']} prompt tokens, first token after {result['ttft_ms'] / 1e3:.2f} s, "
+        f"then {result['generation_tps']:.1f} tokens/s"
+    )
+
+
+def chat(
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    prefill: PrefillOption = PrefillChoice.auto,
+    exact_tail: ExactTail = 0,
+    allow_base_mismatch: AllowMismatch = False,
+) -> None:
+    """Hold a conversation.
+
+    Each turn reuses what the cache already holds. Ctrl-C stops a reply, Ctrl-D leaves.
+    """
+    from ..bundle import load
+    from ..conversation import Conversation
+
+    conversation = Conversation(load(model, allow_base_mismatch=allow_base_mismatch), system)
+    sampler = make_sampler(temperature, top_p, seed)
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        turn = None
+        try:
+            for turn in conversation.reply(
+                line, prefill=prefill.value, exact_tail=exact_tail, max_tokens=max_tokens, sampler=sampler
+            ):
+                print(turn.text, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print("  [stopped]")
+        except InputError as error:
+            errors.print(f"[red]{error}[/red]")
+        if turn is not None:
+            errors.print(f"[dim]{turn.summary()}[/dim]")
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def demo(max_tokens: MaxTokens = 48) -> None:
+    """Show both paths side by side.
+
+    The same question about a shipped document, answered after full prefill and from the predicted cache.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bundle import load
+
+    loaded = load()
+    text = f"{DEMO_DOCUMENT.read_text(encoding='utf-8')}\n\n{DEMO_QUESTION}"
+    answer(loaded, "Hello.", echo=False, prefill="full", max_tokens=2)  # warm up
+    results = {}
+    for path in ("full", "kvp"):
+        errors.print(f"Asking with prefill={path} ...")
+        results[path] = answer(loaded, text, echo=False, prefill=path, max_tokens=max_tokens)
+    table = Table(title=f"{DEMO_QUESTION}  ({results['kvp']['prompt_tokens']} prompt tokens)")
+    for column in ("prefill", "first token after", "tokens/s after it", "answer"):
+        table.add_column(column)
+    for path, result in results.items():
+        seconds, speed = result["ttft_ms"] / 1e3, result["generation_tps"]
+        table.add_row(path, f"{seconds:.2f} s", f"{speed:.1f}", result["text"].strip())
+    Console().print(table)
+    print(f"The first token came {results['full']['ttft_ms'] / results['kvp']['ttft_ms']:.2f} times sooner.")
