@@ -11,11 +11,12 @@ from mlx_lm.utils import common_prefix_len
 
 from .bundle import KVPModel
 from .errors import InputError
+from .families import Cache
 from .pipeline import (
     Prefill,
     auxiliary_cache_for,
-    auxiliary_prefill,
     base_prefill,
+    catch_up_auxiliary,
     check_context,
     choose_prefill,
     decode,
@@ -57,7 +58,12 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
         self.tokens: list[int] = []
         self.cache = make_prompt_cache(model.base)
-        self.auxiliary_cache = auxiliary_cache_for(model, self.cache)
+        self._own_auxiliary_cache = None if model.is_prefix else make_prompt_cache(model.auxiliary)
+
+    @property
+    def auxiliary_cache(self) -> Cache:
+        """The auxiliary's own cache; for a prefix the base's first layers, as they are now."""
+        return self._own_auxiliary_cache or auxiliary_cache_for(self.model, self.cache)
 
     def reply(
         self, text: str, *, prefill: Prefill = "auto", exact_tail: int = 0, max_tokens: int = 512, **options: Any
@@ -102,9 +108,8 @@ class Conversation:
 
         An interrupt between layers can leave some of them a chunk ahead of the others.
         """
-        length = min(length, *(layer.offset for layer in self.cache))
-        for layer in self.cache + self.auxiliary_cache:
-            layer.trim(max(0, layer.offset - length))
+        length = trim_to(self.cache, length)
+        trim_to(self.auxiliary_cache, length)
         self.tokens = self.tokens[:length]
         return length
 
@@ -115,9 +120,16 @@ class Conversation:
             if held < len(ids) - 1:
                 base_prefill(self.model, mx.array([ids[held:-1]]), self.cache)
             return
-        lag = min(layer.offset for layer in self.auxiliary_cache)
+        lag = self.auxiliary_cache[0].offset
         if lag < held:
-            auxiliary_prefill(self.model, mx.array([ids[lag:held]]), self.auxiliary_cache)
-            mx.eval([layer.state for layer in self.auxiliary_cache])
+            catch_up_auxiliary(self.model, mx.array([ids[lag:held]]), self.auxiliary_cache)
         new = mx.array([ids[held : len(ids) - 1 - exact_tail]])
         predict_base_cache(self.model, new, self.cache, self.auxiliary_cache)
+
+
+def trim_to(cache: Cache, length: int) -> int:
+    """Trim every layer to ``length`` tokens or to what the shortest one holds; returns what is left."""
+    length = min(length, *(layer.offset for layer in cache))
+    for layer in cache:
+        layer.trim(layer.offset - length)
+    return length

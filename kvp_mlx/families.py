@@ -29,6 +29,7 @@ class Family:
     """
 
     inner: str = "model"
+    embedding: str = "embed_tokens"
     attention: str = "self_attn"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
@@ -37,7 +38,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family(),
-    "openelm": Family(inner="transformer", attention="attn", qkv_proj="qkv_proj"),
+    "openelm": Family(inner="transformer", embedding="token_embeddings", attention="attn", qkv_proj="qkv_proj"),
 }
 
 
@@ -134,25 +135,38 @@ def prefix_model(model: nn.Module, layers: int) -> nn.Module:
     return view
 
 
-def run_layers(model: nn.Module, ids: mx.array, cache: Cache, listen: Iterable[int]) -> dict[int, RawLayer]:
-    """Run a model over ``ids`` (B, T), extending ``cache``, and return what the layers in ``listen`` said.
+def output_head(model: nn.Module, hidden: mx.array) -> mx.array:
+    """Return logits ``(B, T, vocab)`` of the inner model's output ``(B, T, hidden)``."""
+    if "lm_head" in model:
+        return model.lm_head(hidden)
+    family = family_of(model)
+    return model[family.inner][family.embedding].as_linear(hidden)
 
-    Nothing is evaluated here, and the model's output is dropped: what neither the caller nor the cache needs
-    (final norm, logits, the last layer's attention output and FFN) is never computed.
+
+def run_layers(
+    model: nn.Module, ids: mx.array, cache: Cache, listen: Iterable[int] = ()
+) -> tuple[mx.array, dict[int, RawLayer]]:
+    """Run a model over ``ids`` (B, T), extending ``cache``, and listen to some of its layers.
+
+    Nothing is evaluated here: what neither the caller nor the cache asks for (final norm, the last layer's
+    attention output and FFN) is never computed.
 
     Args:
         model: an mlx-lm model or a ``prefix_model``.
         ids: token ids ``(B, T)`` at the positions that follow the cache.
         cache: one KV cache per layer.
         listen: layers whose raw keys and values are wanted.
+
+    Returns:
+        The inner model's output ``(B, T, hidden)``, and what each layer in ``listen`` said.
     """
     family = family_of(model)
     with contextlib.ExitStack() as stack:
         heard = {
             layer: stack.enter_context(_listening(model.layers[layer][family.attention], family)) for layer in listen
         }
-        model[family.inner](ids, cache)
-    return {layer: read() for layer, read in heard.items()}
+        output = model[family.inner](ids, cache)
+    return output, {layer: read() for layer, read in heard.items()}
 
 
 class _Listener(nn.Module):

@@ -7,7 +7,7 @@ the prompt is mlx-lm's own ``stream_generate`` on the last prompt token.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, GenerationResponse, generation_stream, wired_limit
@@ -105,7 +105,14 @@ def choose_prefill(prefill: Prefill, prompt_tokens: int, exact_tail: int) -> str
     """Return the path to take: ``auto`` predicts only where the prompt is long enough to pay.
 
     A prompt with nothing left to predict (a single token, or no more than the exact tail) goes the full path.
+
+    Raises:
+        InputError: an unknown path or a negative exact tail.
     """
+    if prefill not in get_args(Prefill):
+        raise InputError(f"prefill is one of {', '.join(get_args(Prefill))}, not '{prefill}'.")
+    if exact_tail < 0:
+        raise InputError(f"exact_tail counts tokens, so it cannot be {exact_tail}.")
     predictable = prompt_tokens - 1 - exact_tail
     if prefill == "full" or predictable <= 0:
         return "full"
@@ -117,7 +124,8 @@ def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> dict[str,
 
     Returns the predictor's inputs. No logits, final norm, last attention output or last FFN are computed.
     """
-    return model.predictor.inputs(run_layers(model.auxiliary, ids, cache, model.predictor.sources))
+    _, heard = run_layers(model.auxiliary, ids, cache, model.predictor.sources)
+    return model.predictor.inputs(heard)
 
 
 def write_predicted(model: KVPModel, inputs: dict[str, mx.array], cache: Cache) -> None:
@@ -147,17 +155,26 @@ def predict_base_cache(
         model: the bundle.
         ids: token ids ``(B, T)``, T >= 1, all of one length.
         cache: base cache to append to (default: a new one). Positions count on from its offset.
-        auxiliary_cache: the auxiliary's own cache at the same offset; kinds ``model`` and ``pruned`` only.
+        auxiliary_cache: the auxiliary's own cache at the same offset (kinds ``model`` and ``pruned``; a prefix
+            fills the base's). Only a new conversation may leave it out.
         prefill_step_size: tokens per chunk (default: ``default_step_size()``); bounds the activations' memory.
         times: filled with what each part took.
         progress: called with (tokens done, tokens in all) after every chunk.
 
     Returns:
         One mlx-lm ``KVCache`` per base layer, evaluated, T positions longer.
+
+    Raises:
+        InputError: the auxiliary has not read what the base's cache holds.
     """
     cache = make_prompt_cache(model.base) if cache is None else cache
     auxiliary_cache = auxiliary_cache_for(model, cache) if auxiliary_cache is None else auxiliary_cache
     times = PrefillTimes() if times is None else times
+    if auxiliary_cache[0].offset != cache[0].offset:
+        raise InputError(
+            f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
+            "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
+        )
     with wired_limit(model.base), mx.stream(generation_stream):
         for chunk, done in _chunks(ids, prefill_step_size):
             start = time.perf_counter()
@@ -175,6 +192,15 @@ def predict_base_cache(
     return cache
 
 
+def catch_up_auxiliary(model: KVPModel, ids: mx.array, auxiliary_cache: Cache) -> None:
+    """Let the auxiliary read ``ids`` (B, T) without predicting anything from it (a reply that the base wrote)."""
+    with wired_limit(model.auxiliary), mx.stream(generation_stream):
+        for chunk, _ in _chunks(ids, None):
+            run_layers(model.auxiliary, chunk, auxiliary_cache)
+            mx.eval(_state(auxiliary_cache))
+            mx.clear_cache()
+
+
 def base_prefill(
     model: KVPModel,
     ids: mx.array,
@@ -189,7 +215,7 @@ def base_prefill(
     start = time.perf_counter()
     with wired_limit(model.base), mx.stream(generation_stream):
         for chunk, done in _chunks(ids, prefill_step_size):
-            run_layers(model.base, chunk, cache, listen=())
+            run_layers(model.base, chunk, cache)
             mx.eval(_state(cache))
             mx.clear_cache()
             if progress:
@@ -289,7 +315,14 @@ def decode(
         cache: base cache holding fewer positions than ``ids``, predicted or not; extended in place.
         max_tokens: tokens to generate at most, cut down to what the context window leaves.
         options: passed to mlx-lm's ``stream_generate``.
+
+    Raises:
+        InputError: ``max_tokens`` below one, or a ``draft_model``, whose own cache would lack the prompt.
     """
+    if max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, not {max_tokens}.")
+    if options.get("draft_model") is not None:
+        raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
     if model.context_length is not None:
         max_tokens = min(max_tokens, model.context_length - len(ids))
     rest = mx.array(ids[cache[0].offset :])

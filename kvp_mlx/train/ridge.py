@@ -78,10 +78,10 @@ def fit_predictor(
     tokens = 0
     for window in windows:
         ids = mx.array([window])
-        raw = run_layers(base, ids, make_prompt_cache(base), listen=range(len(base.layers)))
+        _, raw = run_layers(base, ids, make_prompt_cache(base), listen=range(len(base.layers)))
         heard = raw
         if auxiliary is not None:
-            heard = run_layers(auxiliary, ids, make_prompt_cache(auxiliary), predictor.sources)
+            _, heard = run_layers(auxiliary, ids, make_prompt_cache(auxiliary), predictor.sources)
         inputs = predictor.inputs(heard)
         for part in sums:
             part.add(inputs[part.block.name], raw)

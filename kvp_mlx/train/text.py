@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import InputError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-CHARACTERS_PER_TOKEN = 6  # cut generously: a piece should fill its window
+PIECE_CHARACTERS_PER_TOKEN = 6  # generous, so that most pieces fill a window
 MIN_WINDOW_TOKENS = 32
 
 
@@ -92,16 +92,16 @@ def token_windows(files: list[Path], tokenizer: TokenizerWrapper, length: int, s
             if piece is None:
                 streams.remove(stream)
                 continue
-            tokens = tokenizer.encode(piece)[:length]
-            if len(tokens) >= MIN_WINDOW_TOKENS:
+            tokens = tokenizer.encode(piece)
+            for start in range(0, len(tokens) - MIN_WINDOW_TOKENS + 1, length):
                 found = True
-                yield tokens
+                yield tokens[start : start + length]
     if not found:
         raise InputError(f"the data holds no text of {MIN_WINDOW_TOKENS} tokens or more; give more with --data.")
 
 
 def _pieces(path: Path, tokenizer: TokenizerWrapper, length: int, rng: random.Random) -> Iterator[str]:
-    size = length * CHARACTERS_PER_TOKEN
+    size = length * PIECE_CHARACTERS_PER_TOKEN
     documents = list(read_documents(path, tokenizer))
     places = [(i, start) for i, document in enumerate(documents) for start in range(0, len(document), size)]
     rng.shuffle(places)

@@ -1,0 +1,77 @@
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.directories import TEXT, write_llama
+
+import kvp_mlx  # noqa: F401 - loads the fast BLAS before anything imports mlx
+from kvp_mlx.cli.main import main
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+Kvp = Callable[..., Outcome]
+
+
+@pytest.fixture
+def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvp:
+    """Run the command line in this process, as ``kvp ARGS`` would."""
+
+    def run(*args: object, stdin: bytes = b"") -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["kvp", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        streams = capsys.readouterr()
+        return Outcome(stop.value.code or 0, streams.out, streams.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 8)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def fitted(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix bundle of two layers; do not change it (see ``bundle``)."""
+    from kvp_mlx.train.fit import FitOptions, fit_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "prefix"
+    fit_bundle(str(base_dir), [text_file], out, FitOptions(layers=2, tokens=600, window=64))
+    return out
+
+
+@pytest.fixture
+def bundle(fitted: Path, tmp_path: Path) -> Path:
+    """A copy of the prefix bundle with a copy of its base, to be damaged at will."""
+    copy = shutil.copytree(fitted, tmp_path / "bundle")
+    config = json.loads((copy / "kvp.json").read_text())
+    shutil.copytree(config["base"]["path"], copy / "base")
+    config["base"]["path"] = "base"
+    (copy / "kvp.json").write_text(json.dumps(config))
+    return copy

@@ -1,0 +1,136 @@
+"""What is wrong with a bundle is named before anything is computed: one line, exit code 2."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import Kvp
+from support.directories import write_llama
+
+import kvp_mlx
+from kvp_mlx.errors import BundleError
+
+
+def edit(bundle: Path, **changes: object) -> None:
+    path = bundle / "kvp.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_part(bundle: Path, part: str, **changes: object) -> None:
+    edit(bundle, **{part: json.loads((bundle / "kvp.json").read_text())[part] | changes})
+
+
+def replace_tensors(bundle: Path, change: Callable[[dict[str, mx.array]], dict[str, mx.array]]) -> None:
+    path = str(bundle / "predictor.safetensors")
+    arrays = change(dict(mx.load(path)))
+    mx.eval(arrays)
+    mx.save_safetensors(path, arrays)
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+MAP = "maps.hidden_2"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no kvp.json": (lambda b: (b / "kvp.json").unlink(), "not a bundle"),
+    "kvp.json cut short": (lambda b: truncate(b / "kvp.json", 100), "not readable JSON"),
+    "kvp.json a list": (lambda b: (b / "kvp.json").write_text("[]"), "kvp.json"),
+    "unknown key": (lambda b: edit(b, surprise=1), "surprise"),
+    "unknown key inside": (lambda b: edit_part(b, "base", surprise=1), "base.surprise"),
+    "newer format": (lambda b: edit(b, format_version=2), "format version 2"),
+    "missing part": (lambda b: edit(b, predictor=None), "predictor"),
+    "unknown kind": (lambda b: edit_part(b, "auxiliary", kind="psychic"), "auxiliary.kind"),
+    "ill-typed layers": (lambda b: edit_part(b, "auxiliary", layers="two"), "auxiliary.layers"),
+    "two places for the base": (lambda b: edit_part(b, "base", hub_id="a/b"), "exactly one of"),
+    "prefix of another depth": (lambda b: edit_part(b, "auxiliary", layers=1), "must be null"),
+    "prefix deeper than the base": (lambda b: edit_part(b, "auxiliary", layers=9), "9 auxiliary layers"),
+    "layer map too short": (lambda b: edit_part(b, "predictor", layer_map=[None, None, None]), "3 entries"),
+    "layer map past the auxiliary": (lambda b: edit_part(b, "predictor", layer_map=[None] * 3 + [[7]]), "[7]"),
+    "exact layer predicted": (lambda b: edit_part(b, "predictor", layer_map=[None, None, [2], [2]]), "must be null"),
+    "no predictor": (lambda b: (b / "predictor.safetensors").unlink(), "is missing"),
+    "predictor cut short": (lambda b: truncate(b / "predictor.safetensors", 4000), "cut short"),
+    "predictor header cut short": (lambda b: truncate(b / "predictor.safetensors", 20), "cut short"),
+    "predictor empty": (lambda b: truncate(b / "predictor.safetensors", 0), "not a safetensors file"),
+    "predictor garbage": (
+        lambda b: (b / "predictor.safetensors").write_bytes(b"\7" + b"\0" * 7 + b"garbage"),
+        "not a saf",
+    ),
+    "tensor missing": (lambda b: replace_tensors(b, lambda a: {f"{MAP}.weight": a[f"{MAP}.weight"]}), f"{MAP}.bias"),
+    "tensor unknown": (lambda b: replace_tensors(b, lambda a: a | {"maps.extra": mx.zeros(3)}), "maps.extra"),
+    "tensor transposed": (lambda b: replace_tensors(b, lambda a: a | {f"{MAP}.bias": mx.zeros(3)}), "has shape (3,)"),
+    "no base": (lambda b: edit_part(b, "base", path="elsewhere"), "elsewhere"),
+    "another base": (lambda b: write_llama(b / "base", seed=9), "fingerprint"),
+    "base cut short": (lambda b: truncate(b / "base" / "model.safetensors", 9000), "cut short"),
+    "base without config": (lambda b: (b / "base" / "config.json").unlink(), "config.json"),
+    "base of an unsupported architecture": (
+        lambda b: (b / "base" / "config.json").write_text(
+            json.dumps(json.loads((b / "base" / "config.json").read_text()) | {"model_type": "mamba"})
+        ),
+        "mamba",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_one_line_that_names_it(name: str, bundle: Path, kvp: Kvp) -> None:
+    damage, named = DAMAGE[name]
+    damage(bundle)
+    outcome = kvp("generate", "hello", "--model", bundle, "--json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert named in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert "Traceback" not in outcome.err
+
+
+def test_another_base_runs_when_allowed(bundle: Path, kvp: Kvp) -> None:
+    write_llama(bundle / "base", seed=9)
+    outcome = kvp("generate", "hello", "--model", bundle, "--max-tokens", 2, "--allow-base-mismatch", "--json")
+    assert outcome.code == 0
+    assert len(outcome.json()["tokens"]) <= 2
+
+
+def test_directory_that_is_no_bundle(tmp_path: Path, kvp: Kvp) -> None:
+    outcome = kvp("info", tmp_path)
+    assert outcome.code == 2
+    assert "not a bundle" in outcome.err
+
+
+def test_name_that_is_nothing(tmp_path: Path, kvp: Kvp) -> None:
+    outcome = kvp("info", tmp_path / "nothing")
+    assert outcome.code == 2
+    assert "no directory, Hub id" in outcome.err
+
+
+def test_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, kvp: Kvp) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    outcome = kvp("info", "nobody/nothing-of-the-kind")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "available from the Hub" in outcome.err
+
+
+def test_base_without_a_tokeniser_loads_for_token_ids(bundle: Path, kvp: Kvp) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bundle / "base" / name).unlink()
+    model = kvp_mlx.load(str(bundle))
+    assert model.tokenizer is None
+    assert kvp_mlx.predict_base_cache(model, mx.array([[5, 6, 7]]))[-1].offset == 3
+    outcome = kvp("generate", "hello", "--model", bundle)
+    assert outcome.code == 2
+    assert "no tokeniser" in outcome.err
+
+
+def test_quantised_base_runs(bundle: Path, base_dir: Path) -> None:
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(base_dir)
+    model, config = quantize_model(model, config, group_size=32, bits=4)
+    save_model(bundle / "base", model)
+    save_config(config, bundle / "base" / "config.json")
+    with pytest.raises(BundleError, match="fingerprint"):
+        kvp_mlx.load(str(bundle))
+    quantised = kvp_mlx.load(str(bundle), allow_base_mismatch=True)
+    assert kvp_mlx.predict_base_cache(quantised, mx.array([[5, 6, 7]]))[-1].offset == 3

@@ -1,0 +1,183 @@
+"""The command line as design.md section 6 promises it, run in this process on tiny models."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import Kvp
+from mlx_lm.generate import generate_step
+from support.directories import TEXT
+
+import kvp_mlx
+
+GENERATE_KEYS = {
+    "text",
+    "tokens",
+    "prompt_tokens",
+    "prefill",
+    "exact_tail",
+    "ttft_ms",
+    "auxiliary_prefill_ms",
+    "predict_ms",
+    "first_step_ms",
+    "generation_tps",
+    "peak_memory_bytes",
+    "finish_reason",
+}
+
+
+def test_help_comes_in_under_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kvp_mlx", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_version_and_bare_command(kvp: Kvp) -> None:
+    assert kvp("--version").out == f"kvp-mlx {kvp_mlx.__version__}\n"
+    assert "generate" in kvp().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["generate", "--no-such-option"],
+        ["generate", "hi", "--max-tokens", "0"],
+        ["generate", "hi", "--prefill", "psychic"],
+        ["generate", "hi", "--exact-tail", "-1"],
+        ["generate"],
+        ["fit", "base"],
+        ["bench", "ttft", "--prompt-tokens", "many"],
+        ["bench", "ttft", "--out", "/no/such/folder/x.json"],
+    ],
+)
+def test_bad_usage_is_one_line_and_code_2(arguments: list[str], kvp: Kvp) -> None:
+    outcome = kvp(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("kvp: ")
+    assert outcome.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = os.environ | {"KVP_DEBUG": "1"}
+    command = [sys.executable, "-m", "kvp_mlx", "info", "/nowhere/at/all"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "Traceback" in result.stderr
+    assert result.returncode != 0
+
+
+def test_generate_json_has_the_contracts_keys(bundle: Path, kvp: Kvp) -> None:
+    outcome = kvp("generate", TEXT, "--model", bundle, "--max-tokens", 5, "--prefill", "kvp", "--json")
+    result = outcome.json()
+    assert outcome.code == 0
+    assert result.keys() >= GENERATE_KEYS
+    assert result["prefill"] == "kvp"
+    assert result["finish_reason"] in ("stop", "length")
+    parts = result["auxiliary_prefill_ms"] + result["predict_ms"] + result["first_step_ms"]
+    assert 0 < parts <= result["ttft_ms"] + 0.05
+
+
+def test_full_path_answers_as_mlx_lm_does(bundle: Path, kvp: Kvp) -> None:
+    model = kvp_mlx.load(str(bundle))
+    ids = mx.array(model.tokenizer.encode(TEXT))
+    expected = [token for token, _ in generate_step(ids, model.base, max_tokens=6)]
+    result = kvp("generate", TEXT, "--raw", "--model", bundle, "--max-tokens", 6, "--prefill", "full", "--json").json()
+    assert result["prefill"] == "full"
+    assert result["tokens"] == expected[: len(result["tokens"])]
+    assert len(result["tokens"]) == 6 or result["tokens"][-1] == 2
+
+
+def test_question_follows_the_file_and_stdin_is_a_file(bundle: Path, tmp_path: Path, kvp: Kvp) -> None:
+    path = tmp_path / "document.txt"
+    path.write_text("The harbour.")
+    common = ("--model", bundle, "--max-tokens", 1, "--json")
+    from_file = kvp("generate", "Why?", "--prompt-file", path, *common).json()
+    from_stdin = kvp("generate", "Why?", "--prompt-file", "-", *common, stdin=b"The harbour.").json()
+    from_argument = kvp("generate", "The harbour.\n\nWhy?", *common).json()
+    assert from_file["prompt_tokens"] == from_stdin["prompt_tokens"] == from_argument["prompt_tokens"]
+
+
+def test_auto_predicts_long_prompts_only(bundle: Path, kvp: Kvp) -> None:
+    common = ("--model", bundle, "--max-tokens", 1, "--json")
+    assert kvp("generate", "Hi", *common).json()["prefill"] == "full"
+    assert kvp("generate", TEXT * 2, *common).json()["prefill"] == "kvp"
+    assert kvp("generate", TEXT * 2, "--prefill", "full", *common).json()["prefill"] == "full"
+
+
+def test_seed_makes_sampling_repeatable(bundle: Path, kvp: Kvp) -> None:
+    common = ("generate", "Hi", "--model", bundle, "--max-tokens", 12, "--temperature", 1.5, "--json", "--seed")
+    first, second, other = (kvp(*common, seed).json()["tokens"] for seed in (3, 3, 4))
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [(None, "cannot be read"), (b"", "empty"), (b" \n", "empty"), (b"caf\xe9", "UTF-8")]
+)
+def test_bad_prompt_file(content: bytes | None, named: str, tmp_path: Path, kvp: Kvp) -> None:
+    path = tmp_path / "prompt.txt"
+    if content is not None:
+        path.write_bytes(content)
+    outcome = kvp("generate", "--prompt-file", path)
+    assert outcome.code == 2
+    assert named in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_prompt_longer_than_the_context_window(bundle: Path, kvp: Kvp) -> None:
+    outcome = kvp("generate", TEXT * 20, "--model", bundle)
+    assert outcome.code == 2
+    assert "context window 512" in outcome.err
+
+
+def test_answer_stops_where_the_context_window_ends(bundle: Path, kvp: Kvp) -> None:
+    model = kvp_mlx.load(str(bundle))
+    text = model.tokenizer.decode(model.tokenizer.encode(TEXT * 20)[:505])
+    result = kvp("generate", text, "--raw", "--model", bundle, "--max-tokens", 50, "--json").json()
+    assert result["prompt_tokens"] + len(result["tokens"]) <= 512
+
+
+def test_chat_holds_a_conversation_in_a_pipe(bundle: Path, kvp: Kvp) -> None:
+    outcome = kvp("chat", "--model", bundle, "--max-tokens", 4, stdin=b"Hello there\n\nAnd again\n")
+    assert outcome.code == 0
+    turns = [line for line in outcome.err.splitlines() if "new tokens on" in line]
+    assert len(turns) == 2
+    assert " on 0 cached" in turns[0]
+    assert " on 0 cached" not in turns[1]
+
+
+def test_info_tells_kind_sizes_and_recipe(bundle: Path, kvp: Kvp) -> None:
+    result = kvp("info", bundle, "--json").json()
+    assert result["auxiliary"] == {"kind": "prefix", "layers": 2, "retained_layers": None}
+    assert result["predictor"]["parameters"] == (64 + 1) * 2 * 32
+    assert result["training"]["method"] == "ridge"
+    assert result["size_bytes"]["predictor"] == (bundle / "predictor.safetensors").stat().st_size
+    assert "hidden_state" in kvp("info", bundle).out
+
+
+def test_doctor_is_quick_and_tells_the_remedy(monkeypatch: pytest.MonkeyPatch, kvp: Kvp) -> None:
+    start = time.perf_counter()
+    checks = {check["name"]: check for check in kvp("doctor", "--json").json()["checks"]}
+    assert time.perf_counter() - start < 5
+    assert {check["status"] for check in checks.values()} <= {"OK", "WARN"}
+    monkeypatch.setenv("KVP_CACHE_DIR", "/proc/kvp")
+    outcome = kvp("doctor")
+    assert outcome.code == 1
+    assert "KVP_CACHE_DIR" in outcome.out
+
+
+def test_missing_blas_is_a_warning_not_a_failure(bundle: Path) -> None:
+    hide = "import kvp_mlx.blas as b; b.OPENBLAS = 'libnot-there.so.0'; from kvp_mlx.cli.main import main; "
+    run = f"import sys; sys.argv = ['kvp', 'generate', 'hi', '--model', {str(bundle)!r}, '--max-tokens', '1']; main()"
+    result = subprocess.run([sys.executable, "-c", hide + run], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    if sys.platform == "linux":
+        assert "libnot-there.so.0" in result.stderr
+        assert "apt-get install" in result.stderr
