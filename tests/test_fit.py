@@ -85,7 +85,8 @@ def test_fitted_bundle_loads_and_predicts_better_than_the_mean(
     outcome = kvp("fit", base_dir, *options, "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json()["tokens"] == 600
-    assert cache_error(out) < 0.5
+    # Predicting the mean gives 1. An unrelated random auxiliary can only do a little better than that.
+    assert cache_error(out) < (0.5 if kind == "prefix" else 0.9)
     config = json.loads((out / "kvp.json").read_text())
     assert config["auxiliary"]["kind"] == kind.split(",", maxsplit=1)[0]
     assert config["training"]["data"] == [text_file.name]

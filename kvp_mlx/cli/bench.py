@@ -9,6 +9,8 @@ from ..errors import InputError
 from .common import DEFAULT_MODEL, AllowMismatch, Json, Model, print_json, progress_bar
 from .inference import DEMO_DOCUMENT
 
+MIN_TABLE_WIDTH = 100
+
 app = typer.Typer(help="Measure time to first token.", rich_markup_mode=None)
 
 
@@ -74,32 +76,46 @@ def parse_lengths(text: str) -> list[int]:
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the rows for people."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     machine = result["machine"]
     table = Table(
-        title=f"Time to first token, {result['model']} on {machine['chip']} ({machine['cores']} cores, "
-        f"{machine['device']}), median of {result['rounds']}"
+        title=f"Time to first token, ms: {result['model']} on {machine['chip']} ({machine['cores']} cores, "
+        f"{machine['device']}), median of {result['rounds']}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
     )
-    columns = ("prompt", "batch", "arm", "TTFT ms", "q1-q3", "auxiliary", "predict", "first step", "floor", "speed-up")
-    for column in (*columns, "FLOPs ratio", "realised"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in (
+        "tokens",
+        "arm",
+        "TTFT",
+        "(q1-q3)",
+        "aux",
+        "predict",
+        "step",
+        "floor",
+        "speed-up",
+        "FLOPs",
+        "realised",
+    ):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for row in result["rows"]:
-        ttft_ms = row["ttft_ms"]
-        first_step = row["first_step_ms"]
+        ttft_ms, predicted = row["ttft_ms"], row["arm"] == "kvp"
+        batch = f"{row['batch_size']}x" if row["batch_size"] > 1 else ""
         table.add_row(
-            str(row["prompt_tokens"]),
-            str(row["batch_size"]),
+            f"{batch}{row['prompt_tokens']}",
             row["arm"],
             f"{ttft_ms['median']:.0f}",
-            f"{ttft_ms['q1']:.0f}-{ttft_ms['q3']:.0f}",
-            f"{row['auxiliary_prefill_ms']:.0f}" if row["arm"] == "kvp" else "",
-            f"{row['predict_ms']:.0f}" if row["arm"] == "kvp" else "",
-            "" if first_step is None else f"{first_step:.0f}",
+            f"({ttft_ms['q1']:.0f}-{ttft_ms['q3']:.0f})",
+            f"{row['auxiliary_prefill_ms']:.0f}" if predicted else "",
+            f"{row['predict_ms']:.0f}" if predicted else "",
+            f"{row['first_step_ms']:.0f}" if predicted else "",
             f"{row['floor_ms']:.0f}",
             "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
             f"{row['flops_ratio']:.2f}x",
             "" if row["realised"] is None else f"{row['realised']:.2f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, MIN_TABLE_WIDTH))

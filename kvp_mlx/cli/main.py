@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import KVPError
-from . import bench, inference, status, training
+from . import bench, evaluation, inference, status, training
 
 app = typer.Typer(
     name="kvp",
@@ -22,8 +22,10 @@ app.command("generate")(inference.generate)
 app.command("chat")(inference.chat)
 app.command("demo")(inference.demo)
 app.command("fit")(training.fit)
+app.command("train")(training.train)
 app.command("info")(status.info)
 app.command("doctor")(status.doctor)
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
