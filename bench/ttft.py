@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..families import Cache
 from ..models import compute_dtype
 from ..pipeline import PrefillTimes, base_prefill, predict_base_cache
-from .cost import full_work, kvp_work
+from .cost import Work, full_work, kvp_work
 from .machine import copy_bytes_per_s, describe_machine, matmul_flops_per_s
 
 
@@ -57,8 +57,33 @@ def first_token(model: KVPModel, ids: mx.array, cache: Cache, step_size: int) ->
         mx.argmax(model.base(ids, cache=cache)[:, -1], axis=-1).tolist()
 
 
-ARMS: dict[str, Callable[[KVPModel, mx.array, int, PrefillTimes], None]] = {"full": run_full, "kvp": run_kvp}
-WORK = {"full": full_work, "kvp": kvp_work}
+def auxiliary_alone(model: KVPModel) -> KVPModel:
+    """Return a bundle whose base is the auxiliary, for the arm that answers with it alone.
+
+    Raises:
+        InputError: a prefix, which is no model of its own.
+    """
+    if model.is_prefix:
+        raise InputError("a prefix auxiliary is a part of the base and cannot answer alone; leave out that arm.")
+    return replace(model, base=model.auxiliary)
+
+
+def run_auxiliary(model: KVPModel, ids: mx.array, step_size: int, times: PrefillTimes) -> None:
+    """First token by the auxiliary alone."""
+    run_full(auxiliary_alone(model), ids, step_size, times)
+
+
+def auxiliary_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
+    """Return the work of the auxiliary alone."""
+    return full_work(auxiliary_alone(model), prompt_tokens, batch)
+
+
+ARMS: dict[str, Callable[[KVPModel, mx.array, int, PrefillTimes], None]] = {
+    "full": run_full,
+    "kvp": run_kvp,
+    "auxiliary": run_auxiliary,
+}
+WORK = {"full": full_work, "kvp": kvp_work, "auxiliary": auxiliary_work}
 
 
 def measure_ttft(

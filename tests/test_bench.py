@@ -87,3 +87,23 @@ def test_prompts_are_fresh_and_exact() -> None:
     assert {len(prompt) for prompt in prompts} == {700}
     assert len({prompt[0] for prompt in prompts}) == 20
     assert all((b - a) in (1, 1 - len(text)) for a, b in zip(prompts[7], prompts[7][1:], strict=False))
+
+
+def test_auxiliary_arm_is_the_auxiliary_alone(base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    out = tmp_path / "pruned"
+    assert kvp("fit", base_dir, "--prune", 0.5, "--data", text_file, "--tokens", 64, "--out", out).code == 0
+    common = ("--prompt-tokens", "30", "--rounds", 1, "--arms", "full,kvp,auxiliary", "--json")
+    rows = {row["arm"]: row for row in kvp("bench", "ttft", "--model", out, *common).json()["rows"]}
+    assert rows["full"]["flops_ratio"] < rows["kvp"]["flops_ratio"] < rows["auxiliary"]["flops_ratio"]
+
+
+def test_prefix_cannot_answer_alone(fitted: Path, kvp: Kvp) -> None:
+    outcome = kvp("bench", "ttft", "--model", fitted, "--arms", "full,auxiliary", "--prompt-tokens", "20")
+    assert outcome.code == 2
+    assert "cannot answer alone" in outcome.err
+
+
+def test_unknown_preset_is_bad_input(kvp: Kvp) -> None:
+    outcome = kvp("bench", "ttft", "--preset", "openelm-7b")
+    assert outcome.code == 2
+    assert "openelm-3b-kvp-c-270m" in outcome.err

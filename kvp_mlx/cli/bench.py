@@ -1,15 +1,17 @@
 """``kvp bench``."""
 
+import random
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, Model, print_json, progress_bar
+from .common import DEFAULT_MODEL, AllowMismatch, Json, Model, clean_stdout, print_json, progress_bar
 from .inference import DEMO_DOCUMENT
 
 MIN_TABLE_WIDTH = 100
+RANDOM_PROMPT_TOKENS = 10_000
 
 app = typer.Typer(help="Measure time to first token.", rich_markup_mode=None)
 
@@ -22,9 +24,10 @@ def group() -> None:
 @app.command()
 def ttft(
     model: Model = DEFAULT_MODEL,
+    preset: Annotated[str | None, typer.Option(help="A published OpenELM pair, random weights and prompts.")] = None,
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "128,512,1024",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
-    arms: Annotated[str, typer.Option(help="Arms, comma-separated: full, kvp.")] = "full,kvp",
+    arms: Annotated[str, typer.Option(help="Arms, comma-separated: full, kvp, auxiliary.")] = "full,kvp",
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds; one more is discarded.")] = 5,
     prefill_step_size: Annotated[int | None, typer.Option(min=1, help="Prompt tokens per chunk, every arm.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document here.")] = None,
@@ -39,13 +42,18 @@ def ttft(
     from ..bundle import load
     from ..files import write_json
     from ..pipeline import default_step_size
+    from ..presets import preset_model
 
-    loaded = load(model, allow_base_mismatch=allow_base_mismatch)
-    text_ids = loaded.text_tokenizer.encode(DEMO_DOCUMENT.read_text(encoding="utf-8"))
-    with progress_bar("measuring") as progress:
+    with clean_stdout(json), progress_bar("measuring") as progress:
+        if preset is None:
+            loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+            text_ids = loaded.text_tokenizer.encode(DEMO_DOCUMENT.read_text(encoding="utf-8"))
+        else:
+            loaded = preset_model(preset)
+            text_ids = random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)
         result = measure_ttft(
             loaded,
-            model,
+            preset or model,
             text_ids,
             prompt_tokens=lengths,
             batch_size=batch_size,
@@ -117,5 +125,4 @@ def print_table(result: dict[str, Any]) -> None:
             f"{row['flops_ratio']:.2f}x",
             "" if row["realised"] is None else f"{row['realised']:.2f}",
         )
-    console = Console()
-    console.print(table, width=max(console.width, MIN_TABLE_WIDTH))
+    Console(width=max(Console().width, MIN_TABLE_WIDTH)).print(table)

@@ -49,6 +49,18 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def say(text: str, style: str = "dim") -> None:
+    """Print one line for people on stderr, never broken by a narrow or absent terminal."""
+    errors.print(text, style=style, soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def clean_stdout(json: bool) -> Iterator[None]:
+    """With ``json``, send what libraries print to stderr while the block runs (mlx-lm warns on stdout)."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        yield
+
+
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on stderr while the block runs, on a terminal only; yields its (done, total) callback."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import DEFAULT_MODEL, AllowMismatch, Json, print_json, progress_bar
+from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
 
@@ -37,11 +37,11 @@ def context(
     from ..train.text import data_files, token_windows
 
     files = data_files(data)
-    loaded = load(model, allow_base_mismatch=allow_base_mismatch)
     length = prompt_tokens + continuation_tokens
-    windows = token_windows(files, loaded.text_tokenizer, length, seed)
-    documents = list(islice((window for window in windows if len(window) == length), limit))
-    with progress_bar("documents") as progress:
+    with clean_stdout(json), progress_bar("documents") as progress:
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        windows = token_windows(files, loaded.text_tokenizer, length, seed)
+        documents = list(islice((window for window in windows if len(window) == length), limit))
         result = measure_context(loaded, documents, continuation_tokens, progress=progress)
     if json:
         print_json(result)

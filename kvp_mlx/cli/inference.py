@@ -1,5 +1,6 @@
 """``kvp generate``, ``kvp chat`` and ``kvp demo``."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +20,12 @@ from .common import (
     Seed,
     Temperature,
     TopP,
-    errors,
+    clean_stdout,
     make_sampler,
     print_json,
     progress_bar,
     read_text,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -55,23 +57,23 @@ def generate(
     text = "\n\n".join(part for part in (read_text(prompt_file) if prompt_file else None, prompt) if part)
     if not text.strip():
         raise InputError("there is no prompt; give one as an argument or with --prompt-file FILE.")
-    from .. import bundle
+    from ..bundle import load
 
-    loaded = bundle.load(model, allow_base_mismatch=allow_base_mismatch)
-    result = answer(
-        loaded,
-        text,
-        echo=not json,
-        prefill=prefill.value,
-        exact_tail=exact_tail,
-        max_tokens=max_tokens,
-        raw=raw,
-        sampler=make_sampler(temperature, top_p, seed),
-    )
+    with clean_stdout(json):
+        result = answer(
+            load(model, allow_base_mismatch=allow_base_mismatch),
+            text,
+            echo=not json,
+            prefill=prefill.value,
+            exact_tail=exact_tail,
+            max_tokens=max_tokens,
+            raw=raw,
+            sampler=make_sampler(temperature, top_p, seed),
+        )
     if json:
         print_json(result)
     else:
-        errors.print(f"[dim]{summary(result)}[/dim]")
+        say(summary(result))
 
 
 def answer(loaded: "KVPModel", text: str, *, echo: bool, **options: Any) -> dict[str, Any]:
@@ -140,6 +142,8 @@ def chat(
 
     conversation = Conversation(load(model, allow_base_mismatch=allow_base_mismatch), system)
     sampler = make_sampler(temperature, top_p, seed)
+    if sys.stdin.isatty():
+        say(f"{model} is ready. Ctrl-C stops a reply, Ctrl-D leaves.")
     while (line := _read_line()) is not None:
         if not line.strip():
             continue
@@ -153,12 +157,14 @@ def chat(
         except KeyboardInterrupt:
             print("  [stopped]")
         except InputError as error:
-            errors.print(f"[red]{error}[/red]")
+            say(str(error), "red")
         if turn is not None:
-            errors.print(f"[dim]{turn.summary()}[/dim]")
+            say(turn.summary())
 
 
 def _read_line() -> str | None:
+    with contextlib.suppress(ImportError):  # line editing and history where the platform has it
+        import readline  # noqa: F401
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
@@ -180,7 +186,7 @@ def demo(max_tokens: MaxTokens = 48) -> None:
     answer(loaded, "Hello.", echo=False, prefill="full", max_tokens=2)  # warm up
     results = {}
     for path in ("full", "kvp"):
-        errors.print(f"Asking with prefill={path} ...")
+        say(f"Asking with prefill={path} ...")
         results[path] = answer(loaded, text, echo=False, prefill=path, max_tokens=max_tokens)
     table = Table(title=f"{DEMO_QUESTION}  ({results['kvp']['prompt_tokens']} prompt tokens)")
     for column in ("prefill", "first token after", "tokens/s after it", "answer"):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, errors, print_json, progress_bar
+from .common import Json, clean_stdout, print_json, progress_bar, say
 
 Base = Annotated[str, typer.Argument(help="mlx-lm model: directory, Hub id or the default's alias.")]
 Data = Annotated[list[Path], typer.Option("--data", help="Text file (.txt, .jsonl, .gz) or folder; repeatable.")]
@@ -43,12 +43,12 @@ def fit(
     from ..train.fit import FitOptions, fit_bundle
 
     options = FitOptions(layers, auxiliary, prune, sources, tokens, window, penalty, seed)
-    with progress_bar("tokens read") as progress:
+    with clean_stdout(json), progress_bar("tokens read") as progress:
         result = fit_bundle(base, data, out, options, force=force, progress=progress)
     if json:
         print_json({"out": str(out), **result})
     else:
-        errors.print(f"Wrote {out}: {result['tokens']:,} tokens read in {result['seconds']} s.")
+        say(f"Wrote {out}: {result['tokens']:,} tokens read in {result['seconds']} s.")
 
 
 def train(
@@ -80,7 +80,7 @@ def train(
 
     options = TrainOptions(minutes=minutes, learning_rate=learning_rate, seed=seed)
     require_free(out, force)
-    with tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
+    with clean_stdout(json), tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
         if start is None:
             start = str(Path(scratch) / "fit")
             fitting = FitOptions(layers, auxiliary, prune, sources, fit_tokens, window, seed=seed)
@@ -99,4 +99,4 @@ def train(
     if json:
         print_json({"out": str(out), **result})
     else:
-        errors.print(f"Wrote {out}: context recovery {result['recovery']:.2f}, separation {result['separation']:.2f}.")
+        say(f"Wrote {out}: context recovery {result['recovery']:.2f}, separation {result['separation']:.2f}.")
