@@ -44,7 +44,7 @@ def matmul_flops_per_s(dtype: mx.Dtype, rows: int = 1024, width: int = 2048) -> 
     return 2.0 * rows * width * width / best_time(lambda: a @ b.T)
 
 
-def copy_bytes_per_s(size: int = 2**28) -> float:
+def copy_bytes_per_s(size: int = 2**27) -> float:
     """Measure the bandwidth of an elementwise pass, bytes read and written per second."""
     x = mx.zeros((size // 4,), dtype=mx.float32)
     return 2.0 * size / best_time(lambda: x + 1)

@@ -17,7 +17,7 @@ def group() -> None:
 
 @app.command()
 def context(
-    data: Annotated[list[Path], typer.Option(help="Text file (.txt, .jsonl, .gz) or folder; repeatable.")],
+    data: Annotated[list[Path], typer.Option(help="Text file (.txt, .md, .jsonl, also .gz) or folder; repeatable.")],
     model: Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")] = DEFAULT_MODEL,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 384,
     continuation_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after it.")] = 128,

@@ -9,7 +9,9 @@ import typer
 from .common import Json, clean_stdout, print_json, progress_bar, say
 
 Base = Annotated[str, typer.Argument(help="mlx-lm model: directory, Hub id or the default's alias.")]
-Data = Annotated[list[Path], typer.Option("--data", help="Text file (.txt, .jsonl, .gz) or folder; repeatable.")]
+Data = Annotated[
+    list[Path], typer.Option("--data", help="Text file (.txt, .md, .jsonl, also .gz) or folder; repeatable.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Bundle directory to write.")]
 Layers = Annotated[int | None, typer.Option("--layers", help="Prefix: the base's own first K layers read the prompt.")]
 Auxiliary = Annotated[Path | None, typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser.")]

@@ -1,4 +1,4 @@
-"""Text files as token windows: ``.txt`` and ``.jsonl``, plain or gzipped, one file or a folder of them."""
+"""Text files as token windows: ``.txt``, ``.md`` and ``.jsonl``, plain or gzipped, one file or a folder of them."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz", ".jsonl", ".jsonl.gz")
 PIECE_CHARACTERS_PER_TOKEN = 6  # generous, so that most pieces fill a window
 MIN_WINDOW_TOKENS = 32
 
@@ -48,7 +48,7 @@ def read_documents(path: Path, tokenizer: TokenizerWrapper) -> Iterator[str]:
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            if path.name.removesuffix(".gz").endswith(".txt"):
+            if not path.name.removesuffix(".gz").endswith(".jsonl"):
                 yield file.read()
                 return
             for number, line in enumerate(file, 1):

@@ -1,0 +1,38 @@
+"""Every kvp command in the README runs, as written, in the checkout."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import Kvp
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\$ kvp (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+
+# A later option wins: what would take minutes is cut short, and outputs go where they do no harm.
+SHORTER = {
+    "generate": ["--max-tokens", "2"],
+    "demo": ["--max-tokens", "2"],
+    "bench ttft": ["--prompt-tokens", "16", "--rounds", "1"],
+    "fit": ["--tokens", "64"],
+    "train": ["--minutes", "0.1", "--fit-tokens", "64", "--window", "64"],
+    "eval context": ["--limit", "2", "--prompt-tokens", "24", "--continuation-tokens", "8"],
+}
+
+
+def test_the_readme_runs(kvp: Kvp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(COMMANDS) >= 8
+    for name in ("kvp_mlx", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        extra = next((more for name, more in SHORTER.items() if command.startswith(name)), [])
+        outcome = kvp(*shlex.split(command), *extra)
+        assert outcome.code == 0, f"kvp {command}: {outcome.err}"
+
+
+def test_the_two_commands_and_ci_agree() -> None:
+    assert re.findall(r"^\$ (make \w+)", README, flags=re.MULTILINE)[:2] == ["make demo", "make test"]
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
