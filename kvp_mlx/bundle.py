@@ -16,7 +16,9 @@ from .errors import BundleError, InputError
 from .families import hidden_size, kv_shapes, prefix_model
 from .models import compute_dtype, context_length, fit_to_device, load_model, load_tokenizer, model_directory
 from .predictor import Predictor, plan_blocks
-from .safetensors import fingerprint, read_header
+from .safetensors import TensorInfo, fingerprint, read_header
+
+FLOAT_DTYPES = ("F16", "BF16", "F32")
 
 
 @dataclass
@@ -57,8 +59,9 @@ class KVPModel:
 
     @property
     def context_length(self) -> int | None:
-        """The base's context window in tokens, where its config states one."""
-        return context_length(self.base_config)
+        """The context window in tokens that base and auxiliary share, where their configs state one."""
+        stated = [context_length(self.base_config), context_length(vars(self.auxiliary.args))]
+        return min((length for length in stated if length is not None), default=None)
 
 
 def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
@@ -76,24 +79,30 @@ def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) 
     directory = bundle_directory(name)
     config = read_config(directory)
     weights = directory / "predictor.safetensors"
-    found = {name: tensor.shape for name, tensor in read_header(weights).items()}
+    tensors = read_header(weights)
     base_path = base_directory(config.base, directory)
-    _check_fingerprint(base_path, config.base.fingerprint, allow_base_mismatch)
+    if not allow_base_mismatch:
+        _check_fingerprint(base_path, config.base.fingerprint)
     base, base_config = load_model(base_path)
     auxiliary = load_auxiliary(base, config, directory)
     predictor = build_predictor(base, auxiliary, config)
-    _check_shapes(predictor, found, weights)
-    predictor.load_weights(str(weights))
+    _check_tensors(predictor, tensors, weights)
     tokenizer = load_tokenizer(base_path, base_config)
     fit_to_device(base)
-    fit_to_device(auxiliary)
+    if config.auxiliary.kind == "prefix":
+        auxiliary = prefix_model(base, config.auxiliary.layers)  # again, now that the base has its final weights
+    else:
+        fit_to_device(auxiliary)
+    predictor.load_weights(str(weights))
     predictor.set_dtype(compute_dtype(base))
     mx.eval(predictor.parameters())
+    if not all(mx.isfinite(array).all().item() for _, array in tree_flatten(predictor.parameters())):
+        raise BundleError(f"{weights} holds numbers that are not finite; get the bundle again.")
     return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; nothing is loaded or downloaded."""
+    """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; no weights are loaded."""
     directory = bundle_directory(name)
     config = read_config(directory)
     tensors = read_header(directory / "predictor.safetensors").values()
@@ -129,10 +138,23 @@ def base_directory(base: BaseConfig, bundle: Path) -> Path:
 
 
 def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Module:
-    """Cut the prefix off the base, or load the bundle's ``auxiliary/``."""
+    """Cut the prefix off the base, or load the bundle's ``auxiliary/``.
+
+    Raises:
+        BundleError: an auxiliary with other weights than kvp.json says, or that cannot read the base's token ids.
+    """
     if config.auxiliary.kind == "prefix":
         return prefix_model(base, config.auxiliary.layers)
-    return load_model(bundle / "auxiliary")[0]
+    place = bundle / "auxiliary"
+    if config.auxiliary.fingerprint is not None:
+        _check_fingerprint(place, config.auxiliary.fingerprint)
+    auxiliary, _ = load_model(place)
+    if base.args.vocab_size != auxiliary.args.vocab_size:
+        raise BundleError(
+            f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
+            "choose an auxiliary of the same tokeniser."
+        )
+    return auxiliary
 
 
 def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig) -> Predictor:
@@ -153,21 +175,23 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
     )
 
 
-def _check_fingerprint(base: Path, expected: str, allow_mismatch: bool) -> None:
-    found = fingerprint(base)
-    if found != expected and not allow_mismatch:
+def _check_fingerprint(model: Path, expected: str) -> None:
+    found = fingerprint(model)
+    if found != expected:
         raise BundleError(
-            f"{base} is not the base that this bundle was made for (fingerprint {found[7:19]}, expected "
-            f"{expected[7:19]}); restore it, fit a bundle for it, or pass --allow-base-mismatch."
+            f"{model} is not the model that this bundle was made with (fingerprint {found[7:19]}, expected "
+            f"{expected[7:19]}); restore it, fit a bundle for it, or (for the base) pass --allow-base-mismatch."
         )
 
 
-def _check_shapes(predictor: Predictor, found: dict[str, tuple[int, ...]], path: Path) -> None:
+def _check_tensors(predictor: Predictor, found: dict[str, TensorInfo], path: Path) -> None:
     expected = {name: tuple(array.shape) for name, array in tree_flatten(predictor.parameters())}
     if missing := sorted(expected.keys() - found.keys()):
         raise BundleError(f"{path} lacks the tensor {missing[0]}; get the bundle again.")
     if unknown := sorted(found.keys() - expected.keys()):
         raise BundleError(f"{path} has an unknown tensor {unknown[0]}; get the bundle again or upgrade kvp-mlx.")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise BundleError(f"{path}: {name} has shape {found[name]}, the base needs {shape}; get the bundle again.")
+        if found[name].shape != shape:
+            raise BundleError(f"{path}: {name} has shape {found[name].shape}, the base needs {shape}; get it again.")
+        if found[name].dtype not in FLOAT_DTYPES:
+            raise BundleError(f"{path}: {name} is {found[name].dtype}, not one of {', '.join(FLOAT_DTYPES)}.")

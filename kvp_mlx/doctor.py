@@ -66,7 +66,8 @@ def check_speed() -> Check:
     gflops = matmul_flops_per_s(mx.float32, rows=128, width=1024) / 1e9
     detail = f"{gflops:.0f} GFLOP/s fp32 matmul on {mx.default_device().type.name}"
     if gflops < SLOW_GFLOPS:
-        return Check("matmul speed", "WARN", detail, blas.REMEDY)
+        remedy = "stop what else is running" if blas.load_fast_blas() else blas.REMEDY
+        return Check("matmul speed", "WARN", detail, remedy)
     return Check("matmul speed", "OK", detail)
 
 

@@ -7,11 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+
+STALE_SECONDS = 24 * 3600
 
 
 def cache_dir() -> Path:
@@ -23,41 +26,71 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvp-mlx"
 
 
-def require_free(out: Path, force: bool) -> None:
-    """Refuse to overwrite ``out`` unless ``force``; call it before any work is done.
+def require_free(out: Path, force: bool, *, sources: Iterable[Path] = ()) -> None:
+    """Refuse to write a bundle where something else would be lost; call it before any work is done.
+
+    Args:
+        out: bundle directory to be written.
+        force: an existing bundle may be replaced (nothing else ever is).
+        sources: directories that the work reads, which must not be the output, inside it or around it.
 
     Raises:
-        InputError: ``out`` exists and ``force`` is false, or it is no directory that we could replace.
+        InputError: ``out`` exists and may not be replaced, or overlaps a source.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} exists and is not a directory; choose another --out.")
-    if out.exists() and any(out.iterdir()) and not force:
+    place = out.resolve()
+    for source in (path.resolve() for path in sources):
+        if place == source or place in source.parents or source in place.parents:
+            raise InputError(f"{out} overlaps {source}, which is read; choose another --out.")
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not (place / "kvp.json").exists():
+        raise InputError(f"{out} exists and is not a bundle, so it is not replaced; choose another --out.")
+    if not force:
         raise InputError(f"{out} already exists; choose another --out or pass --force to replace it.")
-    if force and out.exists() and not {"kvp.json", "config.json"} & {p.name for p in out.iterdir()}:
-        raise InputError(f"{out} holds neither kvp.json nor config.json, so --force will not replace it.")
 
 
 @contextlib.contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``out`` that takes its place when the block ends without an error."""
-    out = Path(out).absolute()
+    """Yield a temporary sibling of ``out`` that takes its place when the block ends without an error.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    out = Path(out).resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; choose another place.") from error
     try:
         yield work
         work.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            out.replace(old)
-            work.replace(out)
-            shutil.rmtree(old)
-        else:
-            work.replace(out)
+        _exchange(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _exchange(work: Path, out: Path) -> None:
+    """Move ``work`` to ``out``, and what was there away, putting it back if that fails."""
+    if not out.exists():
+        work.replace(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    out.replace(old)
+    try:
+        work.replace(out)
+    except OSError:
+        old.replace(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed commands left beside ``out`` more than a day ago."""
+    for left in out.parent.glob(f".{out.name}.????????"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

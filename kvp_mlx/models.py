@@ -16,7 +16,7 @@ from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
 from . import blas
 from .default_model import ALIAS, ensure_base
-from .errors import BundleError, InputError, KVPError
+from .errors import BundleError, InputError
 from .families import check_architecture, family_of
 from .safetensors import weight_tensors
 
@@ -40,7 +40,8 @@ def model_directory(name: str, revision: str | None = None) -> Path:
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    patterns = ["*.json", "model*.safetensors", "predictor.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns += [f"{part}/{pattern}" for part in ("auxiliary", "base") for pattern in patterns]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub and its HTTP client raise dozens of types, none worth telling apart
@@ -83,9 +84,7 @@ def fit_to_device(model: nn.Module) -> None:
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         if not blas.load_fast_blas():
-            warnings.warn(
-                f"{blas.OPENBLAS} not found, so matmuls run about 30 times slower; {blas.REMEDY}", stacklevel=2
-            )
+            warnings.warn(f"{blas.OPENBLAS} not found, so matmuls run 30 times slower; {blas.REMEDY}", stacklevel=1)
         model.set_dtype(mx.float32)  # the scales too: dequantising is then exact, and much faster than in fp16
         dequantize_model(model)
     mx.eval(model.parameters())
@@ -101,7 +100,7 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
     """Load the tokeniser of a model directory, or None where it has none.
 
     Raises:
-        KVPError: tokeniser files that the library cannot read.
+        BundleError: tokeniser files that the library cannot read.
     """
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
@@ -110,7 +109,7 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
     try:
         return mlx_lm_load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # tokenizers and transformers raise plain Exception
-        raise KVPError(f"the tokeniser in {directory} cannot be loaded: {error}") from error
+        raise BundleError(f"the tokeniser in {directory} cannot be loaded ({error}); get the model again.") from error
 
 
 def context_length(config: dict[str, Any]) -> int | None:

@@ -48,7 +48,7 @@ class Response:
         times: its parts; what remains is ``first_step_ms``.
         first_step_ms: the exact tail, the last prompt token and sampling.
         generation_tokens: tokens generated so far.
-        generation_tps: tokens per second since the first one.
+        generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
         finish_reason: None while streaming, then ``stop`` or ``length``.
     """
 
@@ -78,8 +78,10 @@ def encode(model: KVPModel, prompt: str | list[int], *, raw: bool = False) -> li
     """
     if isinstance(prompt, str):
         tokenizer = model.text_tokenizer
+        check_text(prompt)
         if raw or tokenizer.chat_template is None:
-            ids = tokenizer.encode(prompt)
+            has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+            ids = tokenizer.encode(prompt, add_special_tokens=not has_bos)
         else:
             ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
@@ -90,12 +92,26 @@ def encode(model: KVPModel, prompt: str | list[int], *, raw: bool = False) -> li
     return ids
 
 
-def check_context(model: KVPModel, tokens: int) -> None:
-    """Refuse a prompt that leaves no room for an answer.
+def check_text(text: str) -> None:
+    """Refuse text that is not Unicode (a terminal's or file's stray bytes arrive as lone surrogates).
 
     Raises:
-        InputError: the context window is full.
+        InputError: it does not encode to UTF-8.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not UTF-8 text (character {error.start}); convert it first.") from error
+
+
+def check_context(model: KVPModel, tokens: int, max_tokens: int = 1) -> None:
+    """Refuse a prompt that leaves no room for an answer, and an answer of no tokens.
+
+    Raises:
+        InputError: the context window is full, or ``max_tokens`` is below one.
+    """
+    if max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, not {max_tokens}.")
     if model.context_length is not None and tokens >= model.context_length:
         raise InputError(
             f"the prompt has {tokens} tokens, the model's context window {model.context_length}; shorten the prompt."
@@ -281,34 +297,37 @@ def stream_generate(
     Raises:
         InputError: see ``encode``.
     """
-    start = time.perf_counter()
-    ids = encode(model, prompt, raw=raw)
-    path = choose_prefill(prefill, len(ids), exact_tail)
-    tail = exact_tail if path == "kvp" else 0
-    cache, times = make_prompt_cache(model.base), PrefillTimes()
-    if len(ids) > 1:
-        fill = predict_base_cache if path == "kvp" else base_prefill
-        head = mx.array([ids[: len(ids) - 1 - tail]])
-        fill(model, head, cache, prefill_step_size=prefill_step_size, times=times, progress=progress)
-    decoded = decode(model, ids, cache, max_tokens=max_tokens, **options)
-    first_step_start, ttft_ms, first_step_ms = time.perf_counter(), 0.0, 0.0
-    for piece in decoded:
-        if not ttft_ms:
-            now = time.perf_counter()
-            ttft_ms, first_step_ms = 1e3 * (now - start), 1e3 * (now - first_step_start)
-        yield Response(
-            text=piece.text,
-            token=piece.token,
-            prompt_tokens=len(ids),
-            prefill=path,
-            exact_tail=tail,
-            ttft_ms=ttft_ms,
-            times=times,
-            first_step_ms=first_step_ms,
-            generation_tokens=piece.generation_tokens,
-            generation_tps=piece.generation_tps,
-            finish_reason=piece.finish_reason,
-        )
+    with wired_limit(model.base):  # around prefill and decoding, so that nothing is unwired in between
+        start = time.perf_counter()
+        ids = encode(model, prompt, raw=raw)
+        check_context(model, len(ids), max_tokens)
+        path = choose_prefill(prefill, len(ids), exact_tail)
+        tail = exact_tail if path == "kvp" else 0
+        cache, times = make_prompt_cache(model.base), PrefillTimes()
+        if len(ids) > 1:
+            fill = predict_base_cache if path == "kvp" else base_prefill
+            head = mx.array([ids[: len(ids) - 1 - tail]])
+            fill(model, head, cache, prefill_step_size=prefill_step_size, times=times, progress=progress)
+        options |= {"prefill_step_size": prefill_step_size or default_step_size()}
+        decoded = decode(model, ids, cache, max_tokens=max_tokens, **options)
+        first_step_start, ttft_ms, first_step_ms = time.perf_counter(), 0.0, 0.0
+        for piece in decoded:
+            if not ttft_ms:
+                now = time.perf_counter()
+                ttft_ms, first_step_ms = 1e3 * (now - start), 1e3 * (now - first_step_start)
+            yield Response(
+                text=piece.text,
+                token=piece.token,
+                prompt_tokens=len(ids),
+                prefill=path,
+                exact_tail=tail,
+                ttft_ms=ttft_ms,
+                times=times,
+                first_step_ms=first_step_ms,
+                generation_tokens=piece.generation_tokens,
+                generation_tps=piece.generation_tps,
+                finish_reason=piece.finish_reason,
+            )
 
 
 def decode(
@@ -324,10 +343,8 @@ def decode(
         options: passed to mlx-lm's ``stream_generate``.
 
     Raises:
-        InputError: ``max_tokens`` below one, or a ``draft_model``, whose own cache would lack the prompt.
+        InputError: a ``draft_model``, whose own cache would lack the prompt.
     """
-    if max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, not {max_tokens}.")
     if options.get("draft_model") is not None:
         raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
     if model.context_length is not None:

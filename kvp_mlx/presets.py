@@ -96,8 +96,8 @@ def preset_model(name: str, seed: int = 0) -> KVPModel:
     Raises:
         InputError: no preset of that name.
     """
-    base, auxiliary, config = preset_parts(name)
     mx.random.seed(seed)
+    base, auxiliary, config = preset_parts(name)
     predictor = build_predictor(base, auxiliary, config)
     for model in (base, auxiliary):
         fit_to_device(model)

@@ -5,6 +5,7 @@ Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shap
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from .errors import BundleError
 
 SAMPLE_BYTES = 4096
+DTYPE_BITS = {f"{kind}{bits}": bits for kind in "FUI" for bits in (8, 16, 32, 64)} | {"BF16": 16, "BOOL": 8}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
+        for tensor in tensors.values():
+            if 8 * (tensor.end - tensor.start) != DTYPE_BITS[tensor.dtype] * math.prod(tensor.shape):
+                raise ValueError("a tensor's bytes do not fit its shape")
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing; convert or download the model again.") from error
     except OSError as error:

@@ -58,6 +58,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: (b / "predictor.safetensors").write_bytes(b"\7" + b"\0" * 7 + b"garbage"),
         "not a saf",
     ),
+    "predictor of an unknown type": (
+        lambda b: (b / "predictor.safetensors").write_bytes(
+            (b / "predictor.safetensors").read_bytes().replace(b'"F16"', b'"F17"')
+        ),
+        "not a safetensors file",
+    ),
+    "predictor of integers": (
+        lambda b: replace_tensors(b, lambda a: {k: v.astype(mx.int32) for k, v in a.items()}),
+        "is I32",
+    ),
+    "predictor not finite": (
+        lambda b: replace_tensors(b, lambda a: {k: v * mx.inf for k, v in a.items()}),
+        "not finite",
+    ),
+    "tokeniser cut short": (lambda b: truncate(b / "base" / "tokenizer.json", 300), "tokeniser"),
     "tensor missing": (lambda b: replace_tensors(b, lambda a: {f"{MAP}.weight": a[f"{MAP}.weight"]}), f"{MAP}.bias"),
     "tensor unknown": (lambda b: replace_tensors(b, lambda a: a | {"maps.extra": mx.zeros(3)}), "maps.extra"),
     "tensor transposed": (lambda b: replace_tensors(b, lambda a: a | {f"{MAP}.bias": mx.zeros(3)}), "has shape (3,)"),
@@ -134,3 +149,51 @@ def test_quantised_base_runs(bundle: Path, base_dir: Path) -> None:
         kvp_mlx.load(str(bundle))
     quantised = kvp_mlx.load(str(bundle), allow_base_mismatch=True)
     assert kvp_mlx.predict_base_cache(quantised, mx.array([[5, 6, 7]]))[-1].offset == 3
+
+
+@pytest.fixture
+def pruned(base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp) -> Path:
+    out = tmp_path / "pruned"
+    assert kvp("fit", base_dir, "--prune", 0.5, "--data", text_file, "--tokens", 64, "--out", out).code == 0
+    return out
+
+
+def test_another_auxiliary_is_refused(pruned: Path, kvp: Kvp) -> None:
+    write_llama(pruned / "auxiliary", seed=5, num_hidden_layers=2, tokenizer=False)
+    outcome = kvp("generate", "hello", "--model", pruned)
+    assert outcome.code == 2
+    assert "fingerprint" in outcome.err
+
+
+def test_auxiliary_of_another_vocabulary_is_refused(pruned: Path, kvp: Kvp) -> None:
+    write_llama(pruned / "auxiliary", seed=5, num_hidden_layers=2, vocab_size=200, tokenizer=False)
+    edit_part(pruned, "auxiliary", fingerprint=None)
+    outcome = kvp("generate", "hello", "--model", pruned)
+    assert outcome.code == 2
+    assert "vocabulary (200)" in outcome.err
+
+
+def test_context_window_is_the_smaller_one(pruned: Path) -> None:
+    assert kvp_mlx.load(str(pruned)).context_length == 512
+    config = json.loads((pruned / "auxiliary" / "config.json").read_text())
+    (pruned / "auxiliary" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    assert kvp_mlx.load(str(pruned)).context_length == 100
+
+
+def test_retained_layers_have_to_make_the_depth(pruned: Path, kvp: Kvp) -> None:
+    edit_part(pruned, "auxiliary", retained_layers=[0, 1, 2])
+    outcome = kvp("info", pruned)
+    assert outcome.code == 2
+    assert "retained_layers" in outcome.err
+
+
+def test_prefix_shares_every_weight_with_its_base(bundle: Path, base_dir: Path) -> None:
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(base_dir)
+    model, config = quantize_model(model, config, group_size=32, bits=4)
+    save_model(bundle / "base", model)
+    save_config(config, bundle / "base" / "config.json")
+    loaded = kvp_mlx.load(str(bundle), allow_base_mismatch=True)
+    assert loaded.auxiliary.model.embed_tokens is loaded.base.model.embed_tokens
+    assert all(a is b for a, b in zip(loaded.auxiliary.layers, loaded.base.layers, strict=False))

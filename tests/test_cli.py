@@ -56,6 +56,7 @@ def test_version_and_bare_command(kvp: Kvp) -> None:
         ["fit", "base"],
         ["bench", "ttft", "--prompt-tokens", "many"],
         ["bench", "ttft", "--out", "/no/such/folder/x.json"],
+        ["bench", "ttft", "--out", "/tmp"],
     ],
 )
 def test_bad_usage_is_one_line_and_code_2(arguments: list[str], kvp: Kvp) -> None:
@@ -155,7 +156,7 @@ def test_chat_holds_a_conversation_in_a_pipe(bundle: Path, kvp: Kvp) -> None:
 
 def test_info_tells_kind_sizes_and_recipe(bundle: Path, kvp: Kvp) -> None:
     result = kvp("info", bundle, "--json").json()
-    assert result["auxiliary"] == {"kind": "prefix", "layers": 2, "retained_layers": None}
+    assert result["auxiliary"] == {"kind": "prefix", "layers": 2, "retained_layers": None, "fingerprint": None}
     assert result["predictor"]["parameters"] == (64 + 1) * 2 * 32
     assert result["training"]["method"] == "ridge"
     assert result["size_bytes"]["predictor"] == (bundle / "predictor.safetensors").stat().st_size
@@ -181,3 +182,23 @@ def test_missing_blas_is_a_warning_not_a_failure(bundle: Path) -> None:
     if sys.platform == "linux":
         assert "libnot-there.so.0" in result.stderr
         assert "apt-get install" in result.stderr
+
+
+def test_bytes_that_are_not_utf8_on_the_command_line(bundle: Path, kvp: Kvp) -> None:
+    outcome = kvp("generate", "caf\udce9", "--model", bundle)  # how Python hands over a stray byte
+    assert outcome.code == 2
+    assert "UTF-8" in outcome.err
+
+
+def test_bytes_that_are_not_utf8_in_a_chat(bundle: Path, kvp: Kvp) -> None:
+    outcome = kvp("chat", "--model", bundle, stdin=b"caf\xe9\n")
+    assert outcome.code == 2
+    assert "UTF-8" in outcome.err
+
+
+def test_what_libraries_print_stays_out_of_the_json(bundle: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = kvp_mlx.bundle.load_model
+    monkeypatch.setattr("kvp_mlx.bundle.load_model", lambda path: print("[WARNING] noise") or load(path))
+    outcome = kvp("generate", "Hi", "--model", bundle, "--max-tokens", 1, "--json")
+    assert outcome.json()["prompt_tokens"] > 0
+    assert "[WARNING] noise" in outcome.err

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -161,6 +164,8 @@ BAD_DATA = {
     "not UTF-8": (lambda d: write(d / "a.txt", b"caf\xe9" * 50), "UTF-8"),
     "not JSON": (lambda d: write(d / "a.jsonl", '{"text": "x"}\nnonsense\n'), "line 2"),
     "no text": (lambda d: write(d / "a.jsonl", '{"title": "x"}\n'), "'text'"),
+    "gzip cut short": (lambda d: write(d / "a.txt.gz", gzip.compress(TEXT.encode())[:-30]), "cannot be read"),
+    "messages of strings": (lambda d: write(d / "a.jsonl", '{"messages": ["x"]}'), "line 1"),
     "not gzip": (lambda d: write(d / "a.txt.gz", "plain"), "cannot be read"),
     "too short": (lambda d: write(d / "a.txt", "Hello."), "32 tokens"),
 }
@@ -188,6 +193,7 @@ def test_bad_data_is_one_line_and_nothing_is_left(name: str, base_dir: Path, tmp
         (("--layers", 1, "--sources", 2), "--sources"),
         (("--prune", 0.5, "--sources", 9), "1 to 2"),
         (("--layers", 1, "--tokens", 0), "--tokens"),
+        (("--layers", 1, "--penalty", "nan"), "--penalty"),
         (("--auxiliary", "nowhere/at/all"), "nowhere"),
     ],
 )
@@ -221,12 +227,54 @@ def test_existing_output_stays_unless_forced(base_dir: Path, text_file: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_never_replaces_a_folder_of_something_else(
-    base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp
-) -> None:
+@pytest.mark.parametrize("name", ["chapter1.txt", "config.json"])
+def test_force_replaces_bundles_only(name: str, base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
     out = tmp_path / "thesis"
     out.mkdir()
-    write(out / "chapter1.txt", "precious")
+    write(out / name, "precious")
     outcome = kvp("fit", base_dir, "--layers", 1, "--data", text_file, "--out", out, "--force")
     assert outcome.code == 2
-    assert (out / "chapter1.txt").read_text() == "precious"
+    assert (out / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", [".", "inside", ".."])
+def test_output_that_overlaps_the_base_is_refused(place: str, text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    base = write_llama(tmp_path / "models" / "base")
+    before = sorted(tmp_path.rglob("*"))
+    outcome = kvp("fit", base, "--layers", 1, "--data", text_file, "--out", base / place, "--force")
+    assert outcome.code == 2
+    assert "overlaps" in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_symlinked_output_is_replaced_where_it_points(
+    base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    common = ("fit", base_dir, "--layers", 1, "--data", text_file, "--tokens", 64, "--force", "--out")
+    kvp(*common, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert kvp(*common, tmp_path / "link", "--window", 40).code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "real" / "kvp.json").read_text())["training"]["window"] == 40
+
+
+def test_terminated_fit_leaves_nothing(base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = write(tmp_path / "long.txt", text_file.read_text() * 2000)
+    command = [sys.executable, "-m", "kvp_mlx", "fit", str(base_dir), "--layers", "1"]
+    process = subprocess.Popen([*command, "--data", str(data), "--out", str(out), "--tokens", "100000000"])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob(".out.*")), "the fit never started to write"
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+
+
+def test_pruning_moves_the_quantisation_of_single_modules() -> None:
+    odd, plain = {"group_size": 32, "bits": 8}, {"group_size": 32, "bits": 4}
+    quantization = plain | {"model.layers.1.mlp.up_proj": odd, "model.layers.2.mlp.up_proj": odd, "lm_head": odd}
+    config = prune_config({"num_hidden_layers": 4, "quantization": quantization, "eos_token_id": [1, 2, 3, 4]}, [0, 2])
+    assert config["quantization"] == plain | {"model.layers.1.mlp.up_proj": odd, "lm_head": odd}
+    assert config["eos_token_id"] == [1, 2, 3, 4]

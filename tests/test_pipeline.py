@@ -128,7 +128,8 @@ def test_a_prefix_of_all_layers_but_the_last_is_exact(base):
     assert oracle.layer_map == [None] * 4
     ids, own = token_ids(12, batch=2), make_prompt_cache(model.base)
     cache = predict_base_cache(model, mx.array(ids[:, :-1]), prefill_step_size=5)
-    expected = model.base(mx.array(ids), cache=own)[:, -1:]
+    # in the same chunks, since other shapes round differently (by up to 1.1e-5 here)
+    *_, expected = [model.base(mx.array(part), cache=own) for part in np.split(ids, [5, 10, 11], axis=1)]
     assert_cache_equal(cache, [layer.first(11) for layer in entries_of(own)], atol=1e-5)
     np.testing.assert_allclose(next_logits(model, ids[:, -1:], cache), expected, atol=1e-5)
 

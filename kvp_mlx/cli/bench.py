@@ -36,8 +36,8 @@ def ttft(
 ) -> None:
     """Time the first token by full prefill and by prediction, interleaved in one process."""
     lengths = parse_lengths(prompt_tokens)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise InputError(f"the folder of {out} does not exist; create it or choose another --out.")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise InputError(f"{out} is a folder or lies in none; name a file with --out.")
     from ..bench.ttft import measure_ttft
     from ..bundle import load
     from ..files import write_json

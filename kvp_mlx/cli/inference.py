@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..pipeline import Response
 
 DEMO_DOCUMENT = Path(__file__).parents[1] / "data" / "demo.md"
+WARM_UP_CHARACTERS = 1000
 DEMO_QUESTION = "Who designed the lighthouse that stands today?"
 
 
@@ -163,12 +164,19 @@ def chat(
 
 
 def _read_line() -> str | None:
+    """Return the next line, None at the end of the input.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
     with contextlib.suppress(ImportError):  # line editing and history where the platform has it
         import readline  # noqa: F401
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the input is not UTF-8 text (byte {error.start}); convert it first.") from error
 
 
 def demo(max_tokens: MaxTokens = 48) -> None:
@@ -178,13 +186,16 @@ def demo(max_tokens: MaxTokens = 48) -> None:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ..bundle import load
 
     loaded = load()
-    text = f"{DEMO_DOCUMENT.read_text(encoding='utf-8')}\n\n{DEMO_QUESTION}"
-    answer(loaded, "Hello.", echo=False, prefill="full", max_tokens=2)  # warm up
+    document = DEMO_DOCUMENT.read_text(encoding="utf-8")
+    text = f"{document}\n\n{DEMO_QUESTION}"
     results = {}
+    for path in ("full", "kvp"):
+        answer(loaded, document[:WARM_UP_CHARACTERS], echo=False, prefill=path, max_tokens=2)
     for path in ("full", "kvp"):
         say(f"Asking with prefill={path} ...")
         results[path] = answer(loaded, text, echo=False, prefill=path, max_tokens=max_tokens)
@@ -193,6 +204,6 @@ def demo(max_tokens: MaxTokens = 48) -> None:
         table.add_column(column)
     for path, result in results.items():
         seconds, speed = result["ttft_ms"] / 1e3, result["generation_tps"]
-        table.add_row(path, f"{seconds:.2f} s", f"{speed:.1f}", result["text"].strip())
+        table.add_row(path, f"{seconds:.2f} s", f"{speed:.1f}", Text(result["text"].strip()))
     Console().print(table)
     print(f"The first token came {results['full']['ttft_ms'] / results['kvp']['ttft_ms']:.2f} times sooner.")

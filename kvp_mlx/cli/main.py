@@ -1,6 +1,7 @@
 """The ``kvp`` command: its tree of subcommands, and the one place where errors become lines and exit codes."""
 
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated
@@ -47,6 +48,7 @@ def options(
 def main() -> None:
     """Run the command line; an error is one line on stderr, never a traceback (KVP_DEBUG=1 shows it)."""
     warnings.showwarning = lambda message, *_: print(f"kvp: warning: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs are cleaned up
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except typer.TyperException as error:  # unknown option, bad value, ...

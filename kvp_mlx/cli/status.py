@@ -23,10 +23,11 @@ def info(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_header=False, title=model)
+    table = Table(show_header=False, title=Text(model))
     for key, value in flatten(result):
-        table.add_row(key, value)
+        table.add_row(key, Text(value))
     Console().print(table)
 
 

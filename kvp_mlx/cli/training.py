@@ -81,7 +81,7 @@ def train(
     from ..train.train import train_bundle
 
     options = TrainOptions(minutes=minutes, learning_rate=learning_rate, seed=seed)
-    require_free(out, force)
+    require_free(out, force)  # before the fit; once more before training, against what that reads
     with clean_stdout(json), tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
         if start is None:
             start = str(Path(scratch) / "fit")

@@ -32,12 +32,8 @@ def write_pruned(base: Path, retained: list[int], out: Path) -> None:
     files: dict[Path, Any] = {path: mx.load(str(path)) for path in {path for _, path, _ in weight_tensors(base)}}
     kept = {}
     for name, path, _ in weight_tensors(base):
-        array = files[path][name]
-        match = LAYER_KEY.match(name)
-        if match is None:
-            kept[name] = array
-        elif int(match[2]) in position:
-            kept[f"{match[1]}.{position[int(match[2])]}.{match[3]}"] = array
+        if (moved := renumbered(name, position)) is not None:
+            kept[moved] = files[path][name]
     mx.save_safetensors(str(out / "model.safetensors"), kept, metadata={"format": "mlx"})
 
 
@@ -47,8 +43,22 @@ def prune_config(config: dict[str, Any], retained: list[int]) -> dict[str, Any]:
     if key is None:
         raise UnsupportedModelError(f"config.json states none of {', '.join(DEPTH_KEYS)}; it cannot be pruned.")
     depth = config[key]
-    pruned = {
-        name: [value[i] for i in retained] if isinstance(value, list) and len(value) == depth else value
-        for name, value in config.items()
-    }
+    position = {layer: i for i, layer in enumerate(retained)}
+    pruned: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == depth and not name.endswith("_token_id"):
+            pruned[name] = [value[layer] for layer in retained]
+        elif isinstance(value, dict):  # quantisation of single modules, by their names
+            pruned[name] = {moved: v for k, v in value.items() if (moved := renumbered(k, position)) is not None}
+        else:
+            pruned[name] = value
     return pruned | {key: len(retained)}
+
+
+def renumbered(name: str, position: dict[int, int]) -> str | None:
+    """Return a module's or tensor's name in the pruned model; None if its layer is not retained."""
+    match = LAYER_KEY.match(name)
+    if match is None:
+        return name
+    layer = position.get(int(match[2]))
+    return None if layer is None else f"{match[1]}.{layer}.{match[3]}"

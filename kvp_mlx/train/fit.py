@@ -15,7 +15,7 @@ from .. import __version__
 from ..bundle import build_predictor, load_auxiliary
 from ..config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
 from ..default_model import ALIAS
-from ..errors import BundleError, InputError
+from ..errors import InputError
 from ..files import atomic_directory, require_free
 from ..layer_map import prefix_layer_map, pruned_layer_map, retained_layers, spread_layer_map, widened
 from ..models import fit_to_device, load_model, load_tokenizer, model_directory
@@ -57,7 +57,7 @@ class FitOptions:
         if self.layers is not None and self.sources != 1:
             raise InputError("--sources belongs to --auxiliary and --prune; a prefix reads one hidden state.")
         for name, value in (("--tokens", self.tokens), ("--window", self.window), ("--penalty", self.penalty)):
-            if value <= 0:
+            if not value > 0:
                 raise InputError(f"{name} must be positive, not {value}.")
 
 
@@ -86,10 +86,11 @@ def fit_bundle(
     Raises:
         InputError: unusable data, options or output.
     """
-    require_free(out, force)
     files = data_files(data)
     start = time.perf_counter()
     base_path = model_directory(base_name)
+    sources = [base_path] if options.auxiliary is None else [base_path, model_directory(str(options.auxiliary))]
+    require_free(out, force, sources=sources)
     base, base_config = load_model(base_path)
     tokenizer = load_tokenizer(base_path, base_config)
     if tokenizer is None:
@@ -98,7 +99,6 @@ def fit_bundle(
         auxiliary_config = write_auxiliary(base, base_path, options, work)
         config = bundle_config(base, base_name, base_path, auxiliary_config, options)
         auxiliary = load_auxiliary(base, config, work)
-        check_vocabulary(base, auxiliary)
         predictor = build_predictor(base, auxiliary, config)
         fit_to_device(base)
         is_prefix = auxiliary_config.kind == "prefix"
@@ -134,11 +134,12 @@ def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work:
         retained = retained_layers(len(base.layers), options.prune)
         (work / "auxiliary").mkdir()
         write_pruned(base_path, retained, work / "auxiliary")
-        return AuxiliaryConfig(kind="pruned", layers=len(retained), retained_layers=tuple(retained))
+        mark = fingerprint(work / "auxiliary")
+        return AuxiliaryConfig(kind="pruned", layers=len(retained), retained_layers=tuple(retained), fingerprint=mark)
     source = model_directory(str(options.auxiliary))
     auxiliary, _ = load_model(source)
     shutil.copytree(source, work / "auxiliary")
-    return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers))
+    return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers), fingerprint=fingerprint(source))
 
 
 def bundle_config(
@@ -163,19 +164,6 @@ def bundle_config(
     else:
         reference = BaseConfig(fingerprint=mark, hub_id=base_name, revision=base_path.name)
     return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor)
-
-
-def check_vocabulary(base: nn.Module, auxiliary: nn.Module) -> None:
-    """Refuse an auxiliary that cannot read the base's token ids.
-
-    Raises:
-        BundleError: the vocabularies differ in size.
-    """
-    if base.args.vocab_size != auxiliary.args.vocab_size:
-        raise BundleError(
-            f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
-            "choose an auxiliary of the same tokeniser."
-        )
 
 
 def write_predictor(predictor: Predictor, path: Path) -> None:

@@ -74,7 +74,7 @@ def train_predictor(
     windows = itertools.islice(windows, rank, None, size)
     rng = random.Random(options.seed * size + rank)
     optimizer = optim.AdamW(learning_rate=options.learning_rate, betas=[0.9, 0.95], weight_decay=0.01)
-    best: dict[str, Any] = {"recovery": -math.inf}
+    best: dict[str, Any] = {}
     start, tokens, steps, next_validation = time.perf_counter(), 0, 0, 0.0
     with log.open("a", encoding="utf-8") if rank == 0 else open(os.devnull, "w", encoding="utf-8") as lines:
         while True:
@@ -84,7 +84,7 @@ def train_predictor(
                 if rank == 0:
                     record = validate(model, held_back) | {"tokens": tokens, "minutes": round(minutes, 1)}
                     print(json.dumps(record), file=lines, flush=True)
-                    if record["recovery"] > best["recovery"]:
+                    if not best or record["recovery"] > best["recovery"]:
                         best = record
                         save(best)
             if minutes >= options.minutes:

@@ -33,8 +33,8 @@ class RidgeSums:
         x = inputs.reshape(-1, self.block.in_width).astype(mx.float32)  # (B, T, in) -> (B*T, in)
         x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=-1)
         y = targets.reshape(-1, self.block.out_width).astype(mx.float32)  # (B, T, out) -> (B*T, out)
-        self.gram += np.array(x.T @ x)
-        self.cross += np.array(x.T @ y)
+        self.gram += np.array(mx.matmul(x.T, x, stream=mx.cpu))  # GPUs may take fp32 products in TF32
+        self.cross += np.array(mx.matmul(x.T, y, stream=mx.cpu))
 
     def solve(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """Return weight (out, in) and bias (out,).

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def read_documents(path: Path, tokenizer: TokenizerWrapper) -> Iterator[str]:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
 
 
@@ -66,7 +67,10 @@ def _document(record: Any, where: str, tokenizer: TokenizerWrapper) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        except Exception as error:  # whatever the model's own template makes of it
+            raise InputError(f"{where}: the chat template does not take these messages ({error}).") from error
     raise InputError(f"{where}: a record needs 'text' (a string) or 'messages' (a list).")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..bundle import KVPModel, bundle_directory, load
+from ..bundle import KVPModel, base_directory, bundle_directory, load
 from ..errors import InputError
 from ..files import atomic_directory, require_free
 from .fit import write_predictor
@@ -48,14 +48,14 @@ def train_bundle(
     Raises:
         InputError: unusable data or output, or a bundle that cannot be copied.
     """
-    require_free(out, force)
     files = data_files(data)
     model = load(start)
+    require_free(out, force, sources=[base_directory(model.config.base, bundle_directory(start))])
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     if model.config.base.path is not None and not Path(model.config.base.path).is_absolute():
         raise InputError(f"{start} carries its base inside; fit a bundle on the base's own directory to train.")
-    windows = endless_windows(files, model, window, options.seed)
-    whole = (tokens for tokens in windows if len(tokens) == window)
-    held_back = list(itertools.islice(whole, HELD_BACK_WINDOWS))
+    held_back = hold_back(files, model, window, options.seed)
+    windows = endless_windows(files, model, window, options.seed, held_back)
 
     def save(record: dict[str, Any]) -> None:
         training = {
@@ -77,13 +77,33 @@ def train_bundle(
     return train_predictor(model, windows, held_back, options, log=log, save=save, progress=progress)
 
 
-def endless_windows(files: list[Path], model: KVPModel, window: int, seed: int) -> Iterator[list[int]]:
-    """Yield training windows forever, each pass over the data in another order."""
+def hold_back(files: list[Path], model: KVPModel, window: int, seed: int) -> list[list[int]]:
+    """Return the first full windows of the data, for validation.
+
+    Raises:
+        InputError: fewer full windows than that.
+    """
+    windows = token_windows(files, model.text_tokenizer, window, seed)
+    full = list(itertools.islice((tokens for tokens in windows if len(tokens) == window), HELD_BACK_WINDOWS))
+    if len(full) < HELD_BACK_WINDOWS:
+        raise InputError(f"the data holds {len(full)} passages of {window} tokens; give more, or a smaller --window.")
+    return full
+
+
+def endless_windows(
+    files: list[Path], model: KVPModel, window: int, seed: int, held_back: list[list[int]]
+) -> Iterator[list[int]]:
+    """Yield training windows forever, each pass over the data in another order, never the held-back ones.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+    kept_out = set(map(tuple, held_back))
     for epoch in itertools.count(seed):
         found = False
         for tokens in token_windows(files, model.text_tokenizer, window, epoch):
-            if len(tokens) >= min(window, MIN_TRAINING_TOKENS):
+            if len(tokens) >= min(window, MIN_TRAINING_TOKENS) and tuple(tokens) not in kept_out:
                 found = True
                 yield tokens
         if not found:
-            raise InputError(f"the data holds no text of {MIN_TRAINING_TOKENS} tokens or more; give more with --data.")
+            raise InputError("the data holds nothing to train on beside what validation needs; give more with --data.")
