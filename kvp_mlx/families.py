@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 
 from .errors import UnsupportedModelError
 
-Cache = list[KVCache]
+LayerCache = KVCache | ConcatenateKVCache
+Cache = list[LayerCache]
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _listening(attention: nn.Module, family: Family) -> Iterator[Callable[[], Ra
             attention[name] = listener.projection
 
 
-def append_raw(model: nn.Module, layer: int, cache: KVCache, keys: mx.array, values: mx.array) -> None:
+def append_raw(model: nn.Module, layer: int, cache: LayerCache, keys: mx.array, values: mx.array) -> None:
     """Append raw pairs to one layer's cache as the layer itself would: k_norm, then RoPE, then the write.
 
     Args:

@@ -7,7 +7,7 @@ right document minus that of a wrong one of the same kind, kvp's over full's (de
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -81,4 +81,4 @@ def continuation_nll(model: KVPModel, cache: Cache, ids: list[int]) -> float:
     hidden, _ = run_layers(model.base, inputs, cache)
     logits = output_head(model.base, hidden).astype(mx.float32)
     chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # (B, T, vocab) -> (B, T)
-    return (mx.logsumexp(logits, axis=-1) - chosen).mean().item()
+    return cast(float, (mx.logsumexp(logits, axis=-1) - chosen).mean().item())

@@ -53,9 +53,9 @@ def teach(model: KVPModel, window: list[int]) -> Teacher:
     return Teacher(ids, mx.concatenate(outputs, axis=1), joined, cache)
 
 
-def student_cache(model: KVPModel, teacher: Teacher, split: int) -> list[ConcatenateKVCache]:
+def student_cache(model: KVPModel, teacher: Teacher, split: int) -> Cache:
     """Return the base's cache of the first ``split`` positions: exact where the bundle's is, else predicted."""
-    cache = [ConcatenateKVCache() for _ in model.base.layers]
+    cache: Cache = [ConcatenateKVCache() for _ in model.base.layers]
     predicted = model.predictor({name: x[:, :split] for name, x in teacher.inputs.items()})
     for layer, (own, true) in enumerate(zip(cache, teacher.cache, strict=True)):
         if layer in predicted:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,8 +103,8 @@ def train_predictor(
 
 def shared_mean(value: float) -> float:
     """Return the mean of a number over all processes (``mlx.launch``), so that they decide alike."""
-    total = mx.distributed.all_sum(mx.array(value), stream=mx.cpu).item()
-    return float(total) / mx.distributed.init().size()
+    total = cast(float, mx.distributed.all_sum(mx.array(value), stream=mx.cpu).item())
+    return total / mx.distributed.init().size()
 
 
 def schedule(share: float) -> float:
