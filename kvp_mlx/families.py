@@ -39,6 +39,12 @@ class Family:
 
 FAMILIES = {
     "llama": Family(),
+    "mistral": Family(),
+    "olmo2": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "smollm3": Family(),
+    "phi3": Family(qkv_proj="qkv_proj"),
     "openelm": Family(inner="transformer", embedding="token_embeddings", attention="attn", qkv_proj="qkv_proj"),
 }
 
