@@ -42,6 +42,7 @@ AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
 ]
 DEFAULT_MODEL = ALIAS
+DEFAULT_EXACT_TAIL = 32  # a question at the end of the prompt, and the chat template around it
 
 
 def print_json(data: Any) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from .common import (
+    DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
     AllowMismatch,
     ExactTail,
@@ -32,9 +33,14 @@ if TYPE_CHECKING:
     from ..bundle import KVPModel
     from ..pipeline import Response
 
+DEMO_ARMS = {
+    "full prefill": ("full", 0),
+    "kvp": ("kvp", 0),
+    f"kvp, exact tail {DEFAULT_EXACT_TAIL}": ("kvp", DEFAULT_EXACT_TAIL),
+}
 DEMO_DOCUMENT = Path(__file__).parents[1] / "data" / "demo.md"
 WARM_UP_CHARACTERS = 1000
-DEMO_QUESTION = "Who designed the lighthouse that stands today?"
+DEMO_QUESTION = "What destroyed the second tower?"
 
 
 def generate(
@@ -46,7 +52,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     prefill: PrefillOption = PrefillChoice.auto,
-    exact_tail: ExactTail = 0,
+    exact_tail: ExactTail = DEFAULT_EXACT_TAIL,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
@@ -131,7 +137,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     prefill: PrefillOption = PrefillChoice.auto,
-    exact_tail: ExactTail = 0,
+    exact_tail: ExactTail = DEFAULT_EXACT_TAIL,
     allow_base_mismatch: AllowMismatch = False,
 ) -> None:
     """Hold a conversation.
@@ -193,17 +199,18 @@ def demo(max_tokens: MaxTokens = 48) -> None:
     loaded = load()
     document = DEMO_DOCUMENT.read_text(encoding="utf-8")
     text = f"{document}\n\n{DEMO_QUESTION}"
-    results = {}
     for path in ("full", "kvp"):
         answer(loaded, document[:WARM_UP_CHARACTERS], echo=False, prefill=path, max_tokens=2)
-    for path in ("full", "kvp"):
-        say(f"Asking with prefill={path} ...")
-        results[path] = answer(loaded, text, echo=False, prefill=path, max_tokens=max_tokens)
-    table = Table(title=f"{DEMO_QUESTION}  ({results['kvp']['prompt_tokens']} prompt tokens)")
-    for column in ("prefill", "first token after", "tokens/s after it", "answer"):
+    results = {}
+    for name, (path, tail) in DEMO_ARMS.items():
+        say(f"Asking: {name} ...")
+        results[name] = answer(loaded, text, echo=False, prefill=path, exact_tail=tail, max_tokens=max_tokens)
+    full = results["full prefill"]
+    table = Table(title=f"{DEMO_QUESTION}  ({full['prompt_tokens']} prompt tokens)")
+    for column in ("path", "first token after", "sooner", "tokens/s", "answer"):
         table.add_column(column)
-    for path, result in results.items():
-        seconds, speed = result["ttft_ms"] / 1e3, result["generation_tps"]
-        table.add_row(path, f"{seconds:.2f} s", f"{speed:.1f}", Text(result["text"].strip()))
+    for name, result in results.items():
+        seconds, sooner = result["ttft_ms"] / 1e3, full["ttft_ms"] / result["ttft_ms"]
+        speed = f"{result['generation_tps']:.1f}"
+        table.add_row(name, f"{seconds:.2f} s", f"{sooner:.2f}x", speed, Text(result["text"].strip()))
     Console().print(table)
-    print(f"The first token came {results['full']['ttft_ms'] / results['kvp']['ttft_ms']:.2f} times sooner.")
