@@ -89,19 +89,27 @@ def check_architecture(model_type: str) -> None:
         )
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the row of an mlx-lm model.
+def check_cache(model: nn.Module) -> None:
+    """Refuse a model whose cache is not a plain KV cache in every layer.
 
     Raises:
-        UnsupportedModelError: an unknown architecture, or one whose cache is not a plain per-layer KV cache.
+        UnsupportedModelError: a sliding-window, recurrent or latent cache.
     """
-    check_architecture(model.model_type)
     odd = {type(cache).__name__ for cache in make_prompt_cache(model)} - {"KVCache"}
     if odd:
         raise UnsupportedModelError(
             f"this {model.model_type} model uses {', '.join(sorted(odd))} (a sliding-window, recurrent or latent "
             "cache), which cannot be predicted; choose a model with full attention in every layer."
         )
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the row of an mlx-lm model.
+
+    Raises:
+        UnsupportedModelError: an unknown architecture.
+    """
+    check_architecture(model.model_type)
     return FAMILIES[model.model_type]
 
 

@@ -17,7 +17,7 @@ from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 from . import blas
 from .default_model import ALIAS, ensure_base
 from .errors import BundleError, InputError
-from .families import check_architecture, family_of
+from .families import check_architecture, check_cache
 from .safetensors import weight_tensors
 
 
@@ -73,7 +73,7 @@ def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:  # mlx-lm raises whatever its model files raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BundleError(f"mlx-lm cannot load {directory}: {reason}") from error
-    family_of(model)
+    check_cache(model)
     return model, config
 
 

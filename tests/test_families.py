@@ -25,6 +25,7 @@ from kvp_mlx.errors import UnsupportedModelError
 from kvp_mlx.families import (
     KVShape,
     append_raw,
+    check_cache,
     family_of,
     hidden_size,
     kv_shapes,
@@ -97,7 +98,7 @@ def test_sliding_window_layers_are_refused_by_name():
     layer_types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = llama(layer_types=layer_types, sliding_window=4)
     with pytest.raises(UnsupportedModelError, match="this llama model uses RotatingKVCache"):
-        kv_shapes(model)
+        check_cache(model)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -278,3 +278,12 @@ def test_pruning_moves_the_quantisation_of_single_modules() -> None:
     config = prune_config({"num_hidden_layers": 4, "quantization": quantization, "eos_token_id": [1, 2, 3, 4]}, [0, 2])
     assert config["quantization"] == plain | {"model.layers.1.mlp.up_proj": odd, "lm_head": odd}
     assert config["eos_token_id"] == [1, 2, 3, 4]
+
+
+def test_sliding_window_base_is_refused_by_name(text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    layer_types = ["full_attention", "sliding_attention"] * 2
+    base = write_llama(tmp_path / "base", layer_types=layer_types, sliding_window=16)
+    outcome = kvp("fit", base, "--layers", 1, "--data", text_file, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert "RotatingKVCache" in outcome.err
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from ..errors import InputError
 from .common import DEFAULT_MODEL, AllowMismatch, Json, Model, clean_stdout, print_json, progress_bar
 from .inference import DEMO_DOCUMENT
 
-MIN_TABLE_WIDTH = 100
+MIN_TABLE_WIDTH = 112
 RANDOM_PROMPT_TOKENS = 10_000
 
 app = typer.Typer(help="Measure time to first token.", rich_markup_mode=None)
