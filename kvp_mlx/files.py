@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,26 +57,25 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         InputError: the place cannot be written.
     """
     out = Path(out).resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; choose another place.") from error
-    try:
+    work, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}") for _ in range(2))
+    try:  # named before it is made, so that no moment is left in which a signal could orphan it
+        try:
+            if out.exists():  # otherwise what a kill left aside may be the only copy
+                _sweep(out)
+            work.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror}; choose another place.") from error
         yield work
-        work.chmod(0o755)
-        _exchange(work, out)
+        _exchange(work, out, old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _exchange(work: Path, out: Path) -> None:
-    """Move ``work`` to ``out``, and what was there away, putting it back if that fails."""
+def _exchange(work: Path, out: Path, old: Path) -> None:
+    """Move ``work`` to ``out``, and what was there to ``old``, putting it back if that fails."""
     if not out.exists():
         work.replace(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     out.replace(old)
     try:
         work.replace(out)
