@@ -180,6 +180,8 @@ def _read_line() -> str | None:
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
+        if sys.stdin.isatty():
+            print()
         return None
     except UnicodeDecodeError as error:
         raise InputError(f"the input is not UTF-8 text (byte {error.start}); convert it first.") from error

@@ -26,6 +26,8 @@ def info(
     from rich.text import Text
 
     table = Table(show_header=False, title=Text(model))
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for key, value in flatten(result):
         table.add_row(key, Text(value))
     Console().print(table)
