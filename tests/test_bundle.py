@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import Kvp
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support.directories import write_llama
 
 import kvp_mlx
@@ -31,6 +32,12 @@ def replace_tensors(bundle: Path, change: Callable[[dict[str, mx.array]], dict[s
 
 def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
+
+
+def quantise_base(bundle: Path, base_dir: Path) -> None:
+    model, config = quantize_model(*load_model(base_dir), group_size=32, bits=4)
+    save_model(bundle / "base", model)
+    save_config(config, bundle / "base" / "config.json")
 
 
 MAP = "maps.hidden_2"
@@ -139,12 +146,7 @@ def test_base_without_a_tokeniser_loads_for_token_ids(bundle: Path, kvp: Kvp) ->
 
 
 def test_quantised_base_runs(bundle: Path, base_dir: Path) -> None:
-    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
-
-    model, config = load_model(base_dir)
-    model, config = quantize_model(model, config, group_size=32, bits=4)
-    save_model(bundle / "base", model)
-    save_config(config, bundle / "base" / "config.json")
+    quantise_base(bundle, base_dir)
     with pytest.raises(BundleError, match="fingerprint"):
         kvp_mlx.load(str(bundle))
     quantised = kvp_mlx.load(str(bundle), allow_base_mismatch=True)
@@ -188,12 +190,7 @@ def test_retained_layers_have_to_make_the_depth(pruned: Path, kvp: Kvp) -> None:
 
 
 def test_prefix_shares_every_weight_with_its_base(bundle: Path, base_dir: Path) -> None:
-    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
-
-    model, config = load_model(base_dir)
-    model, config = quantize_model(model, config, group_size=32, bits=4)
-    save_model(bundle / "base", model)
-    save_config(config, bundle / "base" / "config.json")
+    quantise_base(bundle, base_dir)
     loaded = kvp_mlx.load(str(bundle), allow_base_mismatch=True)
     assert loaded.auxiliary.model.embed_tokens is loaded.base.model.embed_tokens
     assert all(a is b for a, b in zip(loaded.auxiliary.layers, loaded.base.layers, strict=False))
