@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,8 @@ from .errors import UnsupportedModelError
 
 LayerCache = KVCache | ConcatenateKVCache
 Cache = list[LayerCache]
+RawPair = dict[str, mx.array]
+"""Raw ``keys`` and ``values`` of one layer."""
 
 
 @dataclass(frozen=True)
@@ -219,24 +222,45 @@ def _listening(attention: nn.Module, family: Family) -> Iterator[Callable[[], Ra
             attention[name] = listener.projection
 
 
-def append_raw(model: nn.Module, layer: int, cache: LayerCache, keys: mx.array, values: mx.array) -> None:
-    """Append raw pairs to one layer's cache as the layer itself would: k_norm, then RoPE, then the write.
+def append_raw(model: nn.Module, raw: dict[int, RawPair], cache: Cache) -> None:
+    """Append raw pairs to a cache as the layers themselves would: k_norm, then RoPE, then the write.
+
+    Layers with the same RoPE are rotated in one call, since most of its cost is the same for all of them.
 
     Args:
         model: the mlx-lm model that the cache belongs to.
-        layer: index of its layer.
-        cache: that layer's cache; positions count on from ``cache.offset``.
-        keys: raw keys ``(B, T, H*D)``.
-        values: raw values ``(B, T, H*D)``.
+        raw: layer index to its raw ``keys`` and ``values``, each ``(B, T, H*D)``.
+        cache: the model's cache; positions count on from the offset, which these layers share.
     """
     family = family_of(model)
-    attention = model.layers[layer][family.attention]
-    shape = _kv_shape(attention, family)
-    keys, values = (_split_heads(x, shape) for x in (_normalise(attention, keys, shape), values))
-    cache.update_and_fetch(attention.rope(keys, offset=cache.offset), values)
+    groups: dict[Any, list[int]] = {}
+    for layer in raw:
+        groups.setdefault(_rope_key(model.layers[layer][family.attention].rope), []).append(layer)
+    for layers in groups.values():
+        attentions = [model.layers[layer][family.attention] for layer in layers]
+        shapes = [_kv_shape(attention, family) for attention in attentions]
+        keys = [
+            _split_heads(_normalise(attention, raw[layer]["keys"]), shape)
+            for layer, attention, shape in zip(layers, attentions, shapes, strict=True)
+        ]
+        together = attentions[0].rope(
+            mx.concatenate(keys, axis=1), offset=cache[layers[0]].offset
+        )  # (B, sum of H, T, D)
+        start = 0
+        for layer, shape in zip(layers, shapes, strict=True):
+            rotated = together[:, start : start + shape.heads]
+            cache[layer].update_and_fetch(rotated, _split_heads(raw[layer]["values"], shape))
+            start += shape.heads
 
 
-def _normalise(attention: nn.Module, keys: mx.array, shape: KVShape) -> mx.array:
+def _rope_key(rope: nn.Module) -> Any:
+    """Return what two RoPE modules must agree in to be called as one; other kinds stand for themselves alone."""
+    if type(rope) is nn.RoPE:
+        return rope.dims, rope.traditional, rope.base, rope.scale
+    return id(rope)
+
+
+def _normalise(attention: nn.Module, keys: mx.array) -> mx.array:
     """Apply the layer's k_norm, which spans one head or all of them (told by the size of its weight)."""
     k_norm = attention.get("k_norm")
     if k_norm is None:

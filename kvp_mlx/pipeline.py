@@ -147,8 +147,7 @@ def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> dict[str,
 
 def write_predicted(model: KVPModel, inputs: dict[str, mx.array], cache: Cache) -> None:
     """Predict raw keys and values and append them, normed and rotated, to the base's ``cache``; lazy."""
-    for layer, raw in model.predictor(inputs).items():
-        append_raw(model.base, layer, cache[layer], raw["keys"], raw["values"])
+    append_raw(model.base, model.predictor(inputs), cache)
 
 
 def auxiliary_cache_for(model: KVPModel, cache: Cache) -> Cache:

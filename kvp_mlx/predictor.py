@@ -12,7 +12,7 @@ from typing import Final
 import mlx.core as mx
 import mlx.nn as nn
 
-from .families import KVShape, RawLayer
+from .families import KVShape, RawLayer, RawPair
 from .layer_map import LayerMap
 
 HIDDEN_STATE: Final = "hidden_state"
@@ -100,9 +100,9 @@ class Predictor(nn.Module):
         """Return each map's input ``(B, T, in)`` from what the sources said."""
         return {block.name: block.gather(heard) for block in self._blocks}
 
-    def __call__(self, inputs: dict[str, mx.array]) -> dict[int, dict[str, mx.array]]:
+    def __call__(self, inputs: dict[str, mx.array]) -> dict[int, RawPair]:
         """Predict raw pairs, ``{base layer: {"keys": (B, T, H*D), "values": (B, T, H*D)}}``."""
-        predicted: dict[int, dict[str, mx.array]] = {}
+        predicted: dict[int, RawPair] = {}
         for block in self._blocks:
             wide = self.maps[block.name](inputs[block.name])  # (B, T, in) -> (B, T, sum of target widths)
             start = 0

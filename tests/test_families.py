@@ -129,8 +129,7 @@ def test_appending_what_a_layer_said_is_what_the_layer_appends(variant):
     cache, rebuilt = make_prompt_cache(model), make_prompt_cache(model)
     for chunk in (ids[:, :5], ids[:, 5:]):
         _, heard = run_layers(model, mx.array(chunk), cache, range(len(model.layers)))
-        for layer, raw in heard.items():
-            append_raw(model, layer, rebuilt[layer], raw.keys, raw.values)
+        append_raw(model, {layer: {"keys": raw.keys, "values": raw.values} for layer, raw in heard.items()}, rebuilt)
     assert_cache_equal(rebuilt, oracle_of(model).forward(ids).cache)
 
 
@@ -140,7 +139,7 @@ def test_a_norm_over_all_heads_is_applied_over_all_heads():
     keys, weight = rng.normal(size=(2, 5, 16)), rng.uniform(0.5, 1.5, 16)
     model.layers[1].self_attn.k_norm = nn.RMSNorm(16, eps=1e-6)
     model.layers[1].self_attn.k_norm.weight = mx.array(weight, mx.float32)
-    append_raw(model, 1, cache, mx.array(keys, mx.float32), mx.array(keys, mx.float32))
+    append_raw(model, {1: {"keys": mx.array(keys, mx.float32), "values": mx.array(keys, mx.float32)}}, {1: cache})
     expected = rotate(split_heads(rms_norm(keys, weight, 1e-6), 2), np.arange(5), 10000.0)
     np.testing.assert_allclose(cache.keys_and_values()[0], expected, atol=1e-5)
     np.testing.assert_allclose(cache.keys_and_values()[1], split_heads(keys, 2), atol=1e-5)

@@ -58,11 +58,10 @@ def student_cache(model: KVPModel, teacher: Teacher, split: int) -> Cache:
     cache: Cache = [ConcatenateKVCache() for _ in model.base.layers]
     predicted = model.predictor({name: x[:, :split] for name, x in teacher.inputs.items()})
     for layer, (own, true) in enumerate(zip(cache, teacher.cache, strict=True)):
-        if layer in predicted:
-            append_raw(model.base, layer, own, predicted[layer]["keys"], predicted[layer]["values"])
-        else:
+        if layer not in predicted:
             keys, values = true.keys_and_values()
             own.update_and_fetch(keys[..., :split, :], values[..., :split, :])
+    append_raw(model.base, predicted, cache)
     return cache
 
 
