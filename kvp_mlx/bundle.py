@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import default_model
-from .config import BaseConfig, BundleConfig, read_config
+from .adapter import adapted_prefix, adapter_weights
+from .config import AuxiliaryConfig, BaseConfig, BundleConfig, read_config
 from .errors import BundleError, InputError
 from .families import hidden_size, kv_shapes, prefix_model
 from .models import compute_dtype, context_length, fit_to_device, load_model, load_tokenizer, model_directory
@@ -45,6 +46,11 @@ class KVPModel:
     def is_prefix(self) -> bool:
         """Whether the auxiliary is a part of the base and shares its cache."""
         return self.config.auxiliary.kind == "prefix"
+
+    @property
+    def has_exact_prefix(self) -> bool:
+        """Whether the layers shared with the base read the prompt just as the base would."""
+        return self.is_prefix and self.config.auxiliary.adapter_rank is None
 
     @property
     def text_tokenizer(self) -> TokenizerWrapper:
@@ -86,18 +92,19 @@ def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) 
     base, base_config = load_model(base_path)
     auxiliary = load_auxiliary(base, config, directory)
     predictor = build_predictor(base, auxiliary, config)
-    _check_tensors(predictor, tensors, weights)
+    _check_tensors(tree_flatten(predictor.parameters()), tensors, weights)
     tokenizer = load_tokenizer(base_path, base_config)
     fit_to_device(base)
-    if config.auxiliary.kind == "prefix":
+    if config.auxiliary.adapter_rank is not None:
+        auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")
+    elif config.auxiliary.kind == "prefix":
         auxiliary = prefix_model(base, config.auxiliary.layers)  # again, now that the base has its final weights
     else:
         fit_to_device(auxiliary)
     predictor.load_weights(str(weights))
     predictor.set_dtype(compute_dtype(base))
     mx.eval(predictor.parameters())
-    if not all(mx.isfinite(array).all().item() for _, array in tree_flatten(predictor.parameters())):
-        raise BundleError(f"{weights} holds numbers that are not finite; get the bundle again.")
+    _check_finite(predictor.parameters(), weights)
     return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
 
 
@@ -111,6 +118,7 @@ def describe(name: str) -> dict[str, Any]:
         for part, files in {
             "predictor": [directory / "predictor.safetensors"],
             "auxiliary": list((directory / "auxiliary").glob("*.safetensors")),
+            "adapter": list(directory.glob("adapter.safetensors")),
         }.items()
     }
     return {
@@ -169,7 +177,7 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
             config.predictor.layer_map,
             config.predictor.input,
             kv_shapes(auxiliary),
-            hidden_size(auxiliary),
+            hidden_size(base if config.auxiliary.kind == "prefix" else auxiliary),
             kv_shapes(base),
         )
     )
@@ -184,8 +192,25 @@ def _check_fingerprint(model: Path, expected: str) -> None:
         )
 
 
-def _check_tensors(predictor: Predictor, found: dict[str, TensorInfo], path: Path) -> None:
-    expected = {name: tuple(array.shape) for name, array in tree_flatten(predictor.parameters())}
+def _load_adapter(base: nn.Module, config: AuxiliaryConfig, path: Path) -> nn.Module:
+    """Return the prefix with the low-rank updates of ``adapter.safetensors``."""
+    found = read_header(path)
+    prefix = adapted_prefix(base, config.layers, config.adapter_rank or 0)
+    _check_tensors(list(adapter_weights(prefix).items()), found, path)
+    prefix.load_weights(str(path), strict=False)
+    updates = {name: array.astype(compute_dtype(base)) for name, array in adapter_weights(prefix).items()}
+    _check_finite(updates, path)
+    prefix.load_weights(list(updates.items()), strict=False)
+    return prefix
+
+
+def _check_finite(parameters: Any, path: Path) -> None:
+    if not all(mx.isfinite(array).all().item() for _, array in tree_flatten(parameters)):
+        raise BundleError(f"{path} holds numbers that are not finite; get the bundle again.")
+
+
+def _check_tensors(needed: list[tuple[str, mx.array]], found: dict[str, TensorInfo], path: Path) -> None:
+    expected = {name: tuple(array.shape) for name, array in needed}
     if missing := sorted(expected.keys() - found.keys()):
         raise BundleError(f"{path} lacks the tensor {missing[0]}; get the bundle again.")
     if unknown := sorted(found.keys() - expected.keys()):

@@ -35,17 +35,23 @@ class BaseConfig(_Part):
 
 
 class AuxiliaryConfig(_Part):
-    """The auxiliary: the base's first ``layers`` layers (prefix), or the model in ``auxiliary/`` of that depth."""
+    """The auxiliary: the base's first ``layers`` layers (prefix), or the model in ``auxiliary/`` of that depth.
+
+    A prefix may read the prompt with low-rank updates of ``adapter_rank``, kept in adapter.safetensors.
+    """
 
     kind: Literal["prefix", "model", "pruned"]
     layers: PositiveInt
     retained_layers: tuple[NonNegativeInt, ...] | None = None
     fingerprint: str | None = None
+    adapter_rank: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _fields_of_its_kind(self) -> "AuxiliaryConfig":
         if (self.kind == "pruned") != (self.retained_layers is not None):
             raise ValueError("retained_layers belongs to kind 'pruned', and only there")
+        if self.adapter_rank is not None and self.kind != "prefix":
+            raise ValueError("adapter_rank belongs to kind 'prefix', and only there")
         if self.retained_layers is not None and len(self.retained_layers) != self.layers:
             raise ValueError(f"{len(self.retained_layers)} retained_layers do not make {self.layers} layers")
         return self

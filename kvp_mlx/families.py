@@ -135,22 +135,39 @@ def kv_shapes(model: nn.Module) -> list[KVShape]:
 def _kv_shape(attention: nn.Module, family: Family) -> KVShape:
     heads = attention.n_kv_heads
     if family.qkv_proj:
-        rows = attention[family.qkv_proj].weight.shape[0]
-        return KVShape(heads, rows // (attention.n_heads + 2 * heads))
-    return KVShape(heads, attention[family.k_proj].weight.shape[0] // heads)
+        return KVShape(heads, _rows(attention[family.qkv_proj]) // (attention.n_heads + 2 * heads))
+    return KVShape(heads, _rows(attention[family.k_proj]) // heads)
+
+
+def _rows(projection: nn.Module) -> int:
+    """Return a projection's output features, be it plain, quantised or with a low-rank update around it."""
+    return projection.get("linear", projection).weight.shape[0]
+
+
+def section(model: nn.Module, first: int, last: int) -> nn.Module:
+    """Return layers ``first`` to ``last - 1`` of a model as a model of their own, sharing all weights.
+
+    A section that does not start at layer 0 takes the residual stream ``(B, T, hidden)`` in place of token ids,
+    and one that stops before the last layer returns it in place of the normed output.
+    """
+    family = family_of(model)
+    view, inner = copy.copy(model), copy.copy(model[family.inner])
+    if first > 0:
+        inner[family.embedding] = nn.Identity()
+    if last < len(inner.layers):
+        inner.norm = nn.Identity()
+    inner.layers = inner.layers[first:last]
+    view[family.inner] = inner
+    return view
 
 
 def prefix_model(model: nn.Module, layers: int) -> nn.Module:
-    """Return the model cut off after its first ``layers`` layers and one more, sharing all weights.
+    """Return the section of a model's first ``layers`` layers and one more.
 
     The extra layer is there to be listened to: its projections see what the first ``layers`` layers made of
     the prompt, and its own keys and values come out exact. Its attention output and FFN are never evaluated.
     """
-    family = family_of(model)
-    view, inner = copy.copy(model), copy.copy(model[family.inner])
-    inner.layers = inner.layers[: layers + 1]
-    view[family.inner] = inner
-    return view
+    return section(model, 0, layers + 1)
 
 
 def output_head(model: nn.Module, hidden: mx.array) -> mx.array:
@@ -170,8 +187,8 @@ def run_layers(
     attention output and FFN) is never computed.
 
     Args:
-        model: an mlx-lm model or a ``prefix_model``.
-        ids: token ids ``(B, T)`` at the positions that follow the cache.
+        model: an mlx-lm model or a ``section`` of one.
+        ids: token ids ``(B, T)``, or what the section takes, at the positions that follow the cache.
         cache: one KV cache per layer.
         listen: layers whose raw keys and values are wanted.
 
@@ -187,15 +204,72 @@ def run_layers(
     return output, {layer: read() for layer, read in heard.items()}
 
 
+def run_streams(
+    model: nn.Module, x: mx.array, cache: Cache, first: int = 0, *, listen: bool = False
+) -> tuple[list[mx.array], dict[int, RawLayer]]:
+    """Run a model from layer ``first`` to its end and return the residual stream between all layers.
+
+    Args:
+        model: an mlx-lm model.
+        x: what layer ``first`` takes: the residual stream ``(B, T, hidden)``, or token ids ``(B, T)`` for layer 0.
+        cache: the model's cache, of which the layers from ``first`` on are extended.
+        first: layer to start with.
+        listen: whether to listen to these layers.
+
+    Returns:
+        ``x``, what each layer but the last returned, and the inner model's normed output; and what each layer said.
+    """
+    streams, heard = [x], {}
+    for layer in range(first, len(model.layers)):
+        alone = section(model, layer, layer + 1)
+        x, said = run_layers(alone, x, cache[layer : layer + 1], [0] if listen else [])
+        streams.append(x)
+        if listen:
+            heard[layer] = said[0]
+    return streams, heard
+
+
+def attention_outputs(
+    model: nn.Module, ids: mx.array, cache: Cache, streams: list[mx.array] | None = None
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Run a model layer by layer and return the residual streams and what every attention block returned.
+
+    Args:
+        model: an mlx-lm model.
+        ids: token ids ``(B, T)`` at the positions that follow the cache, which is extended.
+        cache: the model's cache.
+        streams: what each layer is to take, in place of what the one below returned (from an earlier run).
+    """
+    family = family_of(model)
+    outputs, taken, x = [], [], ids
+    for number, layer in enumerate(model.layers):
+        taken.append(x if streams is None else streams[number])
+        listener = layer[family.attention] = _Listener(layer[family.attention])
+        try:
+            x, _ = run_layers(section(model, number, number + 1), taken[-1], cache[number : number + 1])
+        finally:
+            layer[family.attention] = listener.projection
+        outputs.append(listener.heard[1])
+    return taken, outputs
+
+
+def early_exit(model: nn.Module, layers: int) -> nn.Module:
+    """Return a model's first layers with its own final norm, so that its head can be asked what they know."""
+    view = section(model, 0, layers)
+    family = family_of(model)
+    view[family.inner].norm = model[family.inner].norm
+    return view
+
+
 class _Listener(nn.Module):
-    """Stands in for a projection, calls it, and keeps what went in and came out."""
+    """Stands in for a module, calls it, and keeps what went in and came out."""
 
     def __init__(self, projection: nn.Module):
         super().__init__()
         self.projection = projection
 
-    def __call__(self, x: mx.array) -> mx.array:
-        self.heard = (x, self.projection(x))
+    def __call__(self, x: mx.array, *rest: Any) -> mx.array:
+        self.heard = (x, self.projection(x, *rest))
         return self.heard[1]
 
 
@@ -240,7 +314,7 @@ def append_raw(model: nn.Module, raw: dict[int, RawPair], cache: Cache) -> None:
         attentions = [model.layers[layer][family.attention] for layer in layers]
         shapes = [_kv_shape(attention, family) for attention in attentions]
         keys = [
-            _split_heads(_normalise(attention, raw[layer]["keys"]), shape)
+            _split_heads(normed_keys(attention, raw[layer]["keys"]), shape)
             for layer, attention, shape in zip(layers, attentions, shapes, strict=True)
         ]
         together = attentions[0].rope(
@@ -260,13 +334,21 @@ def _rope_key(rope: nn.Module) -> Any:
     return id(rope)
 
 
-def _normalise(attention: nn.Module, keys: mx.array) -> mx.array:
-    """Apply the layer's k_norm, which spans one head or all of them (told by the size of its weight)."""
+def normed_keys(attention: nn.Module, keys: mx.array) -> mx.array:
+    """Apply a layer's k_norm, if it has one, to raw keys ``(B, T, H*D)``.
+
+    It spans one head or all of them, told by the size of its weight.
+    """
     k_norm = attention.get("k_norm")
     if k_norm is None:
         return keys
     heads = keys.reshape(*keys.shape[:2], -1, k_norm.weight.size)  # (B, T, H*D) -> (B, T, H or 1, D or H*D)
     return k_norm(heads).reshape(keys.shape)
+
+
+def attention_of(model: nn.Module, layer: int) -> nn.Module:
+    """Return a layer's attention module."""
+    return model.layers[layer][family_of(model).attention]
 
 
 def _split_heads(x: mx.array, shape: KVShape) -> mx.array:

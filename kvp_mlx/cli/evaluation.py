@@ -1,11 +1,12 @@
 """``kvp eval``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
+
+CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
 
@@ -17,11 +18,18 @@ def group() -> None:
 
 @app.command()
 def context(
-    data: Annotated[list[Path], typer.Option(help="Text file (.txt, .md, .jsonl, also .gz) or folder; repeatable.")],
+    data: Annotated[
+        list[str], typer.Option(help="Text (.txt, .md, .jsonl, also .gz): file, folder, pattern, hub:NAME; repeatable.")
+    ],
     model: Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")] = DEFAULT_MODEL,
+    arms: Annotated[str, typer.Option(help="What to measure; full and no_context always are.")] = ",".join(
+        CONTEXT_ARMS
+    ),
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 384,
     continuation_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after it.")] = 128,
+    exact_tail: Annotated[int, typer.Option(min=0, help="Prompt tokens before the last that the base reads.")] = 0,
     limit: Annotated[int, typer.Option(min=2, help="Documents at most.")] = 24,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the caches layer by layer.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses the passages.")] = 0,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
@@ -33,7 +41,8 @@ def context(
     from itertools import islice
 
     from ..bundle import load
-    from ..evaluate.context import measure_context
+    from ..evaluate.context import ContextMeasurement
+    from ..evaluate.layers import measure_layers
     from ..train.text import data_files, token_windows
 
     files = data_files(data)
@@ -42,10 +51,19 @@ def context(
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         windows = token_windows(files, loaded.text_tokenizer, length, seed)
         documents = list(islice((window for window in windows if len(window) == length), limit))
-        result = measure_context(loaded, documents, continuation_tokens, progress=progress)
+        measurement = ContextMeasurement(
+            loaded, documents, continuation_tokens, exact_tail=exact_tail, arms=arms.split(",")
+        )
+        result = measurement.measure(progress)
+        if per_layer:
+            result["layers"] = measure_layers(loaded, documents, continuation_tokens)
     if json:
         print_json(result)
         return
     for arm, row in result["arms"].items():
         print(f"{arm:20} nll {row['nll']:.3f}   recovery {row['recovery']:+.3f}")
-    print(f"separation {result['separation']:.3f} over {result['documents']} documents")
+    for row in result.get("layers", []):
+        print("layer {layer:3}   key error {key_error:.3f}   value error {value_error:.3f}   ".format(**row), end="")
+        print(f"attention cosine {row['attention_cosine']:.3f}")
+    if result["separation"] is not None:
+        print(f"separation {result['separation']:.3f} over {result['documents']} documents")

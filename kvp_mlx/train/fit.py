@@ -63,7 +63,7 @@ class FitOptions:
 
 def fit_bundle(
     base_name: str,
-    data: list[Path],
+    data: list[str],
     out: Path,
     options: FitOptions,
     *,
@@ -168,8 +168,13 @@ def bundle_config(
 
 def write_predictor(predictor: Predictor, path: Path) -> None:
     """Write the maps in fp16."""
-    arrays = {name: array.astype(mx.float16) for name, array in tree_flatten(predictor.parameters())}
-    mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+    write_float16(dict(tree_flatten(predictor.parameters())), path)
+
+
+def write_float16(arrays: dict[str, mx.array], path: Path) -> None:
+    """Write arrays as a safetensors file in fp16."""
+    halved = {name: array.astype(mx.float16) for name, array in arrays.items()}
+    mx.save_safetensors(str(path), halved, metadata={"format": "mlx"})
 
 
 def budgeted(windows: Any, tokens: int) -> Any:

@@ -1,13 +1,13 @@
-"""``kvp train``: maps trained by gradient from their ridge start, within a budget of minutes or tokens."""
+"""The training loop: one optimiser step after another until the budget is spent, and nothing lost when killed."""
 
-import itertools
 import json
 import math
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,16 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from ..bundle import KVPModel
-from ..errors import KVPError
-from ..evaluate.context import measure_context
-from .continuation import continuation_loss, teach
+from ..errors import InputError, KVPError
+from .checkpoint import TrainingState, load_state, save_state
+from .objectives import Weights, auxiliary_loss, base_loss, consistency_loss, continuation_losses, predict
+from .teacher import Batch, Reading, Teacher, make_batch, read, teach
+
+WARM_UP_STEPS = 20
+MIN_LEFT_TOKENS = 16
+STATE_EVERY_SECONDS = 60.0
+
+Losses = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -27,78 +34,180 @@ class TrainOptions:
     """How to train.
 
     Attributes:
-        minutes: wall-clock budget.
-        learning_rate: of AdamW at its peak; warm-up over the first 3 % of the budget, then cosine to a tenth.
-        windows_per_step: windows whose gradients are averaged into one step.
-        splits: split points per window.
-        right: tokens of the right part; half of the splits use a quarter of it.
-        validate_every: minutes between validations; the best state is kept.
+        minutes: wall-clock budget; the learning rate follows the clock.
+        tokens: token budget in place of minutes; with it, the same seed gives the same losses.
+        learning_rate: AdamW's at its peak; warm-up over the first steps, then cosine to a tenth.
+        weight_decay: AdamW's, on matrices only.
+        weights: of the objectives.
+        window: tokens per window.
+        lora_rank: rank of the low-rank updates with which the auxiliary reads; None: it reads as it is.
+        train_auxiliary: train all of the auxiliary (kinds ``model`` and ``pruned``).
+        checkpoint: compute the predicted layers' activations twice and keep none, for long windows.
+        packed: fill windows with several pieces of text, so that all have one length.
+        batch_size: windows that are run together.
+        accumulate: batches whose gradients make one step.
+        splits: split points per batch, for the continuation objective.
+        right: tokens after a split; every other split has a quarter of it.
+        validate_every: minutes between validations.
         seed: of data order and split points.
     """
 
-    minutes: float
+    minutes: float | None = 20.0
+    tokens: int | None = None
     learning_rate: float = 1e-3
-    windows_per_step: int = 1
-    splits: int = 2
-    right: int = 96
+    weight_decay: float = 0.01
+    weights: Weights = field(default_factory=Weights)
+    window: int = 512
+    packed: bool = True
+    batch_size: int = 1
+    accumulate: int = 1
+    splits: int = 3
+    right: int = 128
     validate_every: float = 10.0
+    lora_rank: int | None = None
+    train_auxiliary: bool = False
+    checkpoint: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check what is given."""
+        if (self.minutes is None) == (self.tokens is None):
+            raise InputError("give one budget, --minutes or --tokens.")
+        for name in ("minutes", "tokens", "learning_rate", "batch_size", "accumulate", "splits", "right", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+        for name in ("weight_decay", "validate_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be a number from 0 up.")
+        if self.window < 2 * MIN_LEFT_TOKENS:
+            raise InputError(f"windows of {self.window} tokens are too short to split; give --window 32 or more.")
 
-def train_predictor(
+    def share(self, state: TrainingState) -> float:
+        """Return how much of the budget is spent, 0 to 1."""
+        spent = state.tokens / self.tokens if self.tokens else state.minutes / cast(float, self.minutes)
+        return min(spent, 1.0)
+
+
+class Trained(nn.Module):
+    """The parts of a bundle that training changes."""
+
+    def __init__(self, model: KVPModel, options: TrainOptions):
+        super().__init__()
+        self.predictor = model.predictor
+        if options.train_auxiliary or options.lora_rank:
+            self.auxiliary = model.auxiliary
+
+
+def train(
     model: KVPModel,
-    windows: Iterator[list[int]],
-    held_back: list[list[int]],
+    trained: Trained,
+    batches: Callable[[int], Iterator[list[list[int]]]],
     options: TrainOptions,
+    directory: Path,
     *,
-    log: Path,
+    resume: bool,
+    data: list[str],
+    validate: Callable[[], dict[str, Any]],
     save: Callable[[dict[str, Any]], None],
-    progress: Callable[[float], None] = lambda share: None,
-) -> dict[str, Any]:
-    """Train the maps in place and return what came out.
+    progress: Callable[[float, dict[str, Any]], None] = lambda share, entry: None,
+) -> TrainingState:
+    """Train until the budget is spent and return where it ended.
 
     Args:
-        model: bundle with initialised maps.
-        windows: endless stream of training windows.
-        held_back: windows of one length for validation (context recovery).
+        model: the bundle, whose parts in ``trained`` change in place.
+        trained: what to train.
+        batches: yields this process's batches of windows, forever, from the given batch number on.
         options: see ``TrainOptions``.
-        log: JSONL file, one line per step and per validation.
+        directory: receives log.jsonl (a line per step and per validation) and state.safetensors.
+        resume: go on from the state in ``directory``.
+        data: names of what ``batches`` reads; a resumed run must have the same, and the same options.
+        validate: measures ``recovery`` and whatever else goes into the log.
         save: called with the record of every validation that beats the ones before.
-        progress: called with the share of the budget that is spent.
+        progress: called after every step with the share of the budget that is spent and the step's log entry.
 
     Raises:
         KVPError: the loss is not finite; what was saved before stays.
     """
-    group = mx.distributed.init()
-    rank, size = group.rank(), group.size()
-    windows = itertools.islice(windows, rank, None, size)
-    rng = random.Random(options.seed * size + rank)
-    optimizer = optim.AdamW(learning_rate=options.learning_rate, betas=[0.9, 0.95], weight_decay=0.01)
-    best: dict[str, Any] = {}
-    start, tokens, steps, next_validation = time.perf_counter(), 0, 0, 0.0
-    with log.open("a", encoding="utf-8") if rank == 0 else open(os.devnull, "w", encoding="utf-8") as lines:
-        while True:
-            minutes = shared_mean((time.perf_counter() - start) / 60)
-            if minutes >= min(next_validation, options.minutes):
-                next_validation = minutes + options.validate_every
-                if rank == 0:
-                    record = validate(model, held_back) | {"tokens": tokens, "minutes": round(minutes, 1)}
-                    print(json.dumps(record), file=lines, flush=True)
-                    if not best or record["recovery"] > best["recovery"]:
-                        best = record
-                        save(best)
-            if minutes >= options.minutes:
-                return best
-            optimizer.learning_rate = options.learning_rate * schedule(minutes / options.minutes)
-            loss, read = step(model, list(itertools.islice(windows, options.windows_per_step)), optimizer, rng, options)
-            if not math.isfinite(loss):
-                raise KVPError(
-                    f"the loss is {loss} after {tokens} tokens; the last good state is kept. Lower the rate."
-                )
-            tokens, steps = tokens + read, steps + 1
-            entry = {"step": steps, "tokens": tokens, "loss": round(loss, 5), "minutes": round(minutes, 2)}
-            print(json.dumps(entry), file=lines, flush=True)
-            progress(minutes / options.minutes)
+    optimizer = make_optimizer(options, trained)
+    state = TrainingState(options={**asdict(options), "data": data})
+    if resume:
+        state = load_state(directory, trained, optimizer, state.options)
+        if options.share(state) >= 1:
+            return state
+    size, leads = mx.distributed.init().size(), mx.distributed.init().rank() == 0
+    stream = batches(state.batches)
+    log = Log(directory / "log.jsonl" if leads else Path(os.devnull), keep=state.step)
+    clock, saved = time.perf_counter() - 60 * state.minutes, time.perf_counter()
+    next_validation = state.minutes + (options.validate_every if resume else 0)
+    while True:
+        state.minutes = shared_mean((time.perf_counter() - clock) / 60)
+        finished = options.share(state) >= 1
+        if state.minutes >= next_validation or finished:
+            next_validation = state.minutes + options.validate_every
+            if leads:
+                keep_best(state, validate(), log, save)
+        if leads and (finished or time.perf_counter() - saved > STATE_EVERY_SECONDS):
+            save_state(directory, state, trained, optimizer)
+            saved = time.perf_counter()
+        if finished:
+            return state
+        optimizer.learning_rate = options.learning_rate * schedule(state.step, options.share(state))
+        started = time.perf_counter()
+        losses, tokens = take_step(model, trained, optimizer, stream, state, options)
+        if not all(map(math.isfinite, losses.values())):
+            raise KVPError(
+                f"the loss is not a number after {state.tokens:,} tokens; the best bundle so far is kept. "
+                "Start again with a lower --learning-rate."
+            )
+        state.step += 1
+        state.batches += options.accumulate * size
+        state.tokens += tokens
+        speed = tokens / (time.perf_counter() - started)
+        state.speeds.append(speed)
+        entry = {"step": state.step, "tokens": state.tokens, **losses}
+        entry |= {"minutes": round(state.minutes, 2), "tokens_per_second": round(speed, 1)}
+        log.write(entry)
+        progress(options.share(state), entry)
+
+
+def keep_best(state: TrainingState, record: dict[str, Any], log: "Log", save: Callable[[dict[str, Any]], None]) -> None:
+    """Log a validation, and save the bundle if none before was better."""
+    record = record | {"step": state.step, "tokens": state.tokens, "minutes": round(state.minutes, 2)}
+    log.write(record)
+    if not state.best or record["recovery"] > state.best["recovery"]:
+        state.best = record
+        save(record)
+
+
+class Log:
+    """A JSONL file that a resumed run cuts back to the step it goes on from."""
+
+    def __init__(self, path: Path, keep: int):
+        lines = path.read_text(encoding="utf-8").splitlines() if keep and path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep]
+        self.file = path.open("w", encoding="utf-8")
+        self.file.writelines(line + "\n" for line in kept)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one line."""
+        print(json.dumps(entry), file=self.file, flush=True)
+
+
+def make_optimizer(options: TrainOptions, trained: Trained) -> optim.Optimizer:
+    """Return AdamW by the paper's rule: no decay on one-dimensional parameters (arXiv 2410.08391, appendix)."""
+    matrices, vectors = (
+        optim.AdamW(options.learning_rate, betas=[0.9, 0.95], weight_decay=decay, bias_correction=True)
+        for decay in (options.weight_decay, 0.0)
+    )
+    optimizer = optim.MultiOptimizer([matrices, vectors], [lambda _, array: array.ndim > 1])
+    optimizer.init(trained.trainable_parameters())
+    return optimizer
+
+
+def schedule(step: int, share: float) -> float:
+    """Return the learning rate's factor at a step, when ``share`` of the budget is spent."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
 def shared_mean(value: float) -> float:
@@ -107,41 +216,101 @@ def shared_mean(value: float) -> float:
     return total / mx.distributed.init().size()
 
 
-def schedule(share: float) -> float:
-    """Return the learning rate's factor when ``share`` of the budget is spent."""
-    if share < 0.03:
-        return max(share / 0.03, 0.01)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * share))
-
-
-def step(
-    model: KVPModel, windows: list[list[int]], optimizer: optim.Optimizer, rng: random.Random, options: TrainOptions
-) -> tuple[float, int]:
-    """Take one optimiser step; returns the mean loss and the tokens read."""
-    total, gradients, count = 0.0, None, 0
-    for window in windows:
-        teacher = teach(model, window)
-        for number in range(options.splits):
-            right = options.right if number % 2 == 0 else options.right // 4
-            right = min(right, len(window) // 2)
-            split = rng.randint(min(16, len(window) // 4), len(window) - right)
-            loss_and_gradient = nn.value_and_grad(
-                model.predictor, lambda t=teacher, s=split, r=right: continuation_loss(model, t, s, r)
-            )
-            loss, gradient = loss_and_gradient()
+def take_step(
+    model: KVPModel,
+    trained: Trained,
+    optimizer: optim.Optimizer,
+    stream: Iterator[list[list[int]]],
+    state: TrainingState,
+    options: TrainOptions,
+) -> tuple[dict[str, float], int]:
+    """Take one optimiser step; returns the mean losses and the tokens read, over all processes."""
+    group = mx.distributed.init()
+    gradients: Any = None
+    totals: dict[str, float] = {}
+    tokens = 0
+    for turn in range(options.accumulate):
+        number = state.batches + turn * group.size() + group.rank()
+        windows = next(stream)
+        batch = make_batch(windows)
+        rng = random.Random(f"{options.seed} {number}")
+        for part, gradient in gradients_of(model, trained, batch, options, rng):
             gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
-            mx.eval(loss, gradients)
-            total, count = total + loss.item(), count + 1
+            mx.eval(part, gradients)
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + cast(float, value.item()) / options.accumulate
+        tokens += sum(map(len, windows))
         mx.clear_cache()
-    gradients = tree_map(lambda g: g / count, gradients)
-    gradients, _ = optim.clip_grad_norm(nn.average_gradients(gradients), 1.0)
-    optimizer.update(model.predictor, gradients)
-    mx.eval(model.predictor.parameters(), optimizer.state)
-    size = mx.distributed.init().size()
-    return shared_mean(total / count), round(size * shared_mean(sum(map(len, windows))))
+    gradients = nn.average_gradients(tree_map(lambda g: g / options.accumulate, gradients))
+    gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+    optimizer.update(trained, gradients)
+    mx.eval(trained.parameters(), optimizer.state)
+    return {name: shared_mean(total) for name, total in totals.items()}, round(group.size() * shared_mean(tokens))
 
 
-def validate(model: KVPModel, held_back: list[list[int]]) -> dict[str, Any]:
-    """Return recovery and separation on held-back windows, the last quarter of each scored."""
-    result = measure_context(model, held_back, len(held_back[0]) // 4)
-    return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
+def gradients_of(
+    model: KVPModel, trained: Trained, batch: Batch, options: TrainOptions, rng: random.Random
+) -> Iterator[tuple[Losses, Any]]:
+    """Yield the losses of a batch and their gradients, part by part, so that one part's memory serves the next.
+
+    The parts add up to the whole: a split's share of the continuation loss each, and the paper's losses together.
+    """
+    teacher = teach(model, batch)
+    reading = teacher.reading
+    if reading is None and "auxiliary" not in trained:
+        reading = read(model, batch.ids)
+        mx.eval(reading.inputs)
+    for loss in parts_of(model, teacher, reading, batch, options, rng):
+        (total, losses), gradient = nn.value_and_grad(trained, loss)()
+        yield {"loss": total, **losses}, gradient
+
+
+def parts_of(
+    model: KVPModel,
+    teacher: Teacher,
+    reading: Reading | None,
+    batch: Batch,
+    options: TrainOptions,
+    rng: random.Random,
+) -> Iterator[Callable[[], tuple[mx.array, Losses]]]:
+    """Yield functions that return a weighted loss and the single losses that it is made of."""
+    weights = options.weights
+
+    def continuation(split: int, end: int) -> tuple[mx.array, Losses]:
+        read_here = reading or read(model, batch.ids[:, :split])
+        divergence, residual = continuation_losses(
+            model, teacher, read_here, batch, split, end, checkpoint=options.checkpoint
+        )
+        losses = {"continuation": divergence / options.splits, "residual": residual / options.splits}
+        return weights.continuation * (losses["continuation"] + weights.residual * losses["residual"]), losses
+
+    def predicted_alone() -> tuple[mx.array, Losses]:
+        read_here = reading or read(model, batch.ids)
+        predicted = predict(model, teacher, read_here, batch.ids.shape[1])
+        losses: Losses = {}
+        if weights.base:
+            losses["base"] = base_loss(model, teacher, read_here, predicted, batch, weights.z)
+        if weights.auxiliary:
+            losses["auxiliary"] = auxiliary_loss(model, read_here, batch, weights.z)
+        if weights.consistency:
+            losses["consistency"] = consistency_loss(model, teacher, predicted, batch)
+        total = sum((getattr(weights, name) * value for name, value in losses.items()), mx.array(0.0))
+        return total, losses
+
+    if weights.continuation:
+        for split, end in split_points(batch, options, rng):
+            yield partial(continuation, split, end)
+    if weights.paper:
+        yield predicted_alone
+
+
+def split_points(batch: Batch, options: TrainOptions, rng: random.Random) -> list[tuple[int, int]]:
+    """Draw ``(split, end)`` pairs within the batch's shortest window."""
+    shortest = cast(int, batch.kept.sum(axis=1).min().item())
+    points = []
+    for number in range(options.splits):
+        right = options.right if number % 2 == 0 else max(options.right // 4, 1)
+        right = min(right, shortest // 2)
+        split = rng.randint(min(MIN_LEFT_TOKENS, shortest // 4), shortest - right)
+        points.append((split, split + right))
+    return points

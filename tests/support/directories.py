@@ -75,3 +75,16 @@ def write_tokenizer(directory: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def prose(words: int, seed: int) -> str:
+    """Return made-up text of which no stretch repeats, with word pairs that tell what may follow."""
+    rng = np.random.default_rng(seed)
+    syllables = ["ba", "co", "di", "fu", "ga", "lo", "mi", "na", "pe", "ro", "su", "ta", "ve", "zo"]
+    vocabulary = ["".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(60)]
+    followers = rng.integers(0, 60, (60, 4))
+    word, text = 0, []
+    for _ in range(words):
+        text.append(vocabulary[word])
+        word = int(followers[word, rng.integers(4)])
+    return " ".join(text)

@@ -39,11 +39,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Pass:
-    """Outcome of one forward pass: logits (B, T, vocabulary), the longer cache, and each layer's reading."""
+    """Outcome of one forward pass.
+
+    Logits (B, T, vocabulary), the longer cache, each layer's reading, and the residual stream (B, T, hidden) before
+    the first layer and after each.
+    """
 
     logits: np.ndarray
     cache: list[Entries]
     readings: list[Reading]
+    streams: list[np.ndarray]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -138,24 +143,35 @@ class Transformer:
             np.concatenate([entries.positions, positions]),
         )
 
-    def forward(self, ids: np.ndarray, cache: Sequence[Entries] | None = None) -> Pass:
-        """Read ids (B, T) at the positions that follow ``cache``, which is left as it was."""
+    def forward(
+        self, ids: np.ndarray, cache: Sequence[Entries] | None = None, only: Sequence[Entries] | None = None
+    ) -> Pass:
+        """Read ids (B, T) at the positions that follow ``cache``, which is left as it was.
+
+        Args:
+            ids: token ids.
+            cache: entries of the positions before.
+            only: entries to attend to in place of all others, the cache's and its own.
+        """
         past = list(cache) if cache else [None] * self.depth
         positions = following(ids, cache)
         entries, readings = [], []
         x = self.weights[f"{self.inner}.{self.embedding}.weight"][ids]
+        streams = [x]
         for layer in range(self.depth):
             hidden = self.norm(layer, self.attention_norm, x)
             queries, keys, values = self.project(layer, hidden)
             readings.append(Reading(hidden, keys, values))
             entries.append(self.append(layer, past[layer], keys, values, positions))
             queries = self.head_norm(layer, "q_norm", split_heads(queries, self.query_heads(layer)))
-            heads = attend(rotate(queries, positions, self.rope_base), positions, entries[layer])
+            attended = entries[layer] if only is None else only[layer]
+            heads = attend(rotate(queries, positions, self.rope_base), positions, attended)
             x = x + self.output(layer, heads)
             x = x + self.ffn(layer, self.norm(layer, self.ffn_norm, x))
+            streams.append(x)
         x = rms_norm(x, self.weights[f"{self.inner}.norm.weight"], self.eps)
         tied = self.weights[f"{self.inner}.{self.embedding}.weight"]
-        return Pass(x @ self.weights.get("lm_head.weight", tied).T, entries, readings)
+        return Pass(x @ self.weights.get("lm_head.weight", tied).T, entries, readings, streams)
 
 
 def following(ids: np.ndarray, cache: Sequence[Entries] | None) -> np.ndarray:

@@ -1,0 +1,94 @@
+"""What training needs to know of a batch before it looks at the maps: the frozen base's own pass over it."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
+
+from ..bundle import KVPModel
+from ..families import Cache, RawPair, run_layers, run_streams, section
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows padded on the right to one length.
+
+    Attributes:
+        ids: token ids (B, T).
+        kept: whether a position holds a token and not padding (B, T).
+    """
+
+    ids: mx.array
+    kept: mx.array
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the auxiliary makes of a batch.
+
+    Attributes:
+        inputs: the predictor's inputs (B, T, in) by map.
+        cache: the entries of the layers that a prefix shares with the base; empty for the other kinds.
+        hidden: the auxiliary's own output (B, T, hidden), normed; not evaluated unless asked for.
+    """
+
+    inputs: dict[str, mx.array]
+    cache: Cache
+    hidden: mx.array
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the base makes of a batch.
+
+    Attributes:
+        streams: see ``families.run_streams``, from the first layer whose entries are not exact.
+        raw: true raw keys and values of the predicted layers.
+        reading: the exact prefix's reading, a part of the same pass; None where the auxiliary reads by itself.
+    """
+
+    streams: list[mx.array]
+    raw: dict[int, RawPair]
+    reading: Reading | None
+
+
+def make_batch(windows: list[list[int]]) -> Batch:
+    """Pad windows on the right (a causal model's earlier positions do not see it)."""
+    length = max(map(len, windows))
+    ids = [window + [0] * (length - len(window)) for window in windows]
+    kept = [[True] * len(window) + [False] * (length - len(window)) for window in windows]
+    return Batch(mx.array(ids), mx.array(kept))
+
+
+def exact_layers(model: KVPModel) -> int:
+    """Return how many of the base's first layers have entries that are the base's own."""
+    return model.config.predictor.layer_map.count(None) if model.has_exact_prefix else 0
+
+
+def teach(model: KVPModel, batch: Batch) -> Teacher:
+    """Run the base over a batch, in chunks, and evaluate the results."""
+    exact = exact_layers(model)
+    below = section(model.base, 0, exact) if exact else None
+    cache: Cache = make_prompt_cache(model.base)
+    parts = []
+    for start in range(0, batch.ids.shape[1], CHUNK):
+        x, inputs = batch.ids[:, start : start + CHUNK], {}
+        if below is not None:
+            x, heard = run_layers(below, x, cache[:exact], model.predictor.sources)
+            inputs = model.predictor.inputs(heard)
+        streams, said = run_streams(model.base, x, cache, exact, listen=True)
+        raw = {layer: {"keys": one.keys, "values": one.values} for layer, one in said.items()}
+        parts.append((streams, inputs, raw))
+        mx.eval(parts[-1], [layer.state for layer in cache])
+    streams, inputs, raw = tree_map(lambda *chunks: mx.concatenate(chunks, axis=1), *parts)
+    return Teacher(streams, raw, Reading(inputs, cache[:exact], streams[-1]) if exact else None)
+
+
+def read(model: KVPModel, ids: mx.array) -> Reading:
+    """Let the auxiliary read token ids (B, T), in one piece and differentiably."""
+    cache: Cache = [ConcatenateKVCache() for _ in model.auxiliary.layers]
+    hidden, heard = run_layers(model.auxiliary, ids, cache, model.predictor.sources)
+    return Reading(model.predictor.inputs(heard), cache if model.is_prefix else [], hidden)
