@@ -4,13 +4,17 @@ Format facts: the GGUF specification (ggml-org/ggml, docs/gguf.md). llama.cpp st
 its llama architecture interleaved for its own RoPE; mlx-lm's half-split RoPE wants them back in order.
 """
 
+import shutil
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
 from ..errors import InputError
 from ..files import write_json
+from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model, write_weights
+from .tokenizer import copy_tokenizer
 
 Arrays = dict[str, mx.array]
 
@@ -29,15 +33,129 @@ LAYER_TENSORS = {
 TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 CONTROL_TOKEN = 3  # tokenizer.ggml.token_type
 
+# ggml's numbers for tensor types, and GGUF's for kinds of metadata (with struct's codes)
+KEPT_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}
+OTHER_TYPES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
+OTHER_TYPES |= {23: "IQ4_XS", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+SCALAR_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING_VALUE, ARRAY_VALUE = 8, 9
+MAX_HEADER_STRING = 2**24
 
-def convert_gguf(source: Path, out: Path) -> None:
+
+def convert_gguf_file(
+    source: Path,
+    out: Path,
+    precision: Precision,
+    *,
+    tokenizer: str | None = None,
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Write a llama-family GGUF file as an mlx-lm model directory.
+
+    Args:
+        source: the ``.gguf`` file.
+        out: directory to write.
+        precision: dtype and quantisation of the output; default: as stored.
+        tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: the file's own.
+        force: replace an existing model directory.
+        progress: called with (tensors done, tensors to do), for each stage.
+
+    Returns:
+        What was written: ``out``, ``model``, source, parameters, ``bits_per_weight``, ``size_bytes``, ...
+
+    Raises:
+        InputError: an unusable source or output.
+        KVPError: the output cannot be written.
+    """
+    check_types(source)
+    with output_directory(out, force, [source], marker="config.json") as work:
+        if precision == Precision():
+            convert_gguf(source, work, own_tokenizer=tokenizer is None, progress=progress)
+        else:
+            plain = work / ".plain"
+            plain.mkdir()
+            convert_gguf(source, plain, own_tokenizer=tokenizer is None, progress=progress)
+            rewrite_model(plain, work, precision, progress)
+            copy_tokenizer(plain, work)
+            shutil.rmtree(plain)
+        return finish_model(work, out, "llama", source, tokenizer, str(source))
+
+
+def check_types(source: Path) -> None:
+    """Refuse quantisations that mlx does not keep as they are (it would quietly expand some to fp16).
+
+    Raises:
+        InputError: a tensor of another type, named; or no GGUF file.
+    """
+    try:
+        with open(source, "rb") as file:
+            types = _tensor_types(file)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror}).") from error
+    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+        raise InputError(f"{source} is not a whole GGUF file; copy or download it again.") from error
+    for name, kind in types.items():
+        if kind not in KEPT_TYPES:
+            named = OTHER_TYPES.get(kind, f"type {kind}")
+            kept = ", ".join(KEPT_TYPES.values())
+            raise InputError(f"{source}: {name} is {named}; only {kept} convert. Requantise it with llama.cpp.")
+
+
+def _tensor_types(file: BinaryIO) -> dict[str, int]:
+    """Read a GGUF header (version 2 or 3) up to the tensors' names and ggml types."""
+
+    def number(code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))
+        return value
+
+    def text() -> str:
+        length = number("Q")
+        if length > MAX_HEADER_STRING:
+            raise ValueError("a string that long cannot be right")
+        return file.read(length).decode("utf-8", "replace")
+
+    def skip(kind: int) -> None:
+        if kind == STRING_VALUE:
+            text()
+        elif kind == ARRAY_VALUE:
+            kind, length = number("I"), number("Q")
+            for _ in range(length):
+                skip(kind)
+        elif kind in SCALAR_VALUES:
+            number(SCALAR_VALUES[kind])
+        else:
+            raise ValueError(f"unknown kind of metadata {kind}")
+
+    if file.read(4) != b"GGUF" or number("I") not in (2, 3):
+        raise ValueError("not GGUF 2 or 3")
+    tensors, entries = number("Q"), number("Q")
+    for _ in range(entries):
+        text()
+        skip(number("I"))
+    types = {}
+    for _ in range(tensors):
+        name, dimensions = text(), number("I")
+        for _ in range(dimensions):
+            number("Q")
+        types[name] = number("I")
+        number("Q")  # offset
+    return types
+
+
+def convert_gguf(
+    source: Path, out: Path, *, own_tokenizer: bool = True, progress: Progress = NO_PROGRESS
+) -> None:
     """Write the mlx-lm model directory of a llama-family GGUF file into the existing directory ``out``.
 
     4-bit and 8-bit GGUF blocks are kept bit for bit: they are mlx's affine quantisation with group size 32.
 
     Args:
         source: the ``.gguf`` file.
-        out: directory that receives config.json, model.safetensors and the tokeniser's files.
+        out: directory that receives config.json, ``model*.safetensors`` and the tokeniser's files.
+        own_tokenizer: take the file's own tokeniser over.
+        progress: called with (tensors done, tensors to do).
 
     Raises:
         InputError: not a GGUF file, not of the llama family, or with a tensor that has no place in llama.
@@ -57,9 +175,11 @@ def convert_gguf(source: Path, out: Path) -> None:
         config["quantization"] = config["quantization_config"] = quantization
         # fp32 norms between fp16 scales would make every activation fp32 on a GPU
         weights = {name: x.astype(mx.float16) if x.dtype == mx.float32 else x for name, x in weights.items()}
-    mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
+    sizes = {name: array.nbytes for name, array in weights.items()}
+    write_weights(sizes, lambda names: ((name, weights.pop(name)) for name in names), out, progress)
     write_json(out / "config.json", config)
-    write_tokenizer(metadata, out)
+    if own_tokenizer:
+        write_tokenizer(metadata, out)
 
 
 def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
@@ -157,7 +277,7 @@ def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
 
     model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if (model, splitter) != ("gpt2", "smollm"):
-        raise InputError(f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is.")
+        raise InputError(f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is; pass --tokenizer.")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

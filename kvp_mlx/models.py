@@ -24,6 +24,10 @@ from .safetensors import weight_tensors
 def model_directory(name: str, revision: str | None = None) -> Path:
     """Return the local directory of a model: a path, the default's alias, or a Hub id (downloaded once).
 
+    Args:
+        name: ``owner/name@revision`` pins a Hub id to a branch, tag or commit.
+        revision: likewise, and wins over one in the name.
+
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
     """
@@ -34,7 +38,8 @@ def model_directory(name: str, revision: str | None = None) -> Path:
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name} is no directory, Hub id (owner/name) or '{ALIAS}'.")
-    return _download(name, revision)
+    hub_id, _, pinned = name.partition("@")
+    return _download(hub_id, revision or pinned or None)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
