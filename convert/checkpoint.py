@@ -7,6 +7,8 @@ read from disk when they are asked for.
 import pickle
 import re
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +57,39 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: not a whole PyTorch file, one that holds code, no state dict, or a tensor of an unusable kind.
     """
+    records = _checked_records(path)
     tensors, wrapper = _state_dict(path)
     size = path.stat().st_size
     for name, tensor in tensors.items():
         _check_tensor(f"{path}: {name}", tensor, size)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+    if Counter(storages.values()) - Counter(records):  # mapped memory would read on into the neighbours
+        raise InputError(f"{path} is damaged: it holds fewer numbers than it says; copy or save it again.")
     dtypes = {_dtype(tensor) for tensor in tensors.values()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Checkpoint(path, wrapper, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
+
+
+def _checked_records(path: Path) -> list[int]:
+    """Return the sizes of a zip file's members, after checking their checksums, which mapped reading passes over."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; name a PyTorch checkpoint.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            damaged = None if packed else archive.testzip()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # zipfile raises more than BadZipFile on damaged files
+        raise InputError(
+            f"{path} is not a whole PyTorch zip file (cut short, damaged, or saved before PyTorch 1.6); copy it "
+            "again or save it again with torch.save."
+        ) from error
+    if packed or damaged:
+        reason = "it is compressed" if packed else f"the checksum of {damaged} is wrong"
+        raise InputError(f"{path} is damaged ({reason}); copy or save it again.")
+    return [member.file_size for member in members]
 
 
 def _state_dict(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -83,14 +111,10 @@ def _state_dict(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _load(path: Path) -> Any:
     torch = _torch()
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; name a PyTorch checkpoint.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"the Python object {found[1]}" if found else "Python objects"
@@ -98,10 +122,6 @@ def _load(path: Path) -> Any:
             f"{path} holds {what}, which is not loaded since it could run code; save the state_dict() alone."
         ) from error
     except Exception as error:  # whatever PyTorch raises on a damaged file
-        if "mmap can only be used" in str(error):
-            raise InputError(
-                f"{path} is no PyTorch zip file (damaged, or saved before PyTorch 1.6); save it again with torch.save."
-            ) from error
         raise InputError(f"{path} is not a whole PyTorch checkpoint; copy or save it again.") from error
 
 

@@ -4,11 +4,10 @@ Every dimension is read off the tensors' shapes, so the four published sizes, th
 own are one case.
 """
 
-import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +112,12 @@ def openelm_config_of(shapes: Shapes, where: str) -> dict[str, Any]:
     Raises:
         InputError: a missing, unknown or ill-shaped tensor, named.
     """
-    layers = len({match[1] for name in shapes if (match := LAYER.match(name))})
-    config = _derived_config(functools.partial(_shape, shapes, where), layers)
-    problems = shape_problems(shapes, tensor_shapes(config))
-    if problems:
+    layers = max(1, len({match[1] for name in shapes if (match := LAYER.match(name))}))
+    names = tensor_shapes(_config(1, 2, 2, [1] * layers, [1] * layers, [2] * layers))
+    if problems := shape_problems(dict.fromkeys(shapes, ()), dict.fromkeys(names, ())):  # the names alone
+        raise InputError(f"{where} is not an OpenELM: {problems}.")
+    config = _derived_config(shapes, layers, where)
+    if problems := shape_problems(shapes, tensor_shapes(config)):
         raise InputError(f"{where} is not an OpenELM: {problems}.")
     for layer, (heads, kv_heads) in enumerate(zip(config["num_query_heads"], config["num_kv_heads"], strict=True)):
         if heads % kv_heads:
@@ -137,16 +138,14 @@ def shape_problems(found: Shapes, expected: Shapes) -> str:
     return "; ".join(problems[:NAMED]) + more
 
 
-def _shape(shapes: Shapes, where: str, name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise InputError(f"{where} is not an OpenELM: it lacks {name}.")
-    if len(shapes[name]) != dimensions:
-        raise InputError(f"{where} is not an OpenELM: {name} is {_words(shapes[name])}.")
-    return shapes[name]
-
-
-def _derived_config(shape: Callable[[str, int], tuple[int, ...]], layers: int) -> dict[str, Any]:
+def _derived_config(shapes: Shapes, layers: int, where: str) -> dict[str, Any]:
     """Derive what the fewest tensors tell; whether all others agree is for the caller to check."""
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if len(shapes[name]) != dimensions:
+            raise InputError(f"{where} is not an OpenELM: {name} is {_words(shapes[name])}.")
+        return shapes[name]
+
     vocab_size, model_dim = shape(EMBEDDING, 2)
     (head_dim,) = shape("layers.0.attn.q_norm.weight", 1)
     heads, kv_heads, widths = [], [], []
@@ -155,10 +154,17 @@ def _derived_config(shape: Callable[[str, int], tuple[int, ...]], layers: int) -
         rows = shape(f"layers.{layer}.attn.qkv_proj.weight", 2)[0] // head_dim
         kv_heads.append(max(1, (rows - heads[layer]) // 2))
         widths.append(shape(f"layers.{layer}.ffn.proj_2.weight", 2)[1])
+    return _config(vocab_size, model_dim, head_dim, heads, kv_heads, widths)
+
+
+def _config(
+    vocab_size: int, model_dim: int, head_dim: int, heads: list[int], kv_heads: list[int], widths: list[int]
+) -> dict[str, Any]:
+    """Return mlx-lm's config.json; it takes FFN widths as multiples of the model's, rounded to a divisor."""
     return {
         "model_type": "openelm",
         "head_dim": head_dim,
-        "num_transformer_layers": layers,
+        "num_transformer_layers": len(heads),
         "model_dim": model_dim,
         "vocab_size": vocab_size,
         "ffn_dim_divisor": math.gcd(*widths),

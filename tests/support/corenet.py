@@ -50,7 +50,7 @@ class Random:
         return 0.5 + torch.rand(size, generator=self.generator)
 
     def matrix(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=self.generator) * columns**-0.5
+        return (torch.rand(rows, columns, generator=self.generator) - 0.5) * (12 / columns) ** 0.5
 
 
 def openelm(shape: Shape, seed: int = 0) -> dict[str, torch.Tensor]:
