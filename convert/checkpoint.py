@@ -70,6 +70,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, wrapper, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
 
 
+def load_state_dict(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's PyTorch tensors by name, memory-mapped.
+
+    Raises:
+        InputError: see ``open_checkpoint``.
+    """
+    open_checkpoint(path)
+    return _state_dict(path)[0]
+
+
 def _checked_records(path: Path) -> list[int]:
     """Return the sizes of a zip file's members, after checking their checksums, which mapped reading passes over."""
     if not path.is_file():

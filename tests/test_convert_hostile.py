@@ -3,11 +3,6 @@
 import os
 import pickle
 import random
-import resource
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
