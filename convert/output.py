@@ -167,7 +167,7 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
         model.set_dtype(getattr(mx, precision.dtype))
     if precision.q_bits is not None:
         if "quantization" in config:
-            raise InputError(f"{source} is already quantised; leave out --q-bits.")
+            raise InputError("the model is already quantised; leave out --q-bits.")
         with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
             model, config = quantize_model(model, config, precision.group_size, precision.q_bits)
     weights = dict(tree_flatten(model.parameters()))  # not yet read

@@ -76,7 +76,7 @@ def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model, config = mlx_lm_load_model(directory, lazy=True)
     except Exception as error:  # mlx-lm raises whatever its model files raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__  # the names are on the second line
         raise BundleError(f"mlx-lm cannot load {directory}: {reason}") from error
     check_cache(model)
     return model, config
