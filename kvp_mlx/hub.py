@@ -1,5 +1,6 @@
 """Pushing bundles and models to the Hugging Face Hub."""
 
+import sys
 from pathlib import Path
 
 from .errors import InputError, KVPError
@@ -25,7 +26,10 @@ def push_directory(directory: Path, repository: str, *, private: bool = False) -
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise InputError(f"'{repository}' is no Hub repository; give it as owner/name.")
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         url = HfApi().create_repo(repository, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=directory, commit_message="Uploaded by kvp")

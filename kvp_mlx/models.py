@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ def model_directory(name: str, revision: str | None = None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     patterns = ["*.json", "model*.safetensors", "predictor.safetensors", "*.model", "*.txt", "*.jinja"]
     patterns += [f"{part}/{pattern}" for part in ("auxiliary", "base") for pattern in patterns]
     try:
