@@ -4,8 +4,10 @@ Format facts: the GGUF specification (ggml-org/ggml, docs/gguf.md). llama.cpp st
 its llama architecture interleaved for its own RoPE; mlx-lm's half-split RoPE wants them back in order.
 """
 
+import math
 import shutil
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +36,8 @@ TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", 
 CONTROL_TOKEN = 3  # tokenizer.ggml.token_type
 
 # ggml's numbers for tensor types, and GGUF's for kinds of metadata (with struct's codes)
-KEPT_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}
+BLOCK = 32  # numbers; the types with the bytes that they take for it
+KEPT_TYPES = {0: ("F32", 128), 1: ("F16", 64), 2: ("Q4_0", 18), 3: ("Q4_1", 20), 8: ("Q8_0", 34)}
 OTHER_TYPES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
 OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
 OTHER_TYPES |= {23: "IQ4_XS", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
@@ -69,7 +72,7 @@ def convert_gguf_file(
         InputError: an unusable source or output.
         KVPError: the output cannot be written.
     """
-    check_types(source)
+    check_tensors(source)
     with output_directory(out, force, [source], marker="config.json") as work:
         if precision == Precision():
             convert_gguf(source, work, own_tokenizer=tokenizer is None, progress=progress)
@@ -83,70 +86,75 @@ def convert_gguf_file(
         return finish_model(work, out, "llama", source, tokenizer, str(source))
 
 
-def check_types(source: Path) -> None:
+def check_tensors(source: Path) -> None:
     """Refuse quantisations that mlx does not keep as they are (it would quietly expand some to fp16).
 
     Raises:
-        InputError: a tensor of another type, named; or no GGUF file.
+        InputError: a tensor of another type, named; or no GGUF file that holds what it says.
     """
     try:
+        size = source.stat().st_size
         with open(source, "rb") as file:
-            types = _tensor_types(file)
+            tensors = _read_tensors(_Header(file))
     except OSError as error:
         raise InputError(f"{source} cannot be read ({error.strerror}).") from error
-    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+    except (struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
         raise InputError(f"{source} is not a whole GGUF file; copy or download it again.") from error
-    for name, kind in types.items():
+    for name, (kind, numbers, offset) in tensors.items():
         if kind not in KEPT_TYPES:
             named = OTHER_TYPES.get(kind, f"type {kind}")
-            kept = ", ".join(KEPT_TYPES.values())
+            kept = ", ".join(kept for kept, _ in KEPT_TYPES.values())
             raise InputError(f"{source}: {name} is {named}; only {kept} convert. Requantise it with llama.cpp.")
+        if offset + numbers * KEPT_TYPES[kind][1] // BLOCK > size:
+            raise InputError(f"{source} is cut short: it ends before {name}; copy or download it again.")
 
 
-def _tensor_types(file: BinaryIO) -> dict[str, int]:
-    """Read a GGUF header (version 2 or 3) up to the tensors' names and ggml types."""
+def _read_tensors(header: "_Header") -> dict[str, tuple[int, int, int]]:
+    """Read a GGUF header (version 2 or 3); return each tensor's ggml type, how many numbers, and its offset."""
+    if header.file.read(4) != b"GGUF" or header.number("I") not in (2, 3):
+        raise ValueError("not GGUF 2 or 3")
+    count, entries = header.number("Q"), header.number("Q")
+    for _ in range(entries):
+        header.text()
+        header.skip_value(header.number("I"))
+    tensors = {}
+    for _ in range(count):
+        name = header.text()
+        numbers = math.prod(header.number("Q") for _ in range(header.number("I")))
+        tensors[name] = (header.number("I"), numbers, header.number("Q"))
+    return tensors
 
-    def number(code: str) -> Any:
-        (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))
+
+@dataclass(frozen=True)
+class _Header:
+    """GGUF's building blocks, little-endian."""
+
+    file: BinaryIO
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", self.file.read(struct.calcsize(f"<{code}")))
         return value
 
-    def text() -> str:
-        length = number("Q")
+    def text(self) -> str:
+        length = self.number("Q")
         if length > MAX_HEADER_STRING:
             raise ValueError("a string that long cannot be right")
-        return file.read(length).decode("utf-8", "replace")
+        return self.file.read(length).decode("utf-8", "replace")
 
-    def skip(kind: int) -> None:
+    def skip_value(self, kind: int) -> None:
         if kind == STRING_VALUE:
-            text()
+            self.text()
         elif kind == ARRAY_VALUE:
-            kind, length = number("I"), number("Q")
+            kind, length = self.number("I"), self.number("Q")
             for _ in range(length):
-                skip(kind)
+                self.skip_value(kind)
         elif kind in SCALAR_VALUES:
-            number(SCALAR_VALUES[kind])
+            self.number(SCALAR_VALUES[kind])
         else:
             raise ValueError(f"unknown kind of metadata {kind}")
 
-    if file.read(4) != b"GGUF" or number("I") not in (2, 3):
-        raise ValueError("not GGUF 2 or 3")
-    tensors, entries = number("Q"), number("Q")
-    for _ in range(entries):
-        text()
-        skip(number("I"))
-    types = {}
-    for _ in range(tensors):
-        name, dimensions = text(), number("I")
-        for _ in range(dimensions):
-            number("Q")
-        types[name] = number("I")
-        number("Q")  # offset
-    return types
 
-
-def convert_gguf(
-    source: Path, out: Path, *, own_tokenizer: bool = True, progress: Progress = NO_PROGRESS
-) -> None:
+def convert_gguf(source: Path, out: Path, *, own_tokenizer: bool = True, progress: Progress = NO_PROGRESS) -> None:
     """Write the mlx-lm model directory of a llama-family GGUF file into the existing directory ``out``.
 
     4-bit and 8-bit GGUF blocks are kept bit for bit: they are mlx's affine quantisation with group size 32.
@@ -277,7 +285,9 @@ def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
 
     model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if (model, splitter) != ("gpt2", "smollm"):
-        raise InputError(f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is; pass --tokenizer.")
+        raise InputError(
+            f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is; pass --tokenizer."
+        )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

@@ -68,7 +68,9 @@ def output_directory(out: Path, force: bool, sources: Iterable[Path], *, marker:
         try:
             yield work
         except OSError as error:
-            raise KVPError(f"cannot write {out} ({error.strerror or error}); make room or choose another --out.") from error
+            raise KVPError(
+                f"cannot write {out} ({error.strerror or error}); make room or choose another --out."
+            ) from error
 
 
 def write_weights(sizes: dict[str, int], read: Reader, out: Path, progress: Progress) -> None:
@@ -84,7 +86,8 @@ def write_weights(sizes: dict[str, int], read: Reader, out: Path, progress: Prog
         InputError: a tensor with NaN or infinity.
         KVPError: the file cannot be written.
     """
-    shards, files, done = plan_shards(sizes), {}, 0
+    shards, done = plan_shards(sizes), 0
+    files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         arrays = {}

@@ -44,9 +44,7 @@ def logits(weights: StateDict, ids: Any, before: Pairs | None = None) -> tuple[A
     return _rms(x, weights["norm.weight"].float()) @ embedding.float().T, pairs
 
 
-def predicted_logits(
-    checkpoint: StateDict, layer_map: Sequence[int], ids: Any, following: Any
-) -> Any:
+def predicted_logits(checkpoint: StateDict, layer_map: Sequence[int], ids: Any, following: Any) -> Any:
     """Run KV Prediction: the auxiliary reads all of ``ids`` but the last token, the base the rest.
 
     Args:
@@ -117,6 +115,4 @@ def _rope(x: Any, start: int) -> Any:
     positions = torch.arange(start, start + x.shape[2], dtype=torch.float32)
     angles = positions[:, None] * ROPE_BASE ** (-torch.arange(half, dtype=torch.float32) / half)  # (T, D/2)
     left, right = x[..., :half], x[..., half:]
-    return torch.cat(
-        [left * angles.cos() - right * angles.sin(), left * angles.sin() + right * angles.cos()], dim=-1
-    )
+    return torch.cat([left * angles.cos() - right * angles.sin(), left * angles.sin() + right * angles.cos()], dim=-1)

@@ -26,14 +26,22 @@ def push_directory(directory: Path, repository: str, *, private: bool = False) -
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise InputError(f"'{repository}' is no Hub repository; give it as owner/name.")
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    no_bars_off_terminal()
     try:
         url = HfApi().create_repo(repository, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=directory, commit_message="Uploaded by kvp")
     except Exception as error:  # huggingface_hub and its HTTP client raise dozens of types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise KVPError(f"{repository} could not be pushed ({reason}); check the network and 'hf auth login'.") from error
+        raise KVPError(
+            f"{repository} could not be pushed ({reason}); check the network and 'hf auth login'."
+        ) from error
     return str(url)
+
+
+def no_bars_off_terminal() -> None:
+    """Keep huggingface_hub's progress bars out of logs and pipes."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from . import blas
 from .default_model import ALIAS, ensure_base
 from .errors import BundleError, InputError
 from .families import check_architecture, check_cache
+from .hub import no_bars_off_terminal
 from .safetensors import weight_tensors
 
 
@@ -45,10 +45,8 @@ def model_directory(name: str, revision: str | None = None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    no_bars_off_terminal()
     patterns = ["*.json", "model*.safetensors", "predictor.safetensors", "*.model", "*.txt", "*.jinja"]
     patterns += [f"{part}/{pattern}" for part in ("auxiliary", "base") for pattern in patterns]
     try:

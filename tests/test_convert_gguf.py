@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from conftest import Kvp
 from gguf.quants import dequantize, quantize
+from kvp_mlx.convert.gguf import half_split_rows
 from mlx_lm.utils import load, load_model
 from support.directories import LLAMA, TEXT, write_llama
 from test_gguf import GGUF_NAMES, gguf_metadata, llama_cpp_rows
-
-from kvp_mlx.convert.gguf import half_split_rows
 
 Types = gguf.GGMLQuantizationType
 KEPT = [Types.F32, Types.F16, Types.Q4_0, Types.Q4_1, Types.Q8_0]
@@ -23,10 +22,10 @@ IDS = mx.array([[5, 9, 100, 7, 250, 3]])
 def write(path: Path, model: Path, kind: Types) -> dict[str, np.ndarray]:
     """Write a llama directory as GGUF, matrices in one type; return the weights as that type keeps them."""
     writer = gguf.GGUFWriter(path, "llama")
-    for name, value in gguf_metadata().items():
+    for name, given in gguf_metadata().items():
         if name == "general.architecture":
             continue
-        value = np.array(value).tolist() if isinstance(value, mx.array) else value
+        value = np.array(given).tolist() if isinstance(given, mx.array) else given
         if isinstance(value, list):
             writer.add_array(name, value)
         elif name == "tokenizer.ggml.add_bos_token":
@@ -79,7 +78,8 @@ def test_every_kept_type(kind: Types, model: Path, tmp_path: Path, kvp: Kvp) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [["--dtype", "bfloat16"], ["--q-bits", "4", "--q-group-size", "32"], ["--dtype", "float16", "--q-bits", "8"]]
+    "options",
+    [["--dtype", "bfloat16"], ["--q-bits", "4", "--q-group-size", "32"], ["--dtype", "float16", "--q-bits", "8"]],
 )
 def test_precision_of_the_output(options: list[str], model: Path, tmp_path: Path, kvp: Kvp) -> None:
     weights = write(tmp_path / "m.gguf", model, Types.F32)
@@ -116,6 +116,19 @@ def test_other_types_are_refused_by_name(kind: Types, model: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def shifted(data: bytes) -> bytes:
+    """Let a tensor begin where the file has long ended."""
+    at = data.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight") + 4 + 2 * 8 + 4
+    return data[:at] + (2**40).to_bytes(8, "little") + data[at + 8 :]
+
+
+def nested(data: bytes) -> bytes:
+    """Metadata that is an array of arrays of arrays ..."""
+    name = b"general.architecture"
+    value = b"\x09\0\0\0" + (b"\x09\0\0\0" + b"\1" + bytes(7)) * 50_000
+    return data[:24] + len(name).to_bytes(8, "little") + name + value
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "wrong magic": lambda data: b"GGML" + data[4:],
@@ -125,6 +138,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "endless string": lambda data: data[:24] + b"\xff" * 8 + data[32:],
     "endless metadata": lambda data: data[:16] + b"\xff" * 8 + data[24:],
     "endless tensors": lambda data: data[:8] + b"\xff" * 8 + data[16:],
+    "tensor past the end": shifted,
+    "arrays in arrays": nested,
     "unknown kind of metadata": lambda data: data.replace(b"general.architecture\x08", b"general.architecture\x63"),
 }
 

@@ -228,7 +228,9 @@ def test_broken_files(name: str, good: Path, kvp: Kvp, tmp_path: Path) -> None:
 def test_code_in_a_pickle_does_not_run(place: str, old_style: bool, kvp: Kvp, tmp_path: Path) -> None:
     marker, source, out = tmp_path / "ran", tmp_path / "c.pt", tmp_path / "out"
     code = Code(marker)
-    contents = {"top": code, "value": {"base.norm.weight": code}, "wrapper": {"epoch": code, "model_state_dict": {}}}[place]
+    contents = {"top": code, "value": {"base.norm.weight": code}, "wrapper": {"epoch": code, "model_state_dict": {}}}[
+        place
+    ]
     if old_style:
         source.write_bytes(pickle.dumps(contents))
     else:

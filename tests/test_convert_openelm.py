@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Kvp
+from kvp_mlx.convert.kvp import check_maps, plan, split_names
+from kvp_mlx.convert.openelm import model_name, openelm_config_of
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from support import corenet
 from support.torch_oracle import OpenELM
 
-from kvp_mlx.convert.kvp import check_maps, plan, split_names
-from kvp_mlx.convert.openelm import model_name, openelm_config_of
 from kvp_mlx.errors import InputError
 from kvp_mlx.families import kv_shapes
 from kvp_mlx.presets import PRESETS, preset_parts

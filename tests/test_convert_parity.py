@@ -97,7 +97,9 @@ def test_one_token_prompt(source: Path, checkpoint: dict, kvp: Kvp, tmp_path: Pa
     kvp("convert", "kvp", source, "--layer-map", MAP_OPTION, "--out", tmp_path / "out")
     ids = ids_of(2)
     model = kvp_mlx.load(str(tmp_path / "out"))
-    assert_same(prompt_mode(model, ids, ids[:, :1]), KVPrediction(checkpoint, corenet.LAYER_MAP).prompt_mode(ids, ids[:, :1]))
+    assert_same(
+        prompt_mode(model, ids, ids[:, :1]), KVPrediction(checkpoint, corenet.LAYER_MAP).prompt_mode(ids, ids[:, :1])
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "transformer."])

@@ -75,7 +75,17 @@ def test_streams_as_it_decodes(llama: Path, source: Path, tmp_path: Path, kvp: K
 
 def test_plain_mlx_lm_generates(llama: Path, source: Path, tmp_path: Path, kvp: Kvp) -> None:
     kvp("convert", "openelm", source, "--out", tmp_path / "out", "--tokenizer", llama)
-    command = ["-m", "mlx_lm", "generate", "--model", str(tmp_path / "out"), "--prompt", "The lamp", "--max-tokens", "3"]
+    command = [
+        "-m",
+        "mlx_lm",
+        "generate",
+        "--model",
+        str(tmp_path / "out"),
+        "--prompt",
+        "The lamp",
+        "--max-tokens",
+        "3",
+    ]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Generation: 3 tokens" in result.stdout

@@ -8,10 +8,10 @@ import mlx.core as mx
 import pytest
 import torch
 from conftest import Kvp
+from kvp_mlx.convert import reference
 from support import corenet
 from support.torch_oracle import KVPrediction, OpenELM, part_of
 
-from kvp_mlx.convert import reference
 from kvp_mlx.safetensors import fingerprint
 
 MAP = ",".join(map(str, corenet.LAYER_MAP))
@@ -49,7 +49,9 @@ def test_bundle(converted: Path, source: Path, kvp: Kvp) -> None:
 
 
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--q-bits", "8"], ["--q-bits", "4"]])
-def test_reduced_precision_passes_within_its_own_bound(options: list[str], source: Path, tmp_path: Path, kvp: Kvp) -> None:
+def test_reduced_precision_passes_within_its_own_bound(
+    options: list[str], source: Path, tmp_path: Path, kvp: Kvp
+) -> None:
     kvp("convert", "kvp", source, "--layer-map", MAP, "--out", tmp_path / "out", *options)
     outcome = kvp("convert", "verify", tmp_path / "out", source)
     assert outcome.code == 0, outcome.out

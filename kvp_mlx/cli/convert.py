@@ -213,9 +213,9 @@ def finish(result: dict[str, Any], upload: str | None, json: bool) -> None:
     if json:
         print_json(result)
         return
-    size, bits = result["size_bytes"] / 1e6, result["bits_per_weight"]
-    say(f"Wrote {result['out']}: {result['model']}, {result['parameters']:,} parameters, {bits} bits each, {size:,.1f} MB.")
-    for name, part in result.get("parts", {}).items():
-        say(f"  {name}: {part['parameters']:,} parameters, {part['bits_per_weight']} bits each")
+    say(f"Wrote {result['out']}: {result['model']}.")
+    for name, part in {"in all": result, **result.get("parts", {})}.items():
+        size = f"{part['size_bytes'] / 1e6:,.1f} MB"
+        say(f"  {name}: {part['parameters']:,} parameters, {part['bits_per_weight']} bits per weight, {size}")
     if upload is not None:
         say(f"Pushed to {result['upload']}.")

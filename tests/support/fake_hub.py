@@ -15,6 +15,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
+
         class Handler(_Handler):
             pass
 
@@ -82,7 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.missing("RevisionNotFound")
         commit, files = found
         if kind == "tree":
-            return self.answer([{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files.items()])
+            return self.answer(
+                [
+                    {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for n, d in files.items()
+                ]
+            )
         return self.answer({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
 
     def file(self, repository: str, revision: str, name: str) -> None:
@@ -111,6 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"success": True, "commitOid": commit_of("main"), "commitUrl": f"{self.hub.url}/{path[2]}/{path[3]}/commit/{commit_of('main')}"})
+            self.answer(
+                {
+                    "success": True,
+                    "commitOid": commit_of("main"),
+                    "commitUrl": f"{self.hub.url}/{path[2]}/{path[3]}/commit/{commit_of('main')}",
+                }
+            )
         else:
             self.missing("RepoNotFound")

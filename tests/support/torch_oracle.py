@@ -52,7 +52,9 @@ class OpenELM:
         name = f"layers.{layer}"
         head_dim = self.weights[f"{name}.attn.k_norm.weight"].numel()
         queries = self.weights[f"{name}.attn.out_proj.weight"].shape[1] // head_dim
-        fused = F.linear(normed(x, self.weights[f"{name}.attn_norm.weight"]), self.weights[f"{name}.attn.qkv_proj.weight"])
+        fused = F.linear(
+            normed(x, self.weights[f"{name}.attn_norm.weight"]), self.weights[f"{name}.attn.qkv_proj.weight"]
+        )
         heads = fused.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, all heads * D) -> (B, all heads, T, D)
         kv = (heads.shape[1] - queries) // 2
         return heads.split([queries, kv, kv], dim=1)
@@ -72,10 +74,14 @@ class OpenELM:
         )
         merged = attended.transpose(1, 2).flatten(2)  # (B, heads, T, D) -> (B, T, heads * D)
         x = x + F.linear(merged, self.weights[f"{name}.attn.out_proj.weight"])
-        gate, up = F.linear(normed(x, self.weights[f"{name}.ffn_norm.weight"]), self.weights[f"{name}.ffn.proj_1.weight"]).chunk(2, -1)
+        gate, up = F.linear(
+            normed(x, self.weights[f"{name}.ffn_norm.weight"]), self.weights[f"{name}.ffn.proj_1.weight"]
+        ).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, self.weights[f"{name}.ffn.proj_2.weight"])
 
-    def run(self, ids: Tensor, given: Sequence[tuple[Tensor, Tensor]] | None = None, *, own: bool = True) -> tuple[Tensor, list]:
+    def run(
+        self, ids: Tensor, given: Sequence[tuple[Tensor, Tensor]] | None = None, *, own: bool = True
+    ) -> tuple[Tensor, list]:
         """Return logits (B, T, vocabulary) of ids (B, T) and each layer's own raw keys and values.
 
         Args:
@@ -89,7 +95,8 @@ class OpenELM:
             pairs.append((keys, values))
             if given is not None:
                 before = given[layer]
-                keys, values = (torch.cat([a, b], 2) for a, b in zip(before, (keys, values))) if own else before
+                joined = [torch.cat(both, dim=2) for both in zip(before, (keys, values), strict=True)]
+                keys, values = joined if own else before
             x = self.block(layer, x, keys.shape[2] - ids.shape[1], keys, values)
         x = normed(x, self.weights["norm.weight"])
         return F.linear(x, self.weights["token_embeddings.weight"]), pairs
@@ -118,7 +125,7 @@ class KVPrediction:
         for layer, source in enumerate(self.layer_map):
             head_dim = self.checkpoint[f"base.layers.{layer}.attn.k_norm.weight"].numel()
             both = []
-            for kind, x in zip(("key", "value"), pairs[source]):
+            for kind, x in zip(("key", "value"), pairs[source], strict=True):
                 name = f"{kind}_transforms.{layer}"
                 merged = x.transpose(1, 2).flatten(2)  # (B, heads, T, D) -> (B, T, heads * D), head-major
                 mapped = F.linear(merged, maps[f"{name}.weight"], maps[f"{name}.bias"])
