@@ -74,12 +74,14 @@ def convert_gguf_file(
     """
     check_tensors(source)
     with output_directory(out, force, [source], marker="config.json") as work:
-        if precision == Precision():
-            convert_gguf(source, work, own_tokenizer=tokenizer is None, progress=progress)
-        else:
-            plain = work / ".plain"
-            plain.mkdir()
+        plain = work if precision == Precision() else work / ".plain"
+        plain.mkdir(exist_ok=True)
+        try:
             convert_gguf(source, plain, own_tokenizer=tokenizer is None, progress=progress)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{source} does not describe a llama model ({reason}); download it again.") from error
+        if plain != work:
             rewrite_model(plain, work, precision, progress)
             copy_tokenizer(plain, work)
             shutil.rmtree(plain)
@@ -193,10 +195,12 @@ def convert_gguf(source: Path, out: Path, *, own_tokenizer: bool = True, progres
 def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
     """Return mlx-lm's config.json for a llama-family GGUF file."""
 
-    def number(name: str) -> Any:
-        if f"llama.{name}" not in metadata:
+    def number(name: str, default: Any = None) -> Any:
+        if f"llama.{name}" in metadata:
+            return metadata[f"llama.{name}"].item()
+        if default is None:
             raise InputError(f"the GGUF file lacks the metadata key llama.{name}; it cannot be converted.")
-        return metadata[f"llama.{name}"].item()
+        return default
 
     heads = number("attention.head_count")
     config: dict[str, Any] = {
@@ -206,15 +210,16 @@ def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
         "num_hidden_layers": number("block_count"),
         "intermediate_size": number("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv"),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "rms_norm_eps": decimal(number("attention.layer_norm_rms_epsilon")),
-        "rope_theta": number("rope.freq_base"),
+        "rope_theta": number("rope.freq_base", 10000.0),
         "max_position_embeddings": number("context_length"),
         "vocab_size": arrays["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in arrays,
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
     }
+    for role in ("bos", "eos"):
+        if f"tokenizer.ggml.{role}_token_id" in metadata:
+            config[f"{role}_token_id"] = metadata[f"tokenizer.ggml.{role}_token_id"].item()
     return config
 
 

@@ -67,16 +67,17 @@ def convert_kvp(
         InputError: an unusable file or output, or tensors that do not fit the preset or the map.
         KVPError: the output cannot be written.
     """
-    checkpoint = open_checkpoint(source)
-    names = split_names(checkpoint.shapes)
-    configs = {
-        part: openelm_config_of({short: checkpoint.shapes[name] for name, short in names[part].items()}, f"{part}.*")
-        for part in PARTS
-    }
-    auxiliary, entries = plan(preset, layer_map, configs)
-    models = {part: openelm.Model(openelm.ModelArgs.from_dict(configs[part])) for part in PARTS}
-    check_maps({short: checkpoint.shapes[name] for name, short in names[MAPS].items()}, models, entries)
+    if (preset is None) == (layer_map is None):
+        raise InputError("choose the layer map with exactly one of --preset NAME and --layer-map 0,0,1,...")
+    if preset is not None:
+        preset_parts(preset)  # refuses an unknown name before gigabytes are read
     with output_directory(out, force, [source], marker="kvp.json") as work:
+        checkpoint = open_checkpoint(source)
+        names = split_names(checkpoint.shapes)
+        configs = {part: openelm_config_of(_shapes(checkpoint, names[part]), f"{part}.*") for part in PARTS}
+        auxiliary, entries = plan(preset, layer_map, configs)
+        models = {part: openelm.Model(openelm.ModelArgs.from_dict(configs[part])) for part in PARTS}
+        check_maps(_shapes(checkpoint, names[MAPS]), models, entries)
         for part in PARTS:
             (work / part).mkdir()
             write_openelm(checkpoint, names[part], configs[part], work / part, precision, progress)
@@ -104,6 +105,10 @@ def convert_kvp(
     return {"out": str(out), **report}
 
 
+def _shapes(checkpoint: Checkpoint, names: dict[str, str]) -> Shapes:
+    return {short: checkpoint.shapes[name] for name, short in names.items()}
+
+
 def split_names(shapes: Shapes) -> dict[str, dict[str, str]]:
     """Return for each of base, auxiliary and ``MAPS`` the full name of each tensor, to its name within the part.
 
@@ -127,13 +132,11 @@ def plan(
     """Return the auxiliary's kind and the layer map, checked against the shapes of both models.
 
     Raises:
-        InputError: a preset of other shapes, a map that does not fit, both or none of them, or two vocabularies.
+        InputError: a preset of other shapes, a map that does not fit, or two vocabularies.
     """
     base, auxiliary = (configs[part] for part in PARTS)
     if base["vocab_size"] != auxiliary["vocab_size"]:
         raise InputError(f"the base has {base['vocab_size']} tokens, the auxiliary {auxiliary['vocab_size']}.")
-    if (preset is None) == (layer_map is None):
-        raise InputError("choose the layer map with exactly one of --preset NAME and --layer-map 0,0,1,...")
     if preset is not None:
         if not fits(preset, base, auxiliary):
             fitting = [name for name in PRESETS if fits(name, base, auxiliary)]

@@ -61,10 +61,10 @@ def convert_openelm(
         return convert_hf(
             source, out, precision, tokenizer=tokenizer, force=force, progress=progress, architecture="openelm"
         )
-    checkpoint = open_checkpoint(path)
-    names = {name: name.removeprefix(PREFIX) for name in checkpoint.shapes}
-    config = openelm_config_of({short: checkpoint.shapes[name] for name, short in names.items()}, str(path))
     with output_directory(out, force, [path], marker="config.json") as work:
+        checkpoint = open_checkpoint(path)
+        names = {name: name.removeprefix(PREFIX) for name in checkpoint.shapes}
+        config = openelm_config_of({short: checkpoint.shapes[name] for name, short in names.items()}, str(path))
         write_openelm(checkpoint, names, config, work, precision, progress)
         return finish_model(work, out, model_name(config), path, tokenizer, source)
 

@@ -78,7 +78,7 @@ def write_weights(sizes: dict[str, int], read: Reader, out: Path, progress: Prog
 
     Args:
         sizes: bytes of each tensor to be read, by the name that ``read`` knows it by.
-        read: yields (name to write, array) for the names it is given.
+        read: yields (name to write, array) for the names it is given, in order.
         out: existing directory.
         progress: called with (tensors done, tensors to do).
 
@@ -91,8 +91,8 @@ def write_weights(sizes: dict[str, int], read: Reader, out: Path, progress: Prog
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         arrays = {}
-        for name, array in read(names):
-            check_finite(name, array)
+        for stored, (name, array) in zip(names, read(names), strict=True):
+            check_finite(stored, array)
             arrays[name], done = array, done + 1
             progress(done, len(sizes))
         save_arrays(arrays, out / file)

@@ -19,11 +19,11 @@ KEPT = [Types.F32, Types.F16, Types.Q4_0, Types.Q4_1, Types.Q8_0]
 IDS = mx.array([[5, 9, 100, 7, 250, 3]])
 
 
-def write(path: Path, model: Path, kind: Types) -> dict[str, np.ndarray]:
+def write(path: Path, model: Path, kind: Types, without: str = "", **changes: object) -> dict[str, np.ndarray]:
     """Write a llama directory as GGUF, matrices in one type; return the weights as that type keeps them."""
     writer = gguf.GGUFWriter(path, "llama")
-    for name, given in gguf_metadata().items():
-        if name == "general.architecture":
+    for name, given in (gguf_metadata() | changes).items():
+        if name in ("general.architecture", without):
             continue
         value = np.array(given).tolist() if isinstance(given, mx.array) else given
         if isinstance(value, list):
@@ -154,6 +154,36 @@ def test_damaged_files(name: str, model: Path, tmp_path: Path, kvp: Kvp) -> None
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.*"))
+
+
+NEEDED = [name for name in gguf_metadata() if name.split(".")[0] in ("llama", "tokenizer")]
+
+
+@pytest.mark.parametrize("name", [name for name in NEEDED if name != "llama.rope.freq_base"])
+def test_missing_metadata_is_one_line(name: str, model: Path, tmp_path: Path, kvp: Kvp) -> None:
+    write(tmp_path / "m.gguf", model, Types.F16, without=name)
+    outcome = kvp("convert", "gguf", tmp_path / "m.gguf", "--out", tmp_path / "out")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_llama_2_states_no_rope_base(model: Path, tmp_path: Path, kvp: Kvp) -> None:
+    weights = write(tmp_path / "m.gguf", model, Types.F32, without="llama.rope.freq_base")
+    assert kvp("convert", "gguf", tmp_path / "m.gguf", "--out", tmp_path / "out").code == 0
+    converted, _ = load(str(tmp_path / "out"))
+    np.testing.assert_allclose(converted(IDS), reference_logits(model, weights), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"llama.attention.head_count": 0}, {"llama.attention.head_count": 7}, {"llama.block_count": 9}]
+)
+def test_metadata_that_the_tensors_contradict(changes: dict, model: Path, tmp_path: Path, kvp: Kvp) -> None:
+    write(tmp_path / "m.gguf", model, Types.F16, **changes)
+    outcome = kvp("convert", "gguf", tmp_path / "m.gguf", "--out", tmp_path / "out")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokenizer_of_ones_own(model: Path, tmp_path: Path, kvp: Kvp) -> None:

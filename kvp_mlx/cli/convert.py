@@ -24,7 +24,10 @@ class Dtype(StrEnum):
 
 
 Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Of the output; default: as stored.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Of what is not quantised; default: as stored."),
+]
 QBits = Annotated[int | None, typer.Option("--q-bits", help="Quantise to 4 or 8 bits.")]
 QGroupSize = Annotated[int | None, typer.Option("--q-group-size", help="Numbers per scale: 32, 64 (default) or 128.")]
 Tokenizer = Annotated[
