@@ -38,10 +38,12 @@ def require_free(out: Path, force: bool, *, sources: Iterable[Path] = (), marker
     Raises:
         InputError: ``out`` exists and may not be replaced, or overlaps a source.
     """
-    place = out.resolve()
-    for source in (path.resolve() for path in sources):
+    place = Path(os.path.realpath(out))  # unlike resolve(), calm about links that lead in circles
+    for source in (Path(os.path.realpath(path)) for path in sources):
         if place == source or place in source.parents or source in place.parents:
             raise InputError(f"{out} overlaps {source}, which is read; choose another --out.")
+    if place.is_symlink():
+        raise InputError(f"{out} is a link that leads in circles; choose another --out.")
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     if not (place / marker).exists():

@@ -116,6 +116,8 @@ def test_links_are_followed(source: Path, tmp_path: Path, kvp: Kvp) -> None:
     assert kvp(*arguments(tmp_path / "link.pt", tmp_path / "out")).code == 0
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "real" / "kvp.json").exists()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    assert_one_line(kvp(*arguments(source, tmp_path / "circle")), 2)
     (tmp_path / "to-input").symlink_to(source.parent)
     assert_one_line(kvp(*arguments(tmp_path / "link.pt", tmp_path / "to-input"), "--force"), 2)
     assert source.exists()
