@@ -19,7 +19,7 @@ from ..predictor import KEYS_VALUES, Predictor
 from ..presets import PRESETS, preset_parts
 from .card import describe_source, write_card
 from .checkpoint import Checkpoint, Shapes, open_checkpoint
-from .openelm import NAMED, model_name, openelm_config_of, same_shapes, shape_problems, write_openelm
+from .openelm import listed, model_name, openelm_config_of, same_shapes, shape_problems, write_openelm
 from .output import (
     NO_PROGRESS,
     Precision,
@@ -121,7 +121,10 @@ def split_names(shapes: Shapes) -> dict[str, dict[str, str]]:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
             strays = [name for name in sorted(shapes) if not name.startswith(tuple(prefixes))]
-            raise InputError(f"not a KV-prediction checkpoint: no part has a place for {', '.join(strays[:NAMED])}.")
+            raise InputError(
+                f"no part of a KV-prediction checkpoint has a place for {listed(strays)}; a plain OpenELM converts "
+                "with 'kvp convert openelm'."
+            )
         names[prefixes[prefix]][name] = name.removeprefix(prefix)
     return names
 

@@ -27,7 +27,7 @@ from .output import NO_PROGRESS, Precision, Progress, finish_model, output_direc
 PREFIX = "transformer."  # mlx-lm's and Hugging Face's, before CoreNet's names
 EMBEDDING = "token_embeddings.weight"
 LAYER = re.compile(r"layers\.(0|[1-9]\d{0,5})\.")
-NAMED = 4  # tensors that an error names at most
+NAMED = 16  # tensors that an error names at most, of each kind of problem
 
 
 def convert_openelm(
@@ -112,6 +112,8 @@ def openelm_config_of(shapes: Shapes, where: str) -> dict[str, Any]:
     Raises:
         InputError: a missing, unknown or ill-shaped tensor, named.
     """
+    if any(name.startswith("base.") for name in shapes):
+        raise InputError(f"{where} is a KV-prediction checkpoint; use 'kvp convert kvp'.")
     layers = max(1, len({match[1] for name in shapes if (match := LAYER.match(name))}))
     names = tensor_shapes(_config(1, 2, 2, [1] * layers, [1] * layers, [2] * layers))
     if problems := shape_problems(dict.fromkeys(shapes, ()), dict.fromkeys(names, ())):  # the names alone
@@ -126,16 +128,24 @@ def openelm_config_of(shapes: Shapes, where: str) -> dict[str, Any]:
 
 
 def shape_problems(found: Shapes, expected: Shapes) -> str:
-    """Return what is wrong with the tensors found, the first few by name; empty where nothing is."""
-    problems = [f"it lacks {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"it has no place for {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
+    """Return what is wrong with the tensors found, by name; empty where nothing is."""
+    wrong = [
         f"{name} is {_words(found[name])}, not {_words(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-    return "; ".join(problems[:NAMED]) + more
+    problems = {
+        "it lacks ": sorted(expected.keys() - found.keys()),
+        "it has no place for ": sorted(found.keys() - expected.keys()),
+        "": wrong,
+    }
+    return "; ".join(f"{what}{listed(names)}" for what, names in problems.items() if names)
+
+
+def listed(names: list[str]) -> str:
+    """Join names for an error, which is one line and no book."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _derived_config(shapes: Shapes, layers: int, where: str) -> dict[str, Any]:

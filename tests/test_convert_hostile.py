@@ -75,6 +75,7 @@ CONTENTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "layer far away": (lambda t: t | {"base.layers.99999.attn_norm.weight": torch.zeros(96)}, "layers."),
     "layer with a zero before": (renamed(QKV, "base.layers.01.attn.qkv_proj.weight"), "layers.01"),
     "negative layer": (lambda t: t | {"base.layers.-1.attn_norm.weight": torch.zeros(96)}, "layers.-1"),
+    "two leftovers": (lambda t: t | {"base.a": t[QKV], "base.b": t[QKV]}, "it has no place for a, b."),
     "renamed tensor": (renamed(QKV, "base.layers.1.attn.qvk_proj.weight"), "qvk_proj"),
     "spelled right": (
         lambda t: {name.replace("predicter", "predictor"): x for name, x in t.items()},
@@ -108,7 +109,7 @@ CONTENTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "an empty dictionary": (lambda t: {}, "no state dict"),
     "an empty wrapper": (lambda t: {"model_state_dict": {}}, "no state dict"),
     "another wrapper": (lambda t: {"weights": t}, "weights is a dict"),
-    "numbers for names": (lambda t: dict(enumerate(t.values())), "no part has a place"),
+    "numbers for names": (lambda t: dict(enumerate(t.values())), "no part of"),
     "a string among the tensors": (lambda t: t | {"base.note": "hello"}, "base.note is a str"),
 }
 
@@ -264,6 +265,12 @@ def test_fuzzed_files(seed: int, good: Path, kvp: Kvp, tmp_path: Path) -> None:
         assert_refused(outcome, out, "")
     else:
         assert kvp("generate", "x", "--model", out).code == 2  # no tokeniser, but it loads that far
+
+
+def test_the_other_command_is_named(good: Path, tmp_path: Path, kvp: Kvp) -> None:
+    out, plain = tmp_path / "out", corenet.save(corenet.openelm(corenet.BASE), tmp_path / "plain.pt")
+    assert_refused(kvp("convert", "openelm", good, "--out", out), out, "kvp convert kvp")
+    assert_refused(kvp("convert", "kvp", plain, "--layer-map", MAP, "--out", out), out, "kvp convert openelm")
 
 
 OPTIONS: dict[str, tuple[list[str], str]] = {

@@ -9,38 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import Kvp
 from mlx_lm.utils import load
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 from support import corenet
-from support.directories import TEXT, write_llama
+from support.directories import PIECES, TEXT, train_llama_tokenizer, write_llama
 
-import kvp_mlx
-
-PIECES = 400
 ALPHABET = "abc dé  \n\t.,12345éü好🙂'\"-ABC the and  in"
 SHAPE = corenet.Shape(64, 64, [(2, 1, 64), (2, 2, 32)], vocabulary=PIECES)
 
 
-def train(directory: Path, **changes: object) -> Path:
-    """Train a SentencePiece model with Llama's settings."""
-    text = directory / "text.txt"
-    text.write_text(TEXT * 3 + (Path(kvp_mlx.__file__).parent / "data" / "demo.md").read_text())
-    options = {
-        "model_type": "bpe",
-        "vocab_size": PIECES,
-        "byte_fallback": True,
-        "split_digits": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "minloglevel": 2,
-    }
-    SentencePieceTrainer.train(input=str(text), model_prefix=str(directory / "tokenizer"), **(options | changes))
-    return directory / "tokenizer.model"
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("tokenizer"))
+    return train_llama_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -117,7 +96,7 @@ def test_what_cannot_be_used_is_refused(llama: Path, tmp_path: Path, kvp: Kvp) -
     source = corenet.save(corenet.openelm(SHAPE), tmp_path / "c.pt")
     small = corenet.save(corenet.openelm(corenet.BASE), tmp_path / "small.pt")
     (tmp_path / "other").mkdir()
-    other = train(tmp_path / "other", normalization_rule_name="nmt_nfkc_cf")
+    other = train_llama_tokenizer(tmp_path / "other", normalization_rule_name="nmt_nfkc_cf")
     garbage = tmp_path / "garbage.model"
     garbage.write_bytes(b"\x00\x01garbage")
     (tmp_path / "empty").mkdir()
