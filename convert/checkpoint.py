@@ -31,13 +31,11 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        wrapper: where in the file the state dict was found, if not at the top.
         shapes: of every tensor.
         dtype: the tensors' common dtype; float32 where they differ.
     """
 
     path: Path
-    wrapper: str | None
     shapes: Shapes
     dtype: str
 
@@ -46,7 +44,7 @@ class Checkpoint:
 
         The file is mapped anew each time, so that memory which earlier reads mapped is given back.
         """
-        tensors, _ = _state_dict(self.path)
+        tensors = load_state_dict(self.path)
         for name in names:
             yield name, _to_mlx(tensors[name])
 
@@ -58,7 +56,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: not a whole PyTorch file, one that holds code, no state dict, or a tensor of an unusable kind.
     """
     records = _checked_records(path)
-    tensors, wrapper = _state_dict(path)
+    tensors = load_state_dict(path)
     size = path.stat().st_size
     for name, tensor in tensors.items():
         _check_tensor(f"{path}: {name}", tensor, size)
@@ -67,17 +65,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} is damaged: it holds fewer numbers than it says; copy or save it again.")
     dtypes = {_dtype(tensor) for tensor in tensors.values()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Checkpoint(path, wrapper, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
-
-
-def load_state_dict(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's PyTorch tensors by name, memory-mapped.
-
-    Raises:
-        InputError: see ``open_checkpoint``.
-    """
-    open_checkpoint(path)
-    return _state_dict(path)[0]
+    return Checkpoint(path, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
 
 
 def _checked_records(path: Path) -> list[int]:
@@ -102,12 +90,16 @@ def _checked_records(path: Path) -> list[int]:
     return [member.file_size for member in members]
 
 
-def _state_dict(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the state dict, and the name that it was wrapped under."""
-    loaded, wrapper = _load(path), None
-    if isinstance(loaded, dict):
-        wrapper = next((name for name in WRAPPERS if isinstance(loaded.get(name), dict)), None)
-    tensors = loaded if wrapper is None else loaded[wrapper]
+def load_state_dict(path: Path) -> dict[str, Any]:
+    """Return PyTorch's tensors by name, memory-mapped; ``open_checkpoint`` tells whether they can be trusted.
+
+    Raises:
+        InputError: not a whole PyTorch file, one that holds code, or no state dict.
+    """
+    tensors = _load(path)
+    if isinstance(tensors, dict):
+        wrapped = [tensors[name] for name in WRAPPERS if isinstance(tensors.get(name), dict)]
+        tensors = wrapped[0] if wrapped else tensors
     if not isinstance(tensors, dict) or not tensors:
         raise InputError(f"{path} holds no state dict; save the model's state_dict() and convert that.")
     bare: dict[str, Any] = {}
@@ -116,7 +108,7 @@ def _state_dict(path: Path) -> tuple[dict[str, Any], str | None]:
         if short in bare:
             raise InputError(f"{path} holds {short} twice, with and without '{PREFIX}'; remove one of them.")
         bare[short] = tensor
-    return bare, wrapper
+    return bare
 
 
 def _load(path: Path) -> Any:

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files import write_json
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model, write_weights
 from .tokenizer import copy_tokenizer
+from .tokenizer import write_tokenizer as write_any_tokenizer
 
 Arrays = dict[str, mx.array]
 
@@ -74,6 +75,8 @@ def convert_gguf_file(
     """
     check_tensors(source)
     with output_directory(out, force, [source], marker="config.json") as work:
+        if tokenizer is not None:
+            write_any_tokenizer(tokenizer, work)
         plain = work if precision == Precision() else work / ".plain"
         plain.mkdir(exist_ok=True)
         try:
@@ -85,7 +88,7 @@ def convert_gguf_file(
             rewrite_model(plain, work, precision, progress)
             copy_tokenizer(plain, work)
             shutil.rmtree(plain)
-        return finish_model(work, out, "llama", source, tokenizer, str(source))
+        return finish_model(work, out, "llama", source, str(source))
 
 
 def check_tensors(source: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InputError
 from ..models import model_directory
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model
-from .tokenizer import copy_tokenizer
+from .tokenizer import copy_tokenizer, write_tokenizer
 
 
 def convert_hf(
@@ -42,11 +42,13 @@ def convert_hf(
     with output_directory(out, force, [directory], marker="config.json") as work:
         if architecture is not None:
             _check_architecture(directory, architecture)
-        rewrite_model(directory, work, precision, progress)
         if tokenizer is None:
             copy_tokenizer(directory, work)
+        else:
+            write_tokenizer(tokenizer, work)
+        rewrite_model(directory, work, precision, progress)
         model = json.loads((work / "config.json").read_text(encoding="utf-8"))["model_type"]
-        return finish_model(work, out, model, directory, tokenizer, source)
+        return finish_model(work, out, model, directory, source)
 
 
 def _check_architecture(directory: Path, wanted: str) -> None:

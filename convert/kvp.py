@@ -72,6 +72,10 @@ def convert_kvp(
     if preset is not None:
         preset_parts(preset)  # refuses an unknown name before gigabytes are read
     with output_directory(out, force, [source], marker="kvp.json") as work:
+        for part in PARTS:
+            (work / part).mkdir()
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, work / part)
         checkpoint = open_checkpoint(source)
         names = split_names(checkpoint.shapes)
         configs = {part: openelm_config_of(_shapes(checkpoint, names[part]), f"{part}.*") for part in PARTS}
@@ -79,11 +83,8 @@ def convert_kvp(
         models = {part: openelm.Model(openelm.ModelArgs.from_dict(configs[part])) for part in PARTS}
         check_maps(_shapes(checkpoint, names[MAPS]), models, entries)
         for part in PARTS:
-            (work / part).mkdir()
             write_openelm(checkpoint, names[part], configs[part], work / part, precision, progress)
-            if tokenizer is not None:
-                write_tokenizer(tokenizer, work / part)
-                check_tokenizer(work / part)
+            check_tokenizer(work / part)
         parts = {part: describe_model(work / part) for part in PARTS}
         config = BundleConfig(
             base=BaseConfig(path="base", fingerprint=parts["base"]["fingerprint"]),
@@ -191,8 +192,9 @@ def load_maps(predictor: Predictor, checkpoint: Checkpoint, precision: Precision
     dtype = getattr(mx, precision.dtype or checkpoint.dtype)
     arrays = {}
     for name, array in checkpoint.read(name for name in checkpoint.shapes if name.startswith(MAPS)):
-        arrays[name.removeprefix(MAPS)] = array.astype(dtype)
-        check_finite(name, array.astype(dtype))
+        short = name.removeprefix(MAPS)
+        arrays[short] = array.astype(dtype)
+        check_finite(name, arrays[short])
     for block in predictor.blocks:
         parts = [f"{KINDS[kind]}.{layer}" for layer, kind, _ in block.targets]
         for suffix in ("weight", "bias"):  # (out, in) and (out,) -> (sum of out, in) and (sum of out,)

@@ -23,6 +23,7 @@ from ..train.auxiliary import prune_config
 from .checkpoint import Checkpoint, Shapes, open_checkpoint
 from .hf import convert_hf
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, quantised_into, write_weights
+from .tokenizer import write_tokenizer
 
 PREFIX = "transformer."  # mlx-lm's and Hugging Face's, before CoreNet's names
 EMBEDDING = "token_embeddings.weight"
@@ -62,11 +63,13 @@ def convert_openelm(
             source, out, precision, tokenizer=tokenizer, force=force, progress=progress, architecture="openelm"
         )
     with output_directory(out, force, [path], marker="config.json") as work:
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, work)
         checkpoint = open_checkpoint(path)
         names = {name: name.removeprefix(PREFIX) for name in checkpoint.shapes}
         config = openelm_config_of({short: checkpoint.shapes[name] for name, short in names.items()}, str(path))
         write_openelm(checkpoint, names, config, work, precision, progress)
-        return finish_model(work, out, model_name(config), path, tokenizer, source)
+        return finish_model(work, out, model_name(config), path, source)
 
 
 def write_openelm(

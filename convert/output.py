@@ -18,7 +18,7 @@ from ..files import atomic_directory, require_free, write_json
 from ..models import load_model
 from ..safetensors import fingerprint
 from .card import describe_source, write_card
-from .tokenizer import check_tokenizer, write_tokenizer
+from .tokenizer import check_tokenizer
 
 Progress = Callable[[int, int], None]
 Reader = Callable[[list[str]], Iterable[tuple[str, mx.array]]]
@@ -182,18 +182,19 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
         progress,
     )
     config.pop("auto_map", None)  # names Python files that are not copied
+    if precision.dtype is not None:
+        config |= {key: precision.dtype for key in ("dtype", "torch_dtype") if key in config}
     save_config(config, out / "config.json")
 
 
-def finish_model(work: Path, out: Path, model: str, source: Path, tokenizer: str | None, name: str) -> dict[str, Any]:
-    """Complete a model directory with a tokeniser and a model card.
+def finish_model(work: Path, out: Path, model: str, source: Path, name: str) -> dict[str, Any]:
+    """Check a model directory's tokeniser, if it has one, and write its model card.
 
     Args:
-        work: the directory, with config.json and weights.
+        work: the directory, with config.json, weights and tokeniser.
         out: where it will be.
         model: what it is, in words.
         source: file or directory that was converted.
-        tokenizer: where to take a tokeniser from (see ``write_tokenizer``), or None.
         name: what the user called the source.
 
     Returns:
@@ -202,8 +203,6 @@ def finish_model(work: Path, out: Path, model: str, source: Path, tokenizer: str
     Raises:
         InputError: an unusable tokeniser.
     """
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, work)
     check_tokenizer(work)
     report = {"model": model, **describe_source(source, name), **describe_model(work)}
     write_card(work, out.name, report)

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models import fit_to_device, load_model
 from ..pipeline import predict_base_cache
 from ..safetensors import weight_tensors
-from .checkpoint import load_state_dict
+from .checkpoint import load_state_dict, open_checkpoint
 from .openelm import PREFIX
 from .output import NO_PROGRESS, Progress
 
@@ -45,6 +45,7 @@ def verify_conversion(directory: Path, source: Path, *, progress: Progress = NO_
     Raises:
         InputError: an unusable directory, or a checkpoint of something else.
     """
+    open_checkpoint(source)  # checks it
     checkpoint = {name.removeprefix(PREFIX): tensor for name, tensor in load_state_dict(source).items()}
     is_bundle = (directory / "kvp.json").exists()
     precision = stored_precision(directory / "base" if is_bundle else directory)

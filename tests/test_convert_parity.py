@@ -1,7 +1,7 @@
 """Conversions against PyTorch: checkpoints written by torch, through the real command, the same logits."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from support import corenet
 from support.torch_oracle import KVPrediction, OpenELM, part_of
 
 import kvp_mlx
+from kvp_mlx.errors import BundleError
 
 ATOL = 1e-4
 MAP_OPTION = ",".join(map(str, corenet.LAYER_MAP))
@@ -151,6 +152,28 @@ def test_quantised_weights_are_within_half_a_step(bits: int, kvp: Kvp, tmp_path:
         original = weights[f"{name.removeprefix('transformer.')}.weight"].numpy()
         steps = np.repeat(np.abs(np.array(scales)), 32, axis=1)
         assert (np.abs(np.array(weight) - original) <= 1.01 * steps).all()  # mlx anchors zero: up to a step at the rim
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("scales", lambda x: x[:, :0]),
+        ("scales", lambda x: x[:-1]),
+        ("weight", lambda x: x[:, :-1]),
+        ("weight", lambda x: x.astype(mx.float32)),
+        ("biases", lambda x: x.astype(mx.int32)),
+    ],
+)
+def test_damaged_quantised_maps(part: str, change: Callable, source: Path, kvp: Kvp, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kvp("convert", "kvp", source, "--layer-map", MAP_OPTION, "--out", out, "--q-bits", 8, "--q-group-size", 32)
+    path = str(out / "predictor.safetensors")
+    arrays = dict(mx.load(path))
+    arrays[f"maps.keys_0.{part}"] = change(arrays[f"maps.keys_0.{part}"])
+    mx.eval(arrays)
+    mx.save_safetensors(path, arrays)
+    with pytest.raises(BundleError, match=r"predictor\.safetensors"):
+        kvp_mlx.load(str(out))
 
 
 @pytest.fixture
