@@ -11,7 +11,8 @@ from conftest import Kvp
 from mlx_lm.utils import load
 from sentencepiece import SentencePieceProcessor
 from support import corenet
-from support.directories import PIECES, TEXT, train_llama_tokenizer, write_llama
+from support.corenet import PIECES, train_llama_tokenizer
+from support.directories import TEXT, write_llama
 
 ALPHABET = "abc dé  \n\t.,12345éü好🙂'\"-ABC the and  in"
 SHAPE = corenet.Shape(64, 64, [(2, 1, 64), (2, 2, 32)], vocabulary=PIECES)

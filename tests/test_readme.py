@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Kvp
 from support import corenet
-from support.directories import PIECES, train_llama_tokenizer, write_llama
+from support.corenet import PIECES, train_llama_tokenizer
+from support.directories import write_llama
 from test_gguf import write_gguf
 
 ROOT = Path(__file__).parents[1]

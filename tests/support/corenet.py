@@ -1,4 +1,7 @@
-"""Random CoreNet checkpoints, written by torch: tiny ones with uneven heads, and the published shapes."""
+"""Random CoreNet checkpoints, written by torch: tiny ones with uneven heads, and the published shapes.
+
+And the tokeniser that goes with them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from .directories import TEXT
+
 VOCABULARY = 131
+PIECES = 400  # of a trained tokeniser
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,24 @@ def save(tensors: object, path: Path) -> Path:
     """Write a checkpoint as a training run would."""
     torch.save(tensors, path)
     return path
+
+
+def train_llama_tokenizer(directory: Path, **changes: object) -> Path:
+    """Train a SentencePiece model of ``PIECES`` pieces with Llama's settings; ``changes`` go into them."""
+    from sentencepiece import SentencePieceTrainer
+
+    document = Path(__file__).parents[2] / "kvp_mlx" / "data" / "demo.md"
+    text = directory / "text.txt"
+    text.write_text(TEXT * 3 + document.read_text())
+    options = {
+        "model_type": "bpe",
+        "vocab_size": PIECES,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "minloglevel": 2,
+    }
+    SentencePieceTrainer.train(input=str(text), model_prefix=str(directory / "tokenizer"), **(options | changes))
+    return directory / "tokenizer.model"

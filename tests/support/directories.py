@@ -75,27 +75,3 @@ def write_tokenizer(directory: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-PIECES = 400
-
-
-def train_llama_tokenizer(directory: Path, **changes: object) -> Path:
-    """Train a SentencePiece model of ``PIECES`` pieces with Llama's settings; ``changes`` go into them."""
-    from sentencepiece import SentencePieceTrainer
-
-    document = Path(__file__).parents[2] / "kvp_mlx" / "data" / "demo.md"
-    text = directory / "text.txt"
-    text.write_text(TEXT * 3 + document.read_text())
-    options = {
-        "model_type": "bpe",
-        "vocab_size": PIECES,
-        "byte_fallback": True,
-        "split_digits": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "minloglevel": 2,
-    }
-    SentencePieceTrainer.train(input=str(text), model_prefix=str(directory / "tokenizer"), **(options | changes))
-    return directory / "tokenizer.model"
