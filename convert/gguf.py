@@ -4,13 +4,20 @@ Format facts: the GGUF specification (ggml-org/ggml, docs/gguf.md). llama.cpp st
 its llama architecture interleaved for its own RoPE; mlx-lm's half-split RoPE wants them back in order.
 """
 
+import math
+import shutil
+import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
 from ..errors import InputError
 from ..files import write_json
+from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model, write_weights
+from .tokenizer import copy_tokenizer
+from .tokenizer import write_tokenizer as write_any_tokenizer
 
 Arrays = dict[str, mx.array]
 
@@ -29,15 +36,139 @@ LAYER_TENSORS = {
 TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 CONTROL_TOKEN = 3  # tokenizer.ggml.token_type
 
+# ggml's numbers for tensor types, and GGUF's for kinds of metadata (with struct's codes)
+BLOCK = 32  # numbers; the types with the bytes that they take for it
+KEPT_TYPES = {0: ("F32", 128), 1: ("F16", 64), 2: ("Q4_0", 18), 3: ("Q4_1", 20), 8: ("Q8_0", 34)}
+OTHER_TYPES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
+OTHER_TYPES |= {23: "IQ4_XS", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+SCALAR_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING_VALUE, ARRAY_VALUE = 8, 9
+MAX_HEADER_STRING = 2**24
 
-def convert_gguf(source: Path, out: Path) -> None:
+
+def convert_gguf_file(
+    source: Path,
+    out: Path,
+    precision: Precision,
+    *,
+    tokenizer: str | None = None,
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Write a llama-family GGUF file as an mlx-lm model directory.
+
+    Args:
+        source: the ``.gguf`` file.
+        out: directory to write.
+        precision: dtype and quantisation of the output; default: as stored.
+        tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: the file's own.
+        force: replace an existing model directory.
+        progress: called with (tensors done, tensors to do), for each stage.
+
+    Returns:
+        What was written: ``out``, ``model``, source, parameters, ``bits_per_weight``, ``size_bytes``, ...
+
+    Raises:
+        InputError: an unusable source or output.
+        KVPError: the output cannot be written.
+    """
+    check_tensors(source)
+    with output_directory(out, force, [source], marker="config.json") as work:
+        if tokenizer is not None:
+            write_any_tokenizer(tokenizer, work)
+        plain = work if precision == Precision() else work / ".plain"
+        plain.mkdir(exist_ok=True)
+        try:
+            convert_gguf(source, plain, own_tokenizer=tokenizer is None, progress=progress)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{source} does not describe a llama model ({reason}); download it again.") from error
+        if plain != work:
+            rewrite_model(plain, work, precision, progress)
+            copy_tokenizer(plain, work)
+            shutil.rmtree(plain)
+        return finish_model(work, out, "llama", source, str(source))
+
+
+def check_tensors(source: Path) -> None:
+    """Refuse quantisations that mlx does not keep as they are (it would quietly expand some to fp16).
+
+    Raises:
+        InputError: a tensor of another type, named; or no GGUF file that holds what it says.
+    """
+    try:
+        size = source.stat().st_size
+        with open(source, "rb") as file:
+            tensors = _read_tensors(_Header(file))
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror}).") from error
+    except (struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
+        raise InputError(f"{source} is not a whole GGUF file; copy or download it again.") from error
+    for name, (kind, numbers, offset) in tensors.items():
+        if kind not in KEPT_TYPES:
+            named = OTHER_TYPES.get(kind, f"type {kind}")
+            kept = ", ".join(kept for kept, _ in KEPT_TYPES.values())
+            raise InputError(f"{source}: {name} is {named}; only {kept} convert. Requantise it with llama.cpp.")
+        if offset + numbers * KEPT_TYPES[kind][1] // BLOCK > size:
+            raise InputError(f"{source} is cut short: it ends before {name}; copy or download it again.")
+
+
+def _read_tensors(header: "_Header") -> dict[str, tuple[int, int, int]]:
+    """Read a GGUF header (version 2 or 3); return each tensor's ggml type, how many numbers, and its offset."""
+    if header.file.read(4) != b"GGUF" or header.number("I") not in (2, 3):
+        raise ValueError("not GGUF 2 or 3")
+    count, entries = header.number("Q"), header.number("Q")
+    for _ in range(entries):
+        header.text()
+        header.skip_value(header.number("I"))
+    tensors = {}
+    for _ in range(count):
+        name = header.text()
+        numbers = math.prod(header.number("Q") for _ in range(header.number("I")))
+        tensors[name] = (header.number("I"), numbers, header.number("Q"))
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Header:
+    """GGUF's building blocks, little-endian."""
+
+    file: BinaryIO
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", self.file.read(struct.calcsize(f"<{code}")))
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        if length > MAX_HEADER_STRING:
+            raise ValueError("a string that long cannot be right")
+        return self.file.read(length).decode("utf-8", "replace")
+
+    def skip_value(self, kind: int) -> None:
+        if kind == STRING_VALUE:
+            self.text()
+        elif kind == ARRAY_VALUE:
+            kind, length = self.number("I"), self.number("Q")
+            for _ in range(length):
+                self.skip_value(kind)
+        elif kind in SCALAR_VALUES:
+            self.number(SCALAR_VALUES[kind])
+        else:
+            raise ValueError(f"unknown kind of metadata {kind}")
+
+
+def convert_gguf(source: Path, out: Path, *, own_tokenizer: bool = True, progress: Progress = NO_PROGRESS) -> None:
     """Write the mlx-lm model directory of a llama-family GGUF file into the existing directory ``out``.
 
     4-bit and 8-bit GGUF blocks are kept bit for bit: they are mlx's affine quantisation with group size 32.
 
     Args:
         source: the ``.gguf`` file.
-        out: directory that receives config.json, model.safetensors and the tokeniser's files.
+        out: directory that receives config.json, ``model*.safetensors`` and the tokeniser's files.
+        own_tokenizer: take the file's own tokeniser over.
+        progress: called with (tensors done, tensors to do).
 
     Raises:
         InputError: not a GGUF file, not of the llama family, or with a tensor that has no place in llama.
@@ -57,18 +188,22 @@ def convert_gguf(source: Path, out: Path) -> None:
         config["quantization"] = config["quantization_config"] = quantization
         # fp32 norms between fp16 scales would make every activation fp32 on a GPU
         weights = {name: x.astype(mx.float16) if x.dtype == mx.float32 else x for name, x in weights.items()}
-    mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
+    sizes = {name: array.nbytes for name, array in weights.items()}
+    write_weights(sizes, lambda names: ((name, weights.pop(name)) for name in names), out, progress)
     write_json(out / "config.json", config)
-    write_tokenizer(metadata, out)
+    if own_tokenizer:
+        write_tokenizer(metadata, out)
 
 
 def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
     """Return mlx-lm's config.json for a llama-family GGUF file."""
 
-    def number(name: str) -> Any:
-        if f"llama.{name}" not in metadata:
+    def number(name: str, default: Any = None) -> Any:
+        if f"llama.{name}" in metadata:
+            return metadata[f"llama.{name}"].item()
+        if default is None:
             raise InputError(f"the GGUF file lacks the metadata key llama.{name}; it cannot be converted.")
-        return metadata[f"llama.{name}"].item()
+        return default
 
     heads = number("attention.head_count")
     config: dict[str, Any] = {
@@ -78,15 +213,16 @@ def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
         "num_hidden_layers": number("block_count"),
         "intermediate_size": number("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv"),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "rms_norm_eps": decimal(number("attention.layer_norm_rms_epsilon")),
-        "rope_theta": number("rope.freq_base"),
+        "rope_theta": number("rope.freq_base", 10000.0),
         "max_position_embeddings": number("context_length"),
         "vocab_size": arrays["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in arrays,
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
     }
+    for role in ("bos", "eos"):
+        if f"tokenizer.ggml.{role}_token_id" in metadata:
+            config[f"{role}_token_id"] = metadata[f"tokenizer.ggml.{role}_token_id"].item()
     return config
 
 
@@ -157,7 +293,9 @@ def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
 
     model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if (model, splitter) != ("gpt2", "smollm"):
-        raise InputError(f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is.")
+        raise InputError(
+            f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is; pass --tokenizer."
+        )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model
 
 from . import default_model
 from .adapter import adapted_prefix, adapter_weights
@@ -92,6 +93,7 @@ def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) 
     base, base_config = load_model(base_path)
     auxiliary = load_auxiliary(base, config, directory)
     predictor = build_predictor(base, auxiliary, config)
+    _match_quantisation(predictor, tensors, weights)
     _check_tensors(tree_flatten(predictor.parameters()), tensors, weights)
     tokenizer = load_tokenizer(base_path, base_config)
     fit_to_device(base)
@@ -102,6 +104,7 @@ def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) 
     else:
         fit_to_device(auxiliary)
     predictor.load_weights(str(weights))
+    dequantize_model(predictor)  # the maps are small, and prefill computes with them what it computes with
     predictor.set_dtype(compute_dtype(base))
     mx.eval(predictor.parameters())
     _check_finite(predictor.parameters(), weights)
@@ -112,7 +115,8 @@ def describe(name: str) -> dict[str, Any]:
     """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; no weights are loaded."""
     directory = bundle_directory(name)
     config = read_config(directory)
-    tensors = read_header(directory / "predictor.safetensors").values()
+    tensors = read_header(directory / "predictor.safetensors")
+    is_quantised = any(name.endswith(".scales") for name in tensors)  # how many numbers a word holds is not told
     sizes = {
         part: sum(file.stat().st_size for file in files)
         for part, files in {
@@ -127,7 +131,7 @@ def describe(name: str) -> dict[str, Any]:
         "predictor": {
             "input": config.predictor.input,
             "layer_map": [None if s is None else list(s) for s in config.predictor.layer_map],
-            "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+            "parameters": None if is_quantised else sum(math.prod(tensor.shape) for tensor in tensors.values()),
         },
         "size_bytes": sizes,
     }
@@ -209,7 +213,24 @@ def _check_finite(parameters: Any, path: Path) -> None:
         raise BundleError(f"{path} holds numbers that are not finite; get the bundle again.")
 
 
+def _match_quantisation(predictor: Predictor, found: dict[str, TensorInfo], path: Path) -> None:
+    """Quantise the maps that are stored quantised, which their scales tell, as mlx-lm does."""
+
+    def scheme(name: str, module: nn.Module) -> dict[str, int] | bool:
+        if f"{name}.scales" not in found or f"{name}.weight" not in found:
+            return False
+        width = module.weight.shape[-1]
+        groups, words = (found[f"{name}.{part}"].shape[-1] for part in ("scales", "weight"))
+        return {"group_size": width // groups, "bits": 32 * words // width}
+
+    try:
+        nn.quantize(predictor, class_predicate=scheme)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise BundleError(f"{path} is quantised in a way that mlx does not know; get the bundle again.") from error
+
+
 def _check_tensors(needed: list[tuple[str, mx.array]], found: dict[str, TensorInfo], path: Path) -> None:
+    arrays = dict(needed)
     expected = {name: tuple(array.shape) for name, array in needed}
     if missing := sorted(expected.keys() - found.keys()):
         raise BundleError(f"{path} lacks the tensor {missing[0]}; get the bundle again.")
@@ -218,5 +239,6 @@ def _check_tensors(needed: list[tuple[str, mx.array]], found: dict[str, TensorIn
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise BundleError(f"{path}: {name} has shape {found[name].shape}, the base needs {shape}; get it again.")
-        if found[name].dtype not in FLOAT_DTYPES:
-            raise BundleError(f"{path}: {name} is {found[name].dtype}, not one of {', '.join(FLOAT_DTYPES)}.")
+        dtypes = ("U32",) if arrays[name].dtype == mx.uint32 else FLOAT_DTYPES
+        if found[name].dtype not in dtypes:
+            raise BundleError(f"{path}: {name} is {found[name].dtype}, not one of {', '.join(dtypes)}.")

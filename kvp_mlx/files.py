@@ -26,25 +26,29 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvp-mlx"
 
 
-def require_free(out: Path, force: bool, *, sources: Iterable[Path] = ()) -> None:
-    """Refuse to write a bundle where something else would be lost; call it before any work is done.
+def require_free(out: Path, force: bool, *, sources: Iterable[Path] = (), marker: str = "kvp.json") -> None:
+    """Refuse to write a directory where something else would be lost; call it before any work is done.
 
     Args:
-        out: bundle directory to be written.
-        force: an existing bundle may be replaced (nothing else ever is).
-        sources: directories that the work reads, which must not be the output, inside it or around it.
+        out: directory to be written.
+        force: an existing directory of the same kind may be replaced (nothing else ever is).
+        marker: the file that tells this kind: kvp.json for a bundle, config.json for a model.
+        sources: files and directories that the work reads, which must not be the output, inside it or around it.
 
     Raises:
         InputError: ``out`` exists and may not be replaced, or overlaps a source.
     """
-    place = out.resolve()
-    for source in (path.resolve() for path in sources):
+    place = Path(os.path.realpath(out))  # unlike resolve(), calm about links that lead in circles
+    for source in (Path(os.path.realpath(path)) for path in sources):
         if place == source or place in source.parents or source in place.parents:
             raise InputError(f"{out} overlaps {source}, which is read; choose another --out.")
+    if place.is_symlink():
+        raise InputError(f"{out} is a link that leads in circles; choose another --out.")
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
-    if not (place / "kvp.json").exists():
-        raise InputError(f"{out} exists and is not a bundle, so it is not replaced; choose another --out.")
+    if not (place / marker).exists():
+        kind = "a bundle" if marker == "kvp.json" else "a model directory"
+        raise InputError(f"{out} exists and is not {kind}, so it is not replaced; choose another --out.")
     if not force:
         raise InputError(f"{out} already exists; choose another --out or pass --force to replace it.")
 

@@ -18,11 +18,16 @@ from . import blas
 from .default_model import ALIAS, ensure_base
 from .errors import BundleError, InputError
 from .families import check_architecture, check_cache
+from .hub import no_bars_off_terminal
 from .safetensors import weight_tensors
 
 
 def model_directory(name: str, revision: str | None = None) -> Path:
     """Return the local directory of a model: a path, the default's alias, or a Hub id (downloaded once).
+
+    Args:
+        name: ``owner/name@revision`` pins a Hub id to a branch, tag or commit.
+        revision: likewise, and wins over one in the name.
 
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
@@ -34,13 +39,23 @@ def model_directory(name: str, revision: str | None = None) -> Path:
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name} is no directory, Hub id (owner/name) or '{ALIAS}'.")
-    return _download(name, revision)
+    hub_id, _, pinned = name.partition("@")
+    return _download(hub_id, revision or pinned or None)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "model*.safetensors", "predictor.safetensors", "*.model", "*.txt", "*.jinja"]
+    no_bars_off_terminal()
+    patterns = [
+        "*.json",
+        "model*.safetensors",
+        "predictor.safetensors",
+        "adapter.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+    ]
     patterns += [f"{part}/{pattern}" for part in ("auxiliary", "base") for pattern in patterns]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
@@ -71,7 +86,7 @@ def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model, config = mlx_lm_load_model(directory, lazy=True)
     except Exception as error:  # mlx-lm raises whatever its model files raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__  # the names are on the second line
         raise BundleError(f"mlx-lm cannot load {directory}: {reason}") from error
     check_cache(model)
     return model, config

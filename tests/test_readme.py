@@ -2,10 +2,15 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Kvp
+from support import corenet
+from support.corenet import PIECES, train_llama_tokenizer
+from support.directories import write_llama
+from test_gguf import write_gguf
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,11 +31,21 @@ def test_the_readme_runs(kvp: Kvp, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(COMMANDS) >= 8
     for name in ("kvp_mlx", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
+    write_checkpoints(tmp_path)
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         extra = next((more for name, more in SHORTER.items() if command.startswith(name)), [])
         outcome = kvp(*shlex.split(command), *extra)
         assert outcome.code == 0, f"kvp {command}: {outcome.err}"
+
+
+def write_checkpoints(directory: Path) -> None:
+    """Write tiny files under the names that the section on converting uses."""
+    train_llama_tokenizer(directory)
+    base, auxiliary = (replace(shape, vocabulary=PIECES) for shape in (corenet.BASE, corenet.AUXILIARY))
+    corenet.save(corenet.openelm(base), directory / "checkpoint_average.pt")
+    corenet.save(corenet.kv_prediction(base, auxiliary), directory / "kv_prediction.pt")
+    write_gguf(directory / "model.gguf", write_llama(directory / "llama", tokenizer=False))
 
 
 def test_the_two_commands_and_ci_agree() -> None:

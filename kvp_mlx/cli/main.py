@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import KVPError
-from . import bench, evaluation, inference, status, training
+from . import bench, convert, evaluation, inference, status, training
 
 app = typer.Typer(
     name="kvp",
@@ -24,8 +24,10 @@ app.command("chat")(inference.chat)
 app.command("demo")(inference.demo)
 app.command("fit")(training.fit)
 app.command("train")(training.train)
+app.command("push")(convert.push)
 app.command("info")(status.info)
 app.command("doctor")(status.doctor)
+app.add_typer(convert.app, name="convert")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

@@ -1,0 +1,131 @@
+"""Tokenisers for converted models: copied where they are already in a form that mlx-lm loads, else built.
+
+Llama's ``tokenizer.model`` (SentencePiece BPE with byte fallback) becomes an equivalent ``tokenizer.json``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import write_json
+from ..models import load_tokenizer, model_directory
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+SPACE = "\u2581"
+PROBE = "  Two spaces, then\n\ttabs; numbers 1234 5, don't  stop: été, 你好, 🙂 "
+
+
+def write_tokenizer(source: str, directory: Path) -> None:
+    """Give a model directory a tokeniser.
+
+    Args:
+        source: a Llama ``tokenizer.model``, or a directory or Hub id with a tokeniser.
+        directory: the model directory; its config tells how many tokens the model knows.
+
+    Raises:
+        InputError: no tokeniser there, one that cannot be read, or one with more tokens than the model.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        _write_sentencepiece(path, directory)
+    else:
+        found = model_directory(source)
+        if not any((found / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise InputError(f"{source} holds no tokeniser (tokenizer.json or tokenizer.model); name another.")
+        if (found / "tokenizer.json").exists() or not (found / "tokenizer.model").exists():
+            copy_tokenizer(found, directory)
+        else:
+            _write_sentencepiece(found / "tokenizer.model", directory)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy a tokeniser's files, as many as there are."""
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Load a model directory's tokeniser, if it has one, as mlx-lm will.
+
+    Raises:
+        InputError: it cannot be loaded, or knows more tokens than the model.
+    """
+    vocab_size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    tokenizer = load_tokenizer(directory, {})
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise InputError(f"the tokeniser has {len(tokenizer)} tokens, the model only {vocab_size}; choose its own.")
+
+
+def _write_sentencepiece(path: Path, directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for a SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        original = SentencePieceProcessor(model_proto=path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    except Exception as error:  # sentencepiece raises RuntimeError and others
+        raise InputError(f"{path} is not a SentencePiece model; name Llama's tokenizer.model.") from error
+    tokenizer = _llama_tokenizer(original)
+    if tokenizer.encode(PROBE, add_special_tokens=False).ids != original.encode(PROBE):
+        raise InputError(f"{path} splits text by other rules than Llama's; pass a directory with a tokenizer.json.")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": original.id_to_piece(original.bos_id()),
+        "eos_token": original.id_to_piece(original.eos_id()),
+        "unk_token": original.id_to_piece(original.unk_id()),
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(directory / "tokenizer_config.json", config)
+
+
+def _llama_tokenizer(original: Any) -> Any:
+    """Build the tokeniser: a space before the text, spaces as pieces, BPE, unknown characters as bytes, BOS."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = [original.id_to_piece(i) for i in range(len(original))]
+    bos, unknown = (pieces[i] for i in (original.bos_id(), original.unk_id()))
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, _merges(original, pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, original.bos_id())]
+    )
+    special = [piece for i, piece in enumerate(pieces) if original.is_control(i) or original.is_unknown(i)]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    return tokenizer
+
+
+def _merges(original: Any, pieces: list[str]) -> list[tuple[str, str]]:
+    """Return every way to join two pieces into a third, the best-scored results first."""
+    ordinary = {
+        piece: i
+        for i, piece in enumerate(pieces)
+        if not (original.is_control(i) or original.is_unknown(i) or original.is_byte(i) or original.is_unused(i))
+    }
+    found = [
+        (-original.get_score(i), ordinary[left], ordinary[right], left, right)
+        for piece, i in ordinary.items()
+        for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        if left in ordinary and right in ordinary
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]

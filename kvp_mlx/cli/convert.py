@@ -1,0 +1,224 @@
+"""``kvp convert`` and ``kvp push``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from .common import Json, clean_stdout, print_json, progress_bar, say
+
+if TYPE_CHECKING:
+    from ..convert.output import Precision
+
+app = typer.Typer(help="Make mlx-lm models and bundles of other projects' checkpoints.", rich_markup_mode=None)
+
+
+class Dtype(StrEnum):
+    """The values of ``--dtype``."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Of what is not quantised; default: as stored."),
+]
+QBits = Annotated[int | None, typer.Option("--q-bits", help="Quantise to 4 or 8 bits.")]
+QGroupSize = Annotated[int | None, typer.Option("--q-group-size", help="Numbers per scale: 32, 64 (default) or 128.")]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Llama tokenizer.model, or a directory or Hub id with a tokeniser.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Upload = Annotated[str | None, typer.Option("--upload", help="Afterwards push to this Hub repository (owner/name).")]
+
+
+@app.command("openelm")
+def openelm(
+    source: Annotated[str, typer.Argument(help="CoreNet .pt file, or Hugging Face OpenELM directory or id.")],
+    out: Out,
+    dtype: DtypeOption = None,
+    q_bits: QBits = None,
+    q_group_size: QGroupSize = None,
+    tokenizer: Tokenizer = None,
+    force: Force = False,
+    upload: Upload = None,
+    json: Json = False,
+) -> None:
+    """Convert an OpenELM model.
+
+    Any size, whole or layer-pruned: the dimensions are read off the tensors.
+    """
+    from ..convert.openelm import convert_openelm
+
+    precision = make_precision(dtype, q_bits, q_group_size)
+    with clean_stdout(json), progress_bar("tensors") as progress:
+        result = convert_openelm(source, out, precision, tokenizer=tokenizer, force=force, progress=progress)
+    finish(result, upload, json)
+
+
+@app.command("kvp")
+def kvp(
+    source: Annotated[Path, typer.Argument(help="CoreNet KV-prediction checkpoint (.pt).")],
+    out: Out,
+    preset: Annotated[str | None, typer.Option("--preset", help="Which published pair it is.")] = None,
+    layer_map: Annotated[
+        str | None, typer.Option("--layer-map", help="Or the auxiliary layer of each base layer: 0,0,1,...")
+    ] = None,
+    dtype: DtypeOption = None,
+    q_bits: QBits = None,
+    q_group_size: QGroupSize = None,
+    tokenizer: Tokenizer = None,
+    force: Force = False,
+    upload: Upload = None,
+    json: Json = False,
+) -> None:
+    """Convert a KV-prediction checkpoint to a bundle.
+
+    Base, auxiliary and maps come out of one file; every tensor has to have its place.
+    """
+    from ..convert.kvp import convert_kvp
+
+    precision, entries = make_precision(dtype, q_bits, q_group_size), parse_layer_map(layer_map)
+    with clean_stdout(json), progress_bar("tensors") as progress:
+        result = convert_kvp(
+            source,
+            out,
+            precision,
+            preset=preset,
+            layer_map=entries,
+            tokenizer=tokenizer,
+            force=force,
+            progress=progress,
+        )
+    finish(result, upload, json)
+
+
+@app.command("hf")
+def hf(
+    source: Annotated[str, typer.Argument(help="Hugging Face or mlx-lm model directory or id.")],
+    out: Out,
+    dtype: DtypeOption = None,
+    q_bits: QBits = None,
+    q_group_size: QGroupSize = None,
+    tokenizer: Tokenizer = None,
+    force: Force = False,
+    upload: Upload = None,
+    json: Json = False,
+) -> None:
+    """Convert a Hugging Face model of a supported family, through mlx-lm."""
+    from ..convert.hf import convert_hf
+
+    precision = make_precision(dtype, q_bits, q_group_size)
+    with clean_stdout(json), progress_bar("tensors") as progress:
+        result = convert_hf(source, out, precision, tokenizer=tokenizer, force=force, progress=progress)
+    finish(result, upload, json)
+
+
+@app.command("gguf")
+def gguf(
+    source: Annotated[Path, typer.Argument(help="GGUF file of the llama family.")],
+    out: Out,
+    dtype: DtypeOption = None,
+    q_bits: QBits = None,
+    q_group_size: QGroupSize = None,
+    tokenizer: Tokenizer = None,
+    force: Force = False,
+    upload: Upload = None,
+    json: Json = False,
+) -> None:
+    """Convert a llama-family GGUF file in Q4_0, Q4_1, Q8_0, F16 or F32."""
+    from ..convert.gguf import convert_gguf_file
+
+    precision = make_precision(dtype, q_bits, q_group_size)
+    with clean_stdout(json), progress_bar("tensors") as progress:
+        result = convert_gguf_file(source, out, precision, tokenizer=tokenizer, force=force, progress=progress)
+    finish(result, upload, json)
+
+
+@app.command("verify")
+def verify(
+    model: Annotated[Path, typer.Argument(help="Converted bundle or OpenELM directory.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The .pt file that it was converted from.")],
+    json: Json = False,
+) -> None:
+    """Compare a conversion with its checkpoint.
+
+    A few prompts are recomputed from the checkpoint by an independent PyTorch implementation; exit code 1 if the
+    logits differ by more than the stored precision explains.
+    """
+    from ..convert.verify import verify_conversion
+
+    with clean_stdout(json), progress_bar("prompts") as progress:
+        result = verify_conversion(model, checkpoint, progress=progress)
+    if json:
+        print_json(result)
+    else:
+        for name, check in result["checks"].items():
+            same = f"argmax equal at {check['argmax_equal']} of {check['positions']} positions"
+            print(f"{name}: largest difference {check['max_difference']:.2e}, {same}")
+        print("OK" if result["ok"] else f"DIFFERENT: more than {result['tolerance']} x the logits' spread")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(help="Bundle or model directory.")],
+    repository: Annotated[str, typer.Argument(help="Hub repository, owner/name; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload a bundle or model to the Hugging Face Hub."""
+    from ..hub import push_directory
+
+    with clean_stdout(json):
+        url = push_directory(directory, repository, private=private)
+    if json:
+        print_json({"repository": repository, "url": url})
+    else:
+        say(f"Pushed {directory} to {url}.")
+
+
+def make_precision(dtype: Dtype | None, q_bits: int | None, q_group_size: int | None) -> "Precision":
+    """Return the wanted precision of the output.
+
+    Raises:
+        InputError: unusable values.
+    """
+    from ..convert.output import Precision
+
+    return Precision(dtype.value if dtype else None, q_bits, q_group_size)
+
+
+def parse_layer_map(text: str | None) -> list[int] | None:
+    """Return the numbers of ``0,0,1,...``.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--layer-map takes numbers such as 0,0,1,1, not '{text}'.") from error
+
+
+def finish(result: dict[str, Any], upload: str | None, json: bool) -> None:
+    """Push what was written where that is wanted, and report."""
+    if upload is not None:
+        from ..hub import push_directory
+
+        with clean_stdout(json):
+            result["upload"] = push_directory(Path(result["out"]), upload)
+    if json:
+        print_json(result)
+        return
+    say(f"Wrote {result['out']}: {result['model']}.")
+    for name, part in {"in all": result, **result.get("parts", {})}.items():
+        size = f"{part['size_bytes'] / 1e6:,.1f} MB"
+        say(f"  {name}: {part['parameters']:,} parameters, {part['bits_per_weight']} bits per weight, {size}")
+    if upload is not None:
+        say(f"Pushed to {result['upload']}.")
