@@ -156,7 +156,13 @@ def test_chat_holds_a_conversation_in_a_pipe(bundle: Path, kvp: Kvp) -> None:
 
 def test_info_tells_kind_sizes_and_recipe(bundle: Path, kvp: Kvp) -> None:
     result = kvp("info", bundle, "--json").json()
-    assert result["auxiliary"] == {"kind": "prefix", "layers": 2, "retained_layers": None, "fingerprint": None}
+    assert result["auxiliary"] == {
+        "kind": "prefix",
+        "layers": 2,
+        "retained_layers": None,
+        "fingerprint": None,
+        "adapter_rank": None,
+    }
     assert result["predictor"]["parameters"] == (64 + 1) * 2 * 32
     assert result["training"]["method"] == "ridge"
     assert result["size_bytes"]["predictor"] == (bundle / "predictor.safetensors").stat().st_size
