@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..bundle import KVPModel
-from ..families import family_of, kv_shapes
+from ..families import family_of, kv_shapes, linear_size
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
     for index, layer in enumerate(model.layers):
         attention = layer[family.attention]
         if index < len(model.layers) - 1:
-            work += Work(2.0 * batch * tokens * _linear_size(layer), _bytes(layer))
+            work += Work(2.0 * batch * tokens * linear_size(layer), _bytes(layer))
             width = attention.n_heads * kv_shapes(model)[index].head_dim
             work += Work(4.0 * batch * width * tokens * (tokens + 1) / 2)
         else:
             names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
             for projection in (attention[name] for name in names):
-                work += Work(2.0 * batch * tokens * _linear_size(projection), _bytes(projection))
+                work += Work(2.0 * batch * tokens * linear_size(projection), _bytes(projection))
     return work
 
 
@@ -70,19 +70,8 @@ def step_work(model: nn.Module, context: int, batch: int) -> Work:
     work = Work(0.0, _bytes(model))
     for layer, shape in zip(model.layers, kv_shapes(model), strict=True):
         attention = 4.0 * batch * context * layer[family.attention].n_heads * shape.head_dim
-        work += Work(2.0 * batch * _linear_size(layer) + attention)
+        work += Work(2.0 * batch * linear_size(layer) + attention)
     return work
-
-
-def _linear_size(module: nn.Module) -> int:
-    """Return the number of weights in a module's (quantised) linear maps."""
-    size = 0
-    for part in module.modules():
-        if isinstance(part, nn.QuantizedLinear):
-            size += part.weight.size * 32 // part.bits
-        elif isinstance(part, nn.Linear):
-            size += part.weight.size
-    return size
 
 
 def _bytes(module: nn.Module) -> int:

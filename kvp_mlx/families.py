@@ -126,6 +126,17 @@ def hidden_size(model: nn.Module) -> int:
     return inner_model(model).norm.weight.shape[0]
 
 
+def linear_size(module: nn.Module) -> int:
+    """Return the number of weights in a module's linear maps, quantised ones as if they were not."""
+    size = 0
+    for part in module.modules():
+        if isinstance(part, nn.QuantizedLinear):
+            size += part.weight.size * 32 // part.bits
+        elif isinstance(part, nn.Linear):
+            size += part.weight.size
+    return size
+
+
 def kv_shapes(model: nn.Module) -> list[KVShape]:
     """Return the key/value shape of every layer (they differ from layer to layer in OpenELM)."""
     family = family_of(model)

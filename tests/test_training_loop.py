@@ -410,6 +410,7 @@ def test_bundle_on_disk_predicts_what_training_had(
     """The validation that training logged, measured again on the bundle that it wrote (fp16)."""
     out = tmp_path / "out"
     common = args(starts[start], base_dir, texts, *options, "--tokens", 64 * 30, "--learning-rate", 3e-3)
+    base_files = {path.name: path.read_bytes() for path in base_dir.iterdir()}
     outcome = kvp(*common, "--out", out, "--json")
     assert outcome.code == 0, outcome.err
     best = outcome.json()
@@ -417,7 +418,6 @@ def test_bundle_on_disk_predicts_what_training_had(
     windows = hold_back(data_files([texts]), model, TrainOptions(window=64)).values()
     again = ContextMeasurement(model, list(windows), 16).measure()["arms"]["kvp"]["recovery"]
     assert again == pytest.approx(best["recovery"], rel=0.02, abs=0.02)
-    base_files = {path.name: path.read_bytes() for path in base_dir.iterdir()}
     assert (out / "adapter.safetensors").exists() == (start == "prefix" and bool(options))
     assert base_files == {path.name: path.read_bytes() for path in base_dir.iterdir()}
     assert kvp("info", out, "--json").code == 0

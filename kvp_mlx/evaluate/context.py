@@ -6,7 +6,7 @@ reads the last prompt token itself, as in decoding; without context it reads not
 right document minus that of a wrong one of the same kind, kvp's over full's (design.md section 9).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
@@ -17,13 +17,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..bundle import KVPModel
 from ..errors import InputError
 from ..families import Cache, early_exit, output_head, run_layers
-from ..pipeline import base_prefill, predict_base_cache
+from ..pipeline import Progress, base_prefill, predict_base_cache
 
 ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 OF_THE_BASE = ("full", "wrong_document_full", "no_context")
 """Arms that no training changes."""
 WITHOUT_AUXILIARY = tuple(arm for arm in ARMS if arm != "auxiliary")
-Progress = Callable[[int, int], None]
 
 
 class ContextMeasurement:

@@ -1,4 +1,4 @@
-"""Making predictors: closed-form ridge maps."""
+"""Making predictors: maps in closed form, and training by gradient."""
 
 from pathlib import Path
 

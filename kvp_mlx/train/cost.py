@@ -1,9 +1,7 @@
 """The arithmetic of a training run: FLOPs per token, to hold its speed against the machine's matmul rate."""
 
-import mlx.nn as nn
-
 from ..bundle import KVPModel
-from ..families import family_of, hidden_size, kv_shapes
+from ..families import family_of, hidden_size, kv_shapes, linear_size
 from .loop import Trained, TrainOptions
 from .teacher import exact_layers
 
@@ -16,7 +14,7 @@ def flops_per_token(model: KVPModel, trained: Trained, options: TrainOptions) ->
     activations, norms and the optimiser.
     """
     window, base = options.window, model.base
-    layers = [2.0 * _weights(layer) for layer in base.layers]  # FLOPs per token and layer, forward
+    layers = [2.0 * linear_size(layer) for layer in base.layers]  # FLOPs per token and layer, forward
     widths = [
         layer[family_of(base).attention].n_heads * shape.head_dim
         for layer, shape in zip(base.layers, kv_shapes(base), strict=True)
@@ -36,18 +34,7 @@ def flops_per_token(model: KVPModel, trained: Trained, options: TrainOptions) ->
         total += again * base_pass(right, split + right / 2, start) + 3 * right * head + 2 * split * maps
     if options.weights.paper:
         total += 2 * base_pass(window, window / 2, start) + 2 * window * (head + maps)
-    if model.auxiliary is not base and start == 0:
+    if start == 0:
         passes = 3 if options.train_auxiliary else 2 if options.lora_rank else 1
-        total += passes * window * 2.0 * sum(_weights(layer) for layer in model.auxiliary.layers)
+        total += passes * window * 2.0 * sum(linear_size(layer) for layer in model.auxiliary.layers)
     return total / window
-
-
-def _weights(module: nn.Module) -> float:
-    """Return the number of weights in a module's matrices, quantised ones as if they were not."""
-    size = 0.0
-    for part in module.modules():
-        if isinstance(part, nn.QuantizedLinear):
-            size += part.weight.size * 32 // part.bits
-        elif isinstance(part, nn.Linear):
-            size += part.weight.size
-    return size
