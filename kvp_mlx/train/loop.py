@@ -276,13 +276,17 @@ def parts_of(
     """Yield functions that return a weighted loss and the single losses that it is made of."""
     weights = options.weights
 
-    def continuation(split: int, end: int) -> tuple[mx.array, Losses]:
-        read_here = reading or read(model, batch.ids[:, :split])
+    def continuation(read_here: Reading, split: int, end: int) -> tuple[mx.array, Losses]:
         divergence, residual = continuation_losses(
             model, teacher, read_here, batch, split, end, checkpoint=options.checkpoint
         )
         losses = {"continuation": divergence / options.splits, "residual": residual / options.splits}
         return weights.continuation * (losses["continuation"] + weights.residual * losses["residual"]), losses
+
+    def all_continuations(points: list[tuple[int, int]]) -> tuple[mx.array, Losses]:
+        read_here = read(model, batch.ids[:, : max(split for split, _ in points)])
+        totals, losses = zip(*(continuation(read_here, *point) for point in points), strict=True)
+        return sum(totals, mx.array(0.0)), {name: sum(part[name] for part in losses) for name in losses[0]}
 
     def predicted_alone() -> tuple[mx.array, Losses]:
         read_here = reading or read(model, batch.ids)
@@ -298,8 +302,11 @@ def parts_of(
         return total, losses
 
     if weights.continuation:
-        for split, end in split_points(batch, options, rng):
-            yield partial(continuation, split, end)
+        points = split_points(batch, options, rng)
+        if reading is None:
+            yield partial(all_continuations, points)
+        else:
+            yield from (partial(continuation, reading, *point) for point in points)
     if weights.paper:
         yield predicted_alone
 
