@@ -50,18 +50,27 @@ def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:
 
 def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
     """Return the work of filling a cache with ``tokens`` positions; the last layer only projects K and V."""
-    family, work = family_of(model), Work()
-    for index, layer in enumerate(model.layers):
-        attention = layer[family.attention]
-        if index < len(model.layers) - 1:
-            work += Work(2.0 * batch * tokens * linear_size(layer), _bytes(layer))
-            width = attention.n_heads * kv_shapes(model)[index].head_dim
-            work += Work(4.0 * batch * width * tokens * (tokens + 1) / 2)
-        else:
-            names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
-            for projection in (attention[name] for name in names):
-                work += Work(2.0 * batch * tokens * linear_size(projection), _bytes(projection))
-    return work
+    last = len(model.layers) - 1
+    whole = (layer_work(model, layer, tokens, batch) for layer in range(last))
+    return sum(whole, kv_work(model, last, tokens, batch))
+
+
+def layer_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
+    """Return the work of one whole layer on ``tokens`` positions that follow none."""
+    module = model.layers[layer]
+    width = module[family_of(model).attention].n_heads * kv_shapes(model)[layer].head_dim
+    attention = 4.0 * batch * width * tokens * (tokens + 1) / 2
+    return Work(2.0 * batch * tokens * linear_size(module) + attention, _bytes(module))
+
+
+def kv_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
+    """Return the work of one layer's K and V projections (all of a fused one)."""
+    family = family_of(model)
+    attention = model.layers[layer][family.attention]
+    names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
+    projections = [attention[name] for name in names]
+    size = sum(linear_size(projection) for projection in projections)
+    return Work(2.0 * batch * tokens * size, sum(map(_bytes, projections)))
 
 
 def step_work(model: nn.Module, context: int, batch: int) -> Work:

@@ -7,7 +7,7 @@ cuts a prefix off a model, so nothing here changes when mlx-lm improves one.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,14 @@ class Family:
     """Attribute names of one architecture.
 
     ``qkv_proj`` is set where one projection yields query heads, key heads and value heads in that order;
-    otherwise ``k_proj`` and ``v_proj`` stand alone. ``n_heads``, ``n_kv_heads``, ``rope`` and, where there is
-    one, ``k_norm`` are attributes of the attention module everywhere.
+    otherwise ``q_proj``, ``k_proj`` and ``v_proj`` stand alone. ``n_heads``, ``n_kv_heads``, ``scale``, ``rope`` and,
+    where there are any, ``q_norm`` and ``k_norm`` are attributes of the attention module everywhere.
     """
 
     inner: str = "model"
     embedding: str = "embed_tokens"
     attention: str = "self_attn"
+    q_proj: str = "q_proj"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     qkv_proj: str | None = None
@@ -272,6 +273,15 @@ def early_exit(model: nn.Module, layers: int) -> nn.Module:
     return view
 
 
+def only_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
+    """Return a model of some of a model's layers, in their order, sharing all weights."""
+    family = family_of(model)
+    view, inner = copy.copy(model), copy.copy(model[family.inner])
+    inner.layers = [inner.layers[layer] for layer in layers]
+    view[family.inner] = inner
+    return view
+
+
 class _Listener(nn.Module):
     """Stands in for a module, calls it, and keeps what went in and came out."""
 
@@ -346,15 +356,31 @@ def _rope_key(rope: nn.Module) -> Any:
 
 
 def normed_keys(attention: nn.Module, keys: mx.array) -> mx.array:
-    """Apply a layer's k_norm, if it has one, to raw keys ``(B, T, H*D)``.
+    """Apply a layer's k_norm, if it has one, to raw keys ``(B, T, H*D)``."""
+    return _normed(attention.get("k_norm"), keys)
 
-    It spans one head or all of them, told by the size of its weight.
+
+def _normed(norm: nn.Module | None, x: mx.array) -> mx.array:
+    """Apply a norm, if there is one, to merged heads; it spans one head or all, told by the size of its weight."""
+    if norm is None:
+        return x
+    heads = x.reshape(*x.shape[:2], -1, norm.weight.size)  # (B, T, H*D) -> (B, T, H or 1, D or H*D)
+    return norm(heads).reshape(x.shape)
+
+
+def query_heads(model: nn.Module, layer: int, hidden: mx.array, offset: int) -> mx.array:
+    """Return a layer's queries ``(B, query heads, T, D)``, normed and rotated, from what its projections read.
+
+    Args:
+        model: the mlx-lm model.
+        layer: one of its layers.
+        hidden: the projections' input ``(B, T, hidden)``.
+        offset: position of the first of these tokens.
     """
-    k_norm = attention.get("k_norm")
-    if k_norm is None:
-        return keys
-    heads = keys.reshape(*keys.shape[:2], -1, k_norm.weight.size)  # (B, T, H*D) -> (B, T, H or 1, D or H*D)
-    return k_norm(heads).reshape(keys.shape)
+    family, attention = family_of(model), attention_of(model, layer)
+    shape = KVShape(attention.n_heads, _kv_shape(attention, family).head_dim)
+    projected = attention[family.qkv_proj or family.q_proj](hidden)[..., : shape.width]
+    return attention.rope(_split_heads(_normed(attention.get("q_norm"), projected), shape), offset=offset)
 
 
 def attention_of(model: nn.Module, layer: int) -> nn.Module:

@@ -192,7 +192,7 @@ def predict_base_cache(
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
     with wired_limit(model.base), mx.stream(generation_stream):
-        for chunk, done in _chunks(ids, prefill_step_size):
+        for chunk, done in chunks(ids, prefill_step_size):
             start = time.perf_counter()
             inputs = auxiliary_prefill(model, chunk, auxiliary_cache)
             mx.eval(_state(auxiliary_cache), inputs)
@@ -211,7 +211,7 @@ def predict_base_cache(
 def catch_up_auxiliary(model: KVPModel, ids: mx.array, auxiliary_cache: Cache) -> None:
     """Let the auxiliary read ``ids`` (B, T) without predicting anything from it (a reply that the base wrote)."""
     with wired_limit(model.auxiliary), mx.stream(generation_stream):
-        for chunk, _ in _chunks(ids, None):
+        for chunk, _ in chunks(ids, None):
             run_layers(model.auxiliary, chunk, auxiliary_cache)
             mx.eval(_state(auxiliary_cache))
             _release_buffers()
@@ -230,7 +230,7 @@ def base_prefill(
     cache = make_prompt_cache(model.base) if cache is None else cache
     start = time.perf_counter()
     with wired_limit(model.base), mx.stream(generation_stream):
-        for chunk, done in _chunks(ids, prefill_step_size):
+        for chunk, done in chunks(ids, prefill_step_size):
             run_layers(model.base, chunk, cache)
             mx.eval(_state(cache))
             _release_buffers()
@@ -256,7 +256,7 @@ def _release_buffers() -> None:
         mx.clear_cache()
 
 
-def _chunks(ids: mx.array, size: int | None) -> Iterator[tuple[mx.array, int]]:
+def chunks(ids: mx.array, size: int | None) -> Iterator[tuple[mx.array, int]]:
     """Cut ``ids`` (B, T) along T; yields each chunk with the number of tokens up to its end."""
     size = size or default_step_size()
     for start in range(0, ids.shape[1], size):

@@ -4,11 +4,17 @@ from typing import Annotated
 
 import typer
 
+from . import tasks
 from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
 
 CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
+for task in (
+    *(tasks.triviaqa, tasks.squad, tasks.gsm8k, tasks.mcq, tasks.humaneval),
+    *(tasks.needle, tasks.quote, tasks.chat, tasks.perplexity),
+):
+    app.command()(task)
 
 
 @app.callback()

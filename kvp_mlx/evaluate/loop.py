@@ -1,0 +1,140 @@
+"""The loop that all tasks share: items by arms, a log that a kill cannot spoil, means with their intervals."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..arms import Arm
+from ..bench.arm_cost import arm_work
+from ..bundle import KVPModel
+from ..errors import InputError
+from ..pipeline import Progress
+from .scores import bootstrap
+from .tasks import Item
+
+Row = dict[str, Any]
+Measure = Callable[[KVPModel, Arm, Item], Row]
+
+
+def run_items(
+    model: KVPModel,
+    arms: Sequence[Arm],
+    items: Sequence[Item],
+    measure: Measure,
+    *,
+    recipe: dict[str, Any],
+    log: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Row]:
+    """Measure every item under every arm, going on with a log that was begun.
+
+    Args:
+        model: the bundle.
+        arms: ways to the first token; of one item they follow one another, so that a slow hour hits all alike.
+        items: what is asked.
+        measure: what one arm does with one item.
+        recipe: what the rows depend on besides; a log of another recipe is refused.
+        log: JSONL, the recipe first, then a row per item and arm as soon as it is known.
+        progress: called with (rows done, rows in all).
+
+    Returns:
+        The rows of these arms and items, in order.
+
+    Raises:
+        InputError: the log is of another recipe or no log.
+    """
+    done = open_log(log, recipe) if log else {}
+    rows, total = [], len(items) * len(arms)
+    for item in items:
+        for arm in arms:
+            key = item.id, arm.name
+            if key not in done:
+                row = {"item": item.id, "arm": arm.name} | measure(model, arm, item)
+                if log:
+                    append_line(log, row)
+                done[key] = json.loads(json.dumps(row))
+            rows.append(done[key])
+            progress(len(rows), total)
+    return rows
+
+
+def open_log(log: Path, recipe: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    """Begin a log, or return what a begun one holds; a last line that a kill cut short is taken off."""
+    try:
+        if not log.exists() or not log.read_bytes():
+            log.write_text("")
+            append_line(log, {"recipe": recipe})
+            return {}
+        data = log.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if whole != data:
+            log.write_bytes(whole)
+    except OSError as error:
+        raise InputError(f"{log} cannot be written ({error.strerror}); choose another --log.") from error
+    except ValueError as error:
+        raise InputError(f"{log} is not a log of kvp eval; choose another --log.") from error
+    if not lines:
+        append_line(log, {"recipe": recipe})
+        return {}
+    if not isinstance(lines[0], dict) or lines[0].get("recipe") != json.loads(json.dumps(recipe)):
+        raise InputError(f"{log} was begun with another model, data or options; choose another --log.")
+    return {(row["item"], row["arm"]): row for row in lines[1:]}
+
+
+def append_line(log: Path, row: Row) -> None:
+    """Append one JSON line."""
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def summarise(
+    task: str,
+    model: KVPModel,
+    arms: Sequence[Arm],
+    rows: Sequence[Row],
+    *,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+) -> dict[str, Any]:
+    """Return a task's JSON: task, n and, per arm, score, its 95 % interval, median TTFT in ms and more.
+
+    ``difference`` is the mean over items of the score less the arm ``full``'s, with its interval; ``flops_ratio`` is
+    full prefill's work over the arm's at the median prompt length; ``metrics`` are means of the row's other scores.
+    """
+    result: dict[str, Any] = {}
+    of = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in arms}
+    prompt_tokens = int(statistics.median(row["prompt_tokens"] for row in rows))
+    for arm in arms:
+        scores = [row["score"] for row in of[arm.name]]
+        result[arm.name] = {
+            "score": float(statistic(np.array(scores))),
+            "interval": bootstrap(scores, statistic),
+            "ttft_ms": statistics.median(row["ttft_ms"] for row in of[arm.name]),
+            "flops_ratio": arm_work(model, Arm("full", "full"), prompt_tokens).flops
+            / arm_work(model, arm, prompt_tokens).flops,
+            "metrics": {
+                name: float(np.mean([row["metrics"][name] for row in of[arm.name]]))
+                for name in of[arm.name][0]["metrics"]
+            },
+        }
+        if "full" in of:
+            apart = [row["score"] - other["score"] for row, other in zip(of[arm.name], of["full"], strict=True)]
+            result[arm.name]["difference"] = {"mean": float(np.mean(apart)), "interval": bootstrap(apart)}
+    return {"task": task, "n": len(rows) // len(arms), "prompt_tokens": prompt_tokens, "arms": result}
+
+
+def grid(items: Sequence[Item], rows: Sequence[Row]) -> list[Row]:
+    """Return the mean score per arm, prompt length and depth, of tasks that have these."""
+    cells: dict[tuple[str, int, float], list[float]] = {}
+    extras = {item.id: item.extra for item in items}
+    for row in rows:
+        extra = extras[row["item"]]
+        cells.setdefault((row["arm"], extra["length"], extra["depth"]), []).append(row["score"])
+    return [
+        {"arm": arm, "prompt_tokens": length, "depth": depth, "n": len(scores), "score": float(np.mean(scores))}
+        for (arm, length, depth), scores in cells.items()
+    ]

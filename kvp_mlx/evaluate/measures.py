@@ -1,0 +1,138 @@
+"""How each task is measured: what one arm does with one item, as a row of the log (see ``loop``)."""
+
+import math
+import statistics
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import make_sampler
+
+from ..arms import Arm
+from ..bundle import KVPModel
+from .answer import continuation_losses, generate, predicted_losses, reply_log_probabilities
+from .loop import Measure, Row
+from .sandbox import passes
+from .scores import pass_at_k
+from .tasks import GENERATIONS, HUMANEVAL_MAX_TOKENS, HUMANEVAL_STOP, Item, humaneval_program
+
+CHAT_TOKENS = 16
+
+
+def encode_item(model: KVPModel, text: str, chat: bool) -> list[int]:
+    """Return a prompt's token ids, through the chat template where ``chat`` and the model has one."""
+    tokenizer = model.text_tokenizer
+    if chat and tokenizer.chat_template is not None:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    return tokenizer.encode(text)
+
+
+def measure_generation(task: str, max_tokens: int | None = None) -> Measure:
+    """Return how a task with one greedy answer is measured."""
+    form = GENERATIONS[task]
+
+    def measure(model: KVPModel, arm: Arm, item: Item) -> Row:
+        ids = encode_item(model, item.prompt, form.chat)
+        answer = generate(model, arm, ids, stop=form.stop, max_tokens=max_tokens or form.max_tokens)
+        metrics = form.score(item, answer.text)
+        return _row(next(iter(metrics.values())), metrics, answer.ttft_ms, len(ids), text=answer.text)
+
+    return measure
+
+
+def _row(score: float, metrics: dict[str, float], ttft_ms: float, prompt_tokens: int, **more: Any) -> Row:
+    return {"score": score, "metrics": metrics, "ttft_ms": ttft_ms, "prompt_tokens": prompt_tokens} | more
+
+
+def measure_choice(scoring: str) -> Measure:
+    """Return how multiple choice is measured: the likeliest continuation wins.
+
+    Args:
+        scoring: ``continuation`` (the arm reads the question, the base goes on), or ``predicted``, the paper's (arm
+            kvp only: all keys and values are predicted, the choice's too).
+    """
+
+    def measure(model: KVPModel, arm: Arm, item: Item) -> Row:
+        prompt, choices = split_choices(model, item.prompt, item.answers)
+        losses, ttft_ms = continuation_losses(model, arm, prompt, choices)
+        if scoring == "predicted" and arm.kind == "kvp":
+            losses = [predicted_losses(model, prompt, choice) for choice in choices]
+        likelihoods = [-float(loss.sum()) for loss in losses]
+        per_letter = [value / len(text.lstrip()) for value, text in zip(likelihoods, item.answers, strict=True)]
+        right = {
+            "accuracy": float(np.argmax(likelihoods) == item.extra["gold"]),
+            "accuracy_per_letter": float(np.argmax(per_letter) == item.extra["gold"]),
+        }
+        return _row(right["accuracy"], right, ttft_ms, len(prompt), likelihoods=likelihoods)
+
+    return measure
+
+
+def split_choices(model: KVPModel, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Return a prompt's tokens and each choice's, cut where the prompt alone ends (as lm-evaluation-harness does)."""
+    encode = model.text_tokenizer.encode
+    ids = encode(prompt)
+    return ids, [encode(prompt + choice)[len(ids) :] for choice in choices]
+
+
+def measure_perplexity(model: KVPModel, arm: Arm, item: Item) -> Row:
+    """Return an item's mean negative log-likelihood in nats per token; ``perplexity`` is the exponential of a mean."""
+    prompt, rest = item.extra["prompt"], item.extra["rest"]
+    losses, ttft_ms = continuation_losses(model, arm, prompt, [rest])
+    return _row(float(losses[0].mean()), {}, ttft_ms, len(prompt))
+
+
+def perplexity(values: np.ndarray) -> float:
+    """Return exp of the mean."""
+    return math.exp(values.mean())
+
+
+def measure_chat(model: KVPModel, arm: Arm, item: Item) -> Row:
+    """Return how an arm agrees with the full model's greedy reply, both being led along that reply.
+
+    Score: share of the reply's first 16 tokens that are the arm's greedy choice too. Also the first token alone, and
+    the mean divergence KL(full || arm) in nats per token.
+    """
+    ids = encode_item(model, item.prompt, chat=True)
+    if "reply" not in item.extra:
+        item.extra["reply"] = generate(model, Arm("full", "full"), ids, max_tokens=CHAT_TOKENS).tokens
+        item.extra["full"], _ = reply_log_probabilities(model, Arm("full", "full"), ids, item.extra["reply"])
+    full, reply = item.extra["full"], item.extra["reply"]
+    own, ttft_ms = reply_log_probabilities(model, arm, ids, reply)
+    agree = own.argmax(axis=-1) == np.array(reply)
+    divergence = (np.exp(full) * (full - own)).sum(axis=-1).mean()
+    metrics = {"first_token": float(agree[0]), "kl_per_token": float(divergence)}
+    return _row(float(agree.mean()), metrics, ttft_ms, len(ids))
+
+
+def measure_humaneval(samples: int, temperature: float, seed: int) -> Measure:
+    """Return how completions are measured: generated, and run in ``sandbox``.
+
+    Args:
+        samples: completions per problem; one is greedy, more are drawn with top-p 0.95.
+        temperature: of the drawing.
+        seed: of the drawing, which every problem, arm and sample has its own of.
+    """
+
+    def measure(model: KVPModel, arm: Arm, item: Item) -> Row:
+        ids, answers = encode_item(model, item.prompt, chat=False), []
+        sampler = make_sampler(temp=temperature, top_p=0.95) if samples > 1 else None
+        for number in range(samples):
+            mx.random.seed(hash_of(f"{seed} {item.id} {number}"))
+            answers.append(
+                generate(model, arm, ids, stop=HUMANEVAL_STOP, max_tokens=HUMANEVAL_MAX_TOKENS, sampler=sampler)
+            )
+        passed = [passes(humaneval_program(item, answer.text)) for answer in answers]
+        metrics = {f"pass@{k}": pass_at_k(samples, sum(passed), k) for k in (1, 10, 100) if k <= samples}
+        times = [answer.ttft_ms for answer in answers]
+        texts = [answer.text for answer in answers]
+        return _row(metrics["pass@1"], metrics, statistics.median(times), len(ids), passed=passed, texts=texts)
+
+    return measure
+
+
+def hash_of(text: str) -> int:
+    """Return a number that is the same in every process."""
+    return zlib.crc32(text.encode())
