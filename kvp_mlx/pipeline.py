@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
-from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, GenerationResponse, generation_stream, wired_limit
+import mlx.nn as nn
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, GenerationResponse, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from .bundle import KVPModel
 from .errors import InputError
 from .families import Cache, append_raw, run_layers
+from .first_token import stream_first_token_early
+from .streams import parts, side_by_side
 
 Prefill = Literal["kvp", "full", "auto"]
 Progress = Callable[[int, int], None]
@@ -191,16 +194,21 @@ def predict_base_cache(
             f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
-    with wired_limit(model.base), mx.stream(generation_stream):
+    with wired_limit(model.base), side_by_side() as streams:
         for chunk, done in chunks(ids, prefill_step_size):
             start = time.perf_counter()
-            inputs = auxiliary_prefill(model, chunk, auxiliary_cache)
-            mx.eval(_state(auxiliary_cache), inputs)
-            read = time.perf_counter()
-            write_predicted(model, inputs, cache)
+            inputs = []
+            for stream, part in parts(chunk, streams):
+                with mx.stream(stream):
+                    inputs.append((stream, auxiliary_prefill(model, part, auxiliary_cache)))
+            mx.eval(_state(auxiliary_cache), [read for _, read in inputs])
+            done_reading = time.perf_counter()
+            for stream, read in inputs:
+                with mx.stream(stream):
+                    write_predicted(model, read, cache)
             mx.eval(_state(cache))
-            times.auxiliary_prefill_ms += 1e3 * (read - start)
-            times.predict_ms += 1e3 * (time.perf_counter() - read)
+            times.auxiliary_prefill_ms += 1e3 * (done_reading - start)
+            times.predict_ms += 1e3 * (time.perf_counter() - done_reading)
             del inputs
             _release_buffers()
             if progress:
@@ -210,11 +218,7 @@ def predict_base_cache(
 
 def catch_up_auxiliary(model: KVPModel, ids: mx.array, auxiliary_cache: Cache) -> None:
     """Let the auxiliary read ``ids`` (B, T) without predicting anything from it (a reply that the base wrote)."""
-    with wired_limit(model.auxiliary), mx.stream(generation_stream):
-        for chunk, _ in chunks(ids, None):
-            run_layers(model.auxiliary, chunk, auxiliary_cache)
-            mx.eval(_state(auxiliary_cache))
-            _release_buffers()
+    read_prompt(model.auxiliary, ids, auxiliary_cache)
 
 
 def base_prefill(
@@ -229,16 +233,29 @@ def base_prefill(
     """Fill the base's cache for ``ids`` by running the base itself, as mlx-lm does; arguments as above."""
     cache = make_prompt_cache(model.base) if cache is None else cache
     start = time.perf_counter()
-    with wired_limit(model.base), mx.stream(generation_stream):
+    read_prompt(model.base, ids, cache, prefill_step_size, progress)
+    if times is not None:
+        times.base_prefill_ms += 1e3 * (time.perf_counter() - start)
+    return cache
+
+
+def read_prompt(
+    model: nn.Module,
+    ids: mx.array,
+    cache: Cache,
+    prefill_step_size: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Let a model read ``ids`` (B, T) on top of its ``cache``, chunk by chunk."""
+    with wired_limit(model), side_by_side() as streams:
         for chunk, done in chunks(ids, prefill_step_size):
-            run_layers(model.base, chunk, cache)
+            for stream, part in parts(chunk, streams):
+                with mx.stream(stream):
+                    run_layers(model, part, cache)
             mx.eval(_state(cache))
             _release_buffers()
             if progress:
                 progress(done, ids.shape[1])
-    if times is not None:
-        times.base_prefill_ms += 1e3 * (time.perf_counter() - start)
-    return cache
 
 
 def default_step_size() -> int:
@@ -350,6 +367,6 @@ def decode(
         max_tokens = min(max_tokens, model.context_length - len(ids))
     rest = mx.array(ids[cache[0].offset :])
     options.setdefault("prefill_step_size", default_step_size())
-    return mlx_lm_stream_generate(
-        model.base, model.text_tokenizer, rest, max_tokens=max_tokens, prompt_cache=cache, **options
-    )
+    is_early = mx.default_device().type == mx.DeviceType.cpu and options.keys() <= {"prefill_step_size", "sampler"}
+    stream = stream_first_token_early if is_early else mlx_lm_stream_generate
+    return stream(model.base, model.text_tokenizer, rest, max_tokens=max_tokens, prompt_cache=cache, **options)
