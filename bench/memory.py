@@ -47,7 +47,7 @@ def measure_memory(
             caches = cache_bytes(model.base, length, sweep.batch_size)
             if uses_predictor and not model.is_prefix:
                 caches += cache_bytes(model.auxiliary, length, sweep.batch_size)
-            reader = model.auxiliary if uses_predictor else model.base
+            reader = model.auxiliary if uses_predictor and not model.is_prefix else model.base
             chunk = activation_bytes(reader, min(sweep.step_size, length), length, sweep.batch_size)
             rows.append(
                 {

@@ -29,7 +29,7 @@ def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install 'kvp-mlx[plot]'.") from error
     first = results[0]
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     times, parts, realised = figure.subplots(1, 3)
     draw_times(times, first["rows"])
     draw_parts(parts, [row for row in first["rows"] if row["arm"] == "kvp"])
@@ -60,7 +60,8 @@ def draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
     ticks = sorted({row["prompt_tokens"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1)
 
 
 def draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:

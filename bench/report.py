@@ -97,7 +97,7 @@ def print_table(title: str, columns: Columns, rows: list[Row]) -> None:
         table.add_column(column, justify="left" if column in ("arm", "preset") else "right", no_wrap=True)
     for line in cells:
         table.add_row(*line)
-    width = sum(max(map(len, column)) + 3 for column in zip(columns, *cells, strict=True))
+    width = sum(max(map(len, column)) + 3 for column in zip(columns, *cells, strict=True)) + 2
     Console(width=max(Console().width, width)).print(table)
 
 
