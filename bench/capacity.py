@@ -1,0 +1,82 @@
+"""Whether a run fits into memory, asked before it starts."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..bundle import KVPModel
+from ..errors import InputError
+from ..families import family_of, hidden_size, kv_shapes
+from ..train.memory import free_bytes
+
+CACHE_STEP = 256  # positions that mlx-lm's KVCache grows by
+SCORE_COPIES = 3  # scores, masked scores and their softmax, where attention is not fused
+
+
+def require_memory(model: KVPModel, prompt_tokens: int, batch: int, step_size: int, *, loaded: bool) -> None:
+    """Refuse a measurement that will not fit.
+
+    Args:
+        model: the bundle, evaluated or not.
+        prompt_tokens: the longest prompt.
+        batch: prompts at once.
+        step_size: tokens per chunk.
+        loaded: whether the weights are in memory already.
+
+    Raises:
+        InputError: the estimate exceeds what is free.
+    """
+    free = free_bytes()
+    weights = 0 if loaded else weight_bytes(model)
+    needed = weights + run_bytes(model, prompt_tokens, batch, step_size)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{batch} x {prompt_tokens} tokens need about {needed / 2**30:.1f} GiB"
+            f"{'' if loaded else ' with the weights'}, {free / 2**30:.1f} GiB are free; lower --prompt-tokens, "
+            "--batch-size or --prefill-step-size, or pass --dtype or --q-bits."
+        )
+
+
+def weight_bytes(model: KVPModel) -> int:
+    """Return the bytes of all weights; a prefix shares the base's."""
+    parts = [model.base, model.predictor, *([] if model.is_prefix else [model.auxiliary])]
+    return sum(array.nbytes for part in parts for _, array in tree_flatten(part.parameters()))
+
+
+def run_bytes(model: KVPModel, prompt_tokens: int, batch: int, step_size: int) -> int:
+    """Estimate the most that any arm holds beside the weights: its caches and one chunk's activations."""
+    chunk = min(step_size, prompt_tokens)
+    caches = cache_bytes(model.base, prompt_tokens, batch)
+    if not model.is_prefix:
+        caches += cache_bytes(model.auxiliary, prompt_tokens, batch)
+    return caches + max(
+        activation_bytes(model.base, chunk, prompt_tokens, batch), 3 * batch * 4 * model.base.args.vocab_size
+    )
+
+
+def cache_bytes(model: nn.Module, tokens: int, batch: int) -> int:
+    """Return the bytes of a model's KV cache as mlx-lm allocates it, growing a layer included."""
+    positions = -(-tokens // CACHE_STEP) * CACHE_STEP
+    size = float_bytes(model)
+    widths = [shape.width for shape in kv_shapes(model)]
+    return 2 * batch * positions * size * (sum(widths) + max(widths))
+
+
+def activation_bytes(model: nn.Module, chunk: int, context: int, batch: int) -> int:
+    """Estimate one layer's activations: scores (whole, unless a GPU fuses attention), FFN and residual."""
+    family, hidden = family_of(model), hidden_size(model)
+    is_fused = mx.default_device().type == mx.DeviceType.gpu
+    heads = 0 if is_fused else max(layer[family.attention].n_heads for layer in model.layers)
+    ffn = max((_ffn_width(layer) for layer in model.layers), default=hidden)
+    return batch * chunk * float_bytes(model) * (SCORE_COPIES * heads * context + 3 * ffn + 8 * hidden)
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Return the bytes of one activation."""
+    norms = (module.weight for module in model.modules() if isinstance(module, nn.RMSNorm))
+    return int(next(norms).itemsize)
+
+
+def _ffn_width(layer: nn.Module) -> int:
+    linears = (part for part in layer.modules() if isinstance(part, nn.Linear | nn.QuantizedLinear))
+    return max(part.weight.shape[0] for part in linears)

@@ -1,0 +1,81 @@
+"""Decoding speed after a predicted and after a true cache: tokens per second by mlx-lm's own loop."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+
+from ..arms import arm_prefill
+from ..bundle import KVPModel
+from ..errors import InputError
+from .machine import describe_machine
+from .precision import precision_name
+from .ttft import Sweep, fresh_prompt, spread
+
+
+def measure_decode(
+    model: KVPModel,
+    name: str,
+    text_ids: list[int],
+    sweep: Sweep,
+    *,
+    new_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Time ``new_tokens`` after each arm's cache, arms interleaved; the first token does not count.
+
+    Args:
+        model: the bundle.
+        name: how the user called it.
+        text_ids: real text as token ids.
+        sweep: lengths, arms and rounds (one prompt at a time).
+        new_tokens: tokens to time.
+        progress: called with (rounds done, rounds in all).
+
+    Raises:
+        InputError: prompt and new tokens do not fit the context window.
+    """
+    limit = model.context_length
+    if limit is not None and max(sweep.prompt_tokens) + new_tokens + 1 > limit:
+        raise InputError(f"{max(sweep.prompt_tokens)} and {new_tokens} new tokens exceed the context window, {limit}.")
+    steps, total = itertools.count(1), len(sweep.prompt_tokens) * (sweep.rounds + 1)
+    rows = []
+    for length in sweep.prompt_tokens:
+        tps: dict[str, list[float]] = {arm.name: [] for arm in sweep.arms}
+        for round_number in range(sweep.rounds + 1):
+            ids = mx.array([fresh_prompt(text_ids, length, round_number)])
+            for arm in sweep.arms:
+                answering, cache = arm_prefill(model, arm, ids, step_size=sweep.step_size)
+                with wired_limit(answering):
+                    tokens = generate_step(ids[0, -1:], answering, prompt_cache=cache, max_tokens=new_tokens + 1)
+                    next(tokens)
+                    start = time.perf_counter()
+                    for _ in tokens:
+                        pass
+                    seconds = time.perf_counter() - start
+                mx.synchronize(generation_stream)
+                if round_number:
+                    tps[arm.name].append(new_tokens / seconds)
+            progress(next(steps), total)
+        full = statistics.median(tps["full"]) if "full" in tps else None
+        rows += [
+            {
+                "arm": arm,
+                "prompt_tokens": length,
+                "new_tokens": new_tokens,
+                "tps": spread(values),
+                "ratio": statistics.median(values) / full if full else None,
+            }
+            for arm, values in tps.items()
+        ]
+    return {
+        "machine": describe_machine(),
+        "model": name,
+        "precision": precision_name(model),
+        "rounds": sweep.rounds,
+        "rows": rows,
+    }
