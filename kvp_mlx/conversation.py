@@ -11,8 +11,7 @@ from .bundle import KVPModel
 from .context import Context
 from .errors import InputError
 from .pipeline import Prefill, Progress, check_context, check_text, choose_prefill, decode
-
-Message = dict[str, str]
+from .saved import Message, load_head, save_head
 
 FILL_AFTER_OVERFLOW = 0.75
 MAX_REPLY_SHARE = 0.25
@@ -61,6 +60,7 @@ class Conversation:
         first: index in ``messages`` of the first one (after the system message) that is in the context. When the
             window overflows, whole turns leave it, oldest first; see ``_first_that_fits``.
         context: what the model has read.
+        keep_heads: whether exact heads are saved on disk, and loaded the next time.
     """
 
     def __init__(self, model: KVPModel, system: str | None = None):
@@ -68,6 +68,7 @@ class Conversation:
             raise InputError("this model has no chat template; use 'kvp generate --raw'.")
         self.model = model
         self.context = Context(model)
+        self.keep_heads = False
         self.restore([{"role": "system", "content": system}] if system else [])
 
     def restore(self, messages: list[Message], first: int | None = None) -> None:
@@ -149,7 +150,7 @@ class Conversation:
         check_context(self.model, len(ids), max_tokens)
         choose_prefill(prefill, len(ids), exact_tail, exact_head)  # refuses bad options before anything changes
         dropped = sum(message["role"] == "user" for message in messages[self.first : first])
-        reused = self.context.keep(common_prefix_len(self.context.tokens, ids[:-1]))
+        reused = self._reuse(ids, exact_head if prefill != "full" else 0)
         head = max(reused, exact_head)
         path = choose_prefill(prefill, len(ids) - reused, exact_tail, head - reused)
         predicted = len(ids) - 1 - exact_tail - head if path == "kvp" else 0
@@ -176,6 +177,15 @@ class Conversation:
             self.context.grown_to(ids + generated)
             if generated:
                 self.messages, self.first = [*messages, {"role": "assistant", "content": reply}], first
+        if self.keep_heads and path == "kvp" and exact_head:
+            save_head(self.context, ids[:exact_head])
+
+    def _reuse(self, ids: list[int], exact_head: int) -> int:
+        """Keep what the context shares with ``ids``, or load the saved head if that is more; returns the length."""
+        shared = self.context.keep(common_prefix_len(self.context.tokens, ids[:-1]))
+        if self.keep_heads and shared < exact_head < len(ids) and load_head(self.context, ids[:exact_head]):
+            return exact_head
+        return shared
 
     def _first_that_fits(self, messages: list[Message], max_tokens: int) -> tuple[int, list[int]]:
         """Return where the context is to begin in ``messages``, and the prompt's ids.
