@@ -4,11 +4,14 @@ from typing import Annotated
 
 import typer
 
+from . import turns
 from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
 
 CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
+app.command("turns")(turns.turns)
+app.command("dial")(turns.dial)
 
 
 @app.callback()
