@@ -55,6 +55,7 @@ class Worker:
         self._idle_work = idle_work
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._last_key = 0.0
+        self._read_job: _Job | None = None
         self.idle_error: Exception | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="kvp-mlx", daemon=True).start()
@@ -65,7 +66,7 @@ class Worker:
         Closing the iterator, or an exception where it waits (Ctrl-C), makes the job's next ``emit`` raise
         ``StoppedError``, and returns when the job has ended.
         """
-        job = _Job(function)
+        job = self._read_job = _Job(function)
         self._jobs.put(job)
         kind = "item"
         try:
@@ -77,12 +78,24 @@ class Worker:
                     return value
                 yield value
         finally:
+            self._read_job = None
             job.stopped.set()
             while kind == "item":
                 try:
                     kind, _ = job.messages.get()
                 except KeyboardInterrupt:  # once more, out of impatience: the job is ending already
                     continue
+
+    def stop(self) -> bool:
+        """Make the job that is being read stop, as closing its iterator would; may be called in a signal handler.
+
+        Returns:
+            Whether there is one.
+        """
+        if (job := self._read_job) is None:
+            return False
+        job.stopped.set()
+        return True
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function on the thread and return its result."""

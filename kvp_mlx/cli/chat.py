@@ -1,7 +1,8 @@
 """``kvp chat``: a conversation at the terminal or in a pipe."""
 
+import signal
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -84,7 +85,8 @@ def chat(
     session.worker = Worker(session.idle_work)
     try:
         session.open(model, system, cache, allow_base_mismatch)
-        session.run(model)
+        with session.handling_ctrl_c():
+            session.run(model)
     finally:
         session.worker.close()
 
@@ -104,6 +106,7 @@ class Session:
         self.turns: list[Turn] = []
         self.attached = ""
         self.next_text = ""  # what the editor begins with
+        self.stopped = False
         self._warned = False
 
     def open(self, model: str, system: str | None, cache: str | None, allow_base_mismatch: bool) -> None:
@@ -128,6 +131,22 @@ class Session:
             return attached
 
         self.attached = self.worker.call(start)
+
+    @contextmanager
+    def handling_ctrl_c(self) -> Iterator[None]:
+        """Let Ctrl-C stop a reply, without an exception that could strike anywhere; in a pipe it else leaves."""
+
+        def handle(*_: Any) -> None:
+            if self.worker.stop():
+                self.stopped = True
+            elif not self.interactive:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def run(self, name: str) -> None:
         """Read messages and commands until the input ends."""
@@ -232,7 +251,7 @@ class Session:
         shown = MarkdownReply(Console()) if self.interactive else PlainReply()
         sampling = self.sampling if temperature is None else self.sampling | {"temperature": temperature}
         turn: Turn | None = None
-        stopped = False
+        self.stopped = False
         try:
             with closing(self.worker.run(lambda emit: self._turn(emit, kind, text, sampling))) as steps:
                 for step in steps:
@@ -241,11 +260,9 @@ class Session:
                     else:
                         turn = step
                         shown.feed(step.text)
-        except KeyboardInterrupt:
-            stopped = True
         finally:
             shown.close()
-        if stopped:
+        if self.stopped:
             say("[stopped]" if turn else "[stopped before the reply began; the message was not taken]")
         if turn is None:
             return False

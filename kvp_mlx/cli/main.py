@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import KVPError
-from . import bench, cache, chat, convert, evaluation, inference, status, training
+from . import bench, cache, chat, convert, evaluation, inference, models, status, training
 
 app = typer.Typer(
     name="kvp",
@@ -31,6 +31,7 @@ app.add_typer(convert.app, name="convert")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
+app.add_typer(models.app, name="models")
 
 
 def _print_version(wanted: bool) -> None:

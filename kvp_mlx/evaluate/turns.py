@@ -219,6 +219,7 @@ def _recalled(model: KVPModel, logits: mx.array, tokens: list[int], exchange: Ex
 
 def _greedy_reply(replay: Replay) -> str:
     """Return the beginning of what the full model answers."""
+    replay.context.keep(len(replay.ids) - 1)
     pieces = decode(replay.model, replay.ids, replay.context.cache, max_tokens=REPLY_TOKENS)
     text = "".join(piece.text for piece in pieces)
     replay.context.keep(len(replay.ids) - 1)
