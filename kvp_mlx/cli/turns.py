@@ -101,9 +101,10 @@ def print_turns(result: dict[str, Any]) -> None:
         for row in measured["turns"]:
             cells = [row[arm][key] for key in ("agreement", "kl") for arm in arms]
             cells += [row[arm]["recall"] for arm in ("full", *arms)]
-            sooner = row["fresh_ttft_ms"] / row["kvp+refine"]["ttft_ms"]
+            fresh = row["fresh_ttft_ms"]
+            sooner = f"{fresh / row['kvp+refine']['ttft_ms']:.1f}x" if fresh else ""
             shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
-            table.add_row(str(row["turn"]), f"{row['context_tokens']:.0f}", *shown, f"{sooner:.1f}x")
+            table.add_row(str(row["turn"]), f"{row['context_tokens']:.0f}", *shown, sooner)
         Console(width=max(Console().width, 120)).print(table)
     step = result["refine_step_ms"]
     print(f"refinement can be left every {step['median']:.1f} ms (largest {step['largest']:.1f})")

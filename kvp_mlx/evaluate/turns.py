@@ -164,8 +164,8 @@ def measure_turns(
 
     Returns:
         One row per turn: turn, context_tokens (the mean), new_tokens, per arm ``agreement``, ``kl``, ``recall`` (None
-        where nothing was asked), ``predicted_tokens`` and ``ttft_ms`` (medians), and ``fresh_ttft_ms``, the full
-        prefill of the whole conversation so far.
+        where nothing was asked), ``predicted_tokens`` and ``ttft_ms`` (median), and ``fresh_ttft_ms``, the full
+        prefill of the whole conversation so far (at turn 2 and the last, else None).
     """
     rows: list[list[dict[str, Any]]] = []
     for number, script in enumerate(scripts):
@@ -177,7 +177,7 @@ def measure_turns(
 def _measured_turns(model: KVPModel, script: Script, exact_tail: int) -> Iterator[dict[str, Any]]:
     """Replay one conversation; yields one row per turn."""
     arms = {arm: Replay(model, arm, exact_tail) for arm in ARMS}
-    for exchange in script:
+    for number, exchange in enumerate(script, 1):
         before = len(arms["full"].context.tokens)
         seconds = {arm: replay.hear(exchange.message) for arm, replay in arms.items()}
         full = arms["full"]
@@ -187,7 +187,7 @@ def _measured_turns(model: KVPModel, script: Script, exact_tail: int) -> Iterato
         row: dict[str, Any] = {
             "context_tokens": len(full.ids),
             "new_tokens": len(full.ids) - before,
-            "fresh_ttft_ms": 1e3 * _fresh_seconds(model, full.ids),
+            "fresh_ttft_ms": 1e3 * _fresh_seconds(model, full.ids) if number in (2, len(script)) else None,
         }
         for arm, replay in arms.items():
             logits = true if arm == "full" else replay.logits(tokens)
@@ -249,7 +249,7 @@ def _mean_row(turn: int, rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         "turn": turn,
         "context_tokens": mean([row["context_tokens"] for row in rows]),
         "new_tokens": mean([row["new_tokens"] for row in rows]),
-        "fresh_ttft_ms": median([row["fresh_ttft_ms"] for row in rows]),
+        "fresh_ttft_ms": None if rows[0]["fresh_ttft_ms"] is None else median([row["fresh_ttft_ms"] for row in rows]),
     }
     for arm in ARMS:
         result[arm] = {
