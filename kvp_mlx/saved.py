@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from .bundle import KVPModel
 from .context import Context
 from .errors import BundleError, InputError
-from .families import kv_shapes
+from .families import Cache, kv_shapes
 from .files import atomic_directory, cache_dir, replace_json, sha256_of
 from .pipeline import Progress, check_context, check_text
 
@@ -132,10 +132,7 @@ def save_cache(
     """
     place, limit = cache_place(name), limit_from_environment() if limit_bytes is None else limit_bytes
     length = len(context.tokens)
-    compact = [
-        KVCache.from_state((*(entries[..., :length, :] for entries in layer.keys_and_values()), length))
-        for layer in context.cache
-    ]
+    compact = _first_entries(context.cache, length)
     size = sum(layer.nbytes for layer in compact)
     if size > limit:
         raise InputError(f"this cache takes {size / 1e9:.2f} GB, all may take {limit / 1e9:.2f} (KVP_CACHE_LIMIT_GB).")
@@ -186,7 +183,15 @@ def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[Save
     return saved, context
 
 
-def _read_entries(place: Path, saved: SavedCache, model: KVPModel) -> list[KVCache]:
+def _first_entries(cache: Cache, length: int) -> Cache:
+    """Return a cache of the first ``length`` entries, without mlx-lm's room for more."""
+    return [
+        KVCache.from_state((*(entries[..., :length, :] for entries in layer.keys_and_values()), length))
+        for layer in cache
+    ]
+
+
+def _read_entries(place: Path, saved: SavedCache, model: KVPModel) -> Cache:
     path = place / "cache.safetensors"
     damaged = BundleError(f"the saved cache {place} is damaged; remove it ('kvp cache rm {place.name}') and go on.")
     try:
@@ -256,11 +261,7 @@ def save_head(context: Context, ids: list[int]) -> None:
     """Save the entries of a prompt's head, if the context holds exact ones."""
     if context.exact_tokens >= len(ids) and not cache_place(name := _head_name(context.model, ids)).exists():
         head = Context(context.model)
-        shared = [
-            KVCache.from_state((*(entries[..., : len(ids), :] for entries in layer.keys_and_values()), len(ids)))
-            for layer in context.cache
-        ]
-        head.replace(ids, shared, len(ids))
+        head.replace(ids, _first_entries(context.cache, len(ids)), len(ids))
         save_cache(head, name, "head")
 
 

@@ -1,7 +1,7 @@
 """``kvp cache``: documents and system prompts that are read once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,17 +34,17 @@ def build(
     """
     text = read_text(file, "check the path")
     from ..bundle import load
-    from ..saved import build_cache, cache_place, directory_bytes, limit_from_environment, save_cache
+    from ..saved import Role, build_cache, cache_place, directory_bytes, limit_from_environment, save_cache
 
     name = name or ("stdin" if file == "-" else Path(file).stem)
     place = cache_place(name)
     limit_from_environment()
-    role = "system" if system else "document"
+    role: Role = "system" if system else "document"
     with clean_stdout(json), progress_bar("reading") as progress:
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         context = build_cache(loaded, text, role, predicted=predicted, progress=progress)
         removed = save_cache(context, name, role, text)
-    result = {
+    result: dict[str, Any] = {
         "name": name,
         "role": role,
         "tokens": len(context.tokens),
@@ -67,7 +67,8 @@ def list_caches(json: Json = False) -> None:
     """List the saved caches, most recently used first."""
     from ..saved import directory_bytes, read_saved, saved_places
 
-    rows, damaged = [], []
+    rows: list[dict[str, Any]] = []
+    damaged: list[str] = []
     for place in reversed(saved_places()):
         try:
             saved = read_saved(place)

@@ -1,5 +1,6 @@
 """``kvp chat``: a conversation at the terminal or in a pipe."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -168,6 +169,10 @@ class Session:
                     return
             except KVPError as error:
                 say(str(error), "red")
+            except Exception as error:  # a turn may fail, memory may run out: the conversation stays
+                if os.environ.get("KVP_DEBUG"):
+                    raise
+                say(f"{type(error).__name__}: {error} (the conversation is kept; please report it)", "red")
 
     def take(self, text: str) -> bool:
         """Do what was entered; returns whether to go on."""
@@ -260,6 +265,9 @@ class Session:
                     else:
                         turn = step
                         shown.feed(step.text)
+        except Exception:
+            if not self.stopped:  # Ctrl-C also reaches the compiler that mlx runs on CPUs, which fails then
+                raise
         finally:
             shown.close()
         if self.stopped:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,8 +78,12 @@ DEFAULT_EXACT_TAIL = QUALITIES["balanced"].exact_tail  # a question, and the cha
 
 def make_dial(quality: str, prefill: str | None, exact_head: int | None, exact_tail: int | None) -> Dial:
     """Return a named quality with what was given beside it."""
-    given = {"prefill": prefill, "exact_head": exact_head, "exact_tail": exact_tail}
-    return replace(QUALITIES[quality], **{name: value for name, value in given.items() if value is not None})
+    named = QUALITIES[quality]
+    return Dial(
+        prefill=named.prefill if prefill is None else prefill,
+        exact_head=named.exact_head if exact_head is None else exact_head,
+        exact_tail=named.exact_tail if exact_tail is None else exact_tail,
+    )
 
 
 def print_json(data: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 STATUS_REFRESH_SECONDS = 0.5
+REDRAW_SECONDS = 0.125
 FENCES = ("```", "~~~")
 
 
@@ -117,7 +119,8 @@ class MarkdownReply:
 
     def __init__(self, console: Console):
         self._pending = ""
-        self._live = Live(console=console, refresh_per_second=8, transient=True)
+        self._drawn = 0.0
+        self._live = Live(console=console, refresh_per_second=1 / REDRAW_SECONDS, transient=True)
         self._live.start()
 
     def progress(self, done: int, total: int) -> None:
@@ -134,7 +137,9 @@ class MarkdownReply:
         if end:
             self._live.console.print(Markdown(self._pending[:end]))
             self._pending = self._pending[end:]
-        self._live.update(Markdown(self._pending))
+        if end or time.monotonic() - self._drawn > REDRAW_SECONDS:
+            self._drawn = time.monotonic()
+            self._live.update(Markdown(self._pending))
 
     def close(self) -> None:
         """Print what is left."""

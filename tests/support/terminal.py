@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -104,3 +105,59 @@ class Terminal:
             self.process.kill()
             self.process.wait()
         os.close(self.master)
+
+
+class Tmux:
+    """The same in a tmux of its own; what is seen is tmux's screen."""
+
+    def __init__(self, *arguments, environment=None):
+        self.socket = f"kvp-test-{os.getpid()}-{time.monotonic_ns()}"
+        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+        command = ["env", *variables, sys.executable, "-m", "kvp_mlx", *map(str, arguments)]
+        self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", shlex.join(command))
+        self._tmux("set-option", "-g", "remain-on-exit", "on")
+        self._tmux("set-option", "-g", "history-limit", "20000")
+
+    def _tmux(self, *arguments, text=None):
+        command = ["tmux", "-L", self.socket, *arguments]
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+    def resize(self, columns, rows):
+        self._tmux("resize-window", "-x", str(columns), "-y", str(rows))
+
+    def send(self, data):
+        names = {"\r": "Enter", "\x03": "C-c", "\x04": "C-d"}
+        self._tmux("send-keys", *([names[data]] if data in names else ["-l", data]))
+
+    def paste(self, text):
+        self._tmux("load-buffer", "-", text=text)
+        self._tmux("paste-buffer", "-p")
+
+    @property
+    def screen(self):
+        return self._tmux("capture-pane", "-p")
+
+    @property
+    def text(self):
+        return self._tmux("capture-pane", "-p", "-S", "-")
+
+    def wait_for(self, text, seconds=60):
+        end = time.monotonic() + seconds
+        while text not in self.text:
+            assert time.monotonic() < end, self.text[-3000:]
+            time.sleep(0.1)
+
+    def wait(self, seconds=20):
+        """Return the exit code."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            dead, status = (
+                self._tmux("list-panes", "-F", "#{pane_dead} #{pane_dead_status}").strip().partition(" ")[::2]
+            )
+            if dead == "1":
+                return int(status)
+            time.sleep(0.1)
+        return None
+
+    def close(self):
+        self._tmux("kill-server")
