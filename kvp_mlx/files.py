@@ -105,3 +105,20 @@ def sha256_of(path: Path) -> str:
 def write_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON with a final newline."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, data: Any) -> None:
+    """Write ``data`` as JSON to a temporary sibling that then takes the place of ``path``.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    work = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(work, data)
+        work.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place (KVP_CACHE_DIR).") from error
+    finally:
+        work.unlink(missing_ok=True)

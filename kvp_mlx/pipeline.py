@@ -122,20 +122,26 @@ def check_context(model: KVPModel, tokens: int, max_tokens: int = 1) -> None:
 
 
 def choose_prefill(
-    prefill: Prefill, prompt_tokens: int, exact_tail: int, *, auto_min: int = AUTO_MIN_PROMPT_TOKENS
+    prefill: Prefill,
+    prompt_tokens: int,
+    exact_tail: int,
+    exact_head: int = 0,
+    *,
+    auto_min: int = AUTO_MIN_PROMPT_TOKENS,
 ) -> str:
     """Return the path to take: ``auto`` predicts only where at least ``auto_min`` tokens would be predicted.
 
-    A prompt with nothing left to predict (a single token, or no more than the exact tail) goes the full path.
+    A prompt with nothing left to predict (a single token, or no more than is read exactly) goes the full path.
 
     Raises:
-        InputError: an unknown path or a negative exact tail.
+        InputError: an unknown path or a negative exact head or tail.
     """
     if prefill not in get_args(Prefill):
         raise InputError(f"prefill is one of {', '.join(get_args(Prefill))}, not '{prefill}'.")
-    if exact_tail < 0:
-        raise InputError(f"exact_tail counts tokens, so it cannot be {exact_tail}.")
-    predictable = prompt_tokens - 1 - exact_tail
+    for name, tokens in (("exact_head", exact_head), ("exact_tail", exact_tail)):
+        if tokens < 0:
+            raise InputError(f"{name} counts tokens, so it cannot be {tokens}.")
+    predictable = prompt_tokens - 1 - exact_tail - exact_head
     if prefill == "full" or predictable <= 0:
         return "full"
     return "kvp" if prefill == "kvp" or predictable >= auto_min else "full"
@@ -260,6 +266,41 @@ def read_prompt(
                 progress(done, ids.shape[1])
 
 
+def fill_cache(
+    model: KVPModel,
+    ids: list[int],
+    cache: Cache,
+    auxiliary_cache: Cache,
+    path: str,
+    *,
+    exact_head: int = 0,
+    exact_tail: int = 0,
+    **report: Any,
+) -> None:
+    """Bring caches that hold the beginning of a prompt up to its last token; predicting, up to the exact tail.
+
+    Args:
+        model: the bundle.
+        ids: the whole prompt.
+        cache: the base's cache, extended in place.
+        auxiliary_cache: the auxiliary's; it may have read less than the base's cache holds.
+        path: ``full`` or ``kvp``, as ``choose_prefill`` returns it.
+        exact_head: predicting, the base itself reads this many of the first prompt tokens.
+        exact_tail: predicting, this many prompt tokens before the last are left to the base's first step.
+        report: ``prefill_step_size``, ``times`` and ``progress``, as in ``predict_base_cache``.
+    """
+    end = len(ids) - 1 - (exact_tail if path == "kvp" else 0)
+    head = end if path == "full" else min(exact_head, end)
+    if cache[0].offset < head:
+        base_prefill(model, mx.array([ids[cache[0].offset : head]]), cache, **report)
+    held, lag = cache[0].offset, auxiliary_cache[0].offset
+    if path == "full" or held >= end:
+        return
+    if lag < held:
+        catch_up_auxiliary(model, mx.array([ids[lag:held]]), auxiliary_cache)
+    predict_base_cache(model, mx.array([ids[held:end]]), cache, auxiliary_cache, **report)
+
+
 def default_step_size() -> int:
     """Return the chunk length that suits the device.
 
@@ -292,9 +333,11 @@ def stream_generate(
     prompt: str | list[int],
     *,
     prefill: Prefill = "kvp",
+    exact_head: int = 0,
     exact_tail: int = 0,
     max_tokens: int = 256,
     raw: bool = False,
+    cache: Cache | None = None,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -305,9 +348,11 @@ def stream_generate(
         model: the bundle; it needs a tokeniser.
         prompt: text, or token ids.
         prefill: ``kvp`` (predict), ``full`` (the base reads everything) or ``auto`` (predict long prompts).
-        exact_tail: the base itself reads this many prompt tokens before the last, on top of the prediction.
+        exact_head: predicting, the base itself reads this many of the first prompt tokens.
+        exact_tail: predicting, it reads this many before the last, on top of the prediction.
         max_tokens: tokens to generate at most; the context window may allow fewer.
         raw: skip the chat template.
+        cache: a base's cache that holds the beginning of the prompt (a saved one); extended in place.
         prefill_step_size: prompt tokens per chunk (default: ``default_step_size()``).
         progress: called with (prompt tokens done, prompt tokens to do) after every chunk.
         options: passed to mlx-lm's ``stream_generate`` (sampler, logits_processors, kv_bits, ...).
@@ -319,13 +364,22 @@ def stream_generate(
         start = time.perf_counter()
         ids = encode(model, prompt, raw=raw)
         check_context(model, len(ids), max_tokens)
-        path = choose_prefill(prefill, len(ids), exact_tail, auto_min=auto_min_tokens(model))
+        cache, times = make_prompt_cache(model.base) if cache is None else cache, PrefillTimes()
+        head = max(0, exact_head - cache[0].offset)
+        path = choose_prefill(prefill, len(ids) - cache[0].offset, exact_tail, head, auto_min=auto_min_tokens(model))
         tail = exact_tail if path == "kvp" else 0
-        cache, times = make_prompt_cache(model.base), PrefillTimes()
-        if len(ids) > 1:
-            fill = predict_base_cache if path == "kvp" else base_prefill
-            head = mx.array([ids[: len(ids) - 1 - tail]])
-            fill(model, head, cache, prefill_step_size=prefill_step_size, times=times, progress=progress)
+        fill_cache(
+            model,
+            ids,
+            cache,
+            auxiliary_cache_for(model, cache),
+            path,
+            exact_head=exact_head,
+            exact_tail=tail,
+            prefill_step_size=prefill_step_size,
+            times=times,
+            progress=progress,
+        )
         options |= {"prefill_step_size": prefill_step_size or default_step_size()}
         decoded = decode(model, ids, cache, max_tokens=max_tokens, **options)
         first_step_start, ttft_ms, first_step_ms = time.perf_counter(), 0.0, 0.0

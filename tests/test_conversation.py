@@ -59,12 +59,12 @@ class Chat:
         tail = exact_tail if turn.prefill == "kvp" else 0
         self.paths = self.paths[: turn.reused_tokens]
         self.paths += [turn.prefill] * (turn.new_tokens - 1 - tail)
-        self.paths += ["full"] * (len(self.conversation.tokens) - len(self.paths))
+        self.paths += ["full"] * (len(self.conversation.context.tokens) - len(self.paths))
         return turn
 
     def rebuilt(self):
         """Return the oracle's caches, base and auxiliary, for the tokens so far."""
-        oracle, tokens = self.oracle, self.conversation.tokens
+        oracle, tokens = self.oracle, self.conversation.context.tokens
         cache = auxiliary_cache = None
         start = 0
         assert len(self.paths) == len(tokens)
@@ -82,20 +82,22 @@ class Chat:
     def check(self):
         """Compare both caches with the oracle's."""
         conversation, (cache, auxiliary_cache) = self.conversation, self.rebuilt()
-        assert_cache_equal(conversation.cache, cache)
-        read = conversation.auxiliary_cache[0].offset
-        assert read <= len(conversation.tokens)
+        assert_cache_equal(conversation.context.cache, cache)
+        read = conversation.context.auxiliary_cache[0].offset
+        assert read <= len(conversation.context.tokens)
         if conversation.model.is_prefix:
-            assert all(a is b for a, b in zip(conversation.auxiliary_cache, conversation.cache, strict=False))
+            assert all(
+                a is b for a, b in zip(conversation.context.auxiliary_cache, conversation.context.cache, strict=False)
+            )
         elif read:
-            assert_cache_equal(conversation.auxiliary_cache, [layer.first(read) for layer in auxiliary_cache])
+            assert_cache_equal(conversation.context.auxiliary_cache, [layer.first(read) for layer in auxiliary_cache])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_turns_leave_the_caches_of_a_rebuilt_conversation(kind):
     chat = Chat(kind)
     for text in ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9"):
-        held = len(chat.conversation.tokens)
+        held = len(chat.conversation.context.tokens)
         turn = chat.say(text, prefill="kvp")
         assert (turn.prefill, turn.reused_tokens) == ("kvp", held)
         chat.check()
@@ -114,7 +116,7 @@ def test_paths_can_be_mixed(kind):
 
 def test_the_auxiliary_catches_up_before_it_predicts():
     chat = Chat("model")
-    auxiliary_cache = chat.conversation.auxiliary_cache
+    auxiliary_cache = chat.conversation.context.auxiliary_cache
     chat.say("w1 w2 w3", prefill="full")
     assert [layer.offset for layer in auxiliary_cache] == [0, 0, 0]
     turn = chat.say("w4 w5", prefill="kvp")
@@ -127,7 +129,7 @@ def test_tokens_are_the_rendered_messages(kind):
     chat = Chat(kind, system="w20")
     for text in ("w1 w2", "w3"):
         chat.say(text, prefill="kvp")
-    tokens, messages = chat.conversation.tokens, chat.conversation.messages
+    tokens, messages = chat.conversation.context.tokens, chat.conversation.messages
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
     rendered = chat.conversation.model.tokenizer.apply_chat_template(messages)
     assert tokens == rendered[: len(tokens)]
@@ -138,11 +140,11 @@ def test_tokens_are_the_rendered_messages(kind):
 def test_a_reply_that_was_stopped_stays_and_the_next_turn_goes_on(kind):
     chat = Chat(kind)
     turn = chat.say("w1 w2 w3", prefill="kvp", pieces=2, max_tokens=20)
-    assert len(chat.conversation.tokens) == turn.new_tokens + 2
+    assert len(chat.conversation.context.tokens) == turn.new_tokens + 2
     assert chat.conversation.messages[-1]["role"] == "assistant"
     assert chat.conversation.messages[-1]["content"].endswith(turn.text)
     chat.check()
-    held = len(chat.conversation.tokens)
+    held = len(chat.conversation.context.tokens)
     assert chat.say("w4 w5", prefill="kvp").reused_tokens == held
     chat.check()
 
@@ -168,10 +170,10 @@ def test_a_reply_that_is_rendered_differently_is_read_again():
 def test_a_message_that_overflows_the_context_is_not_taken(kind):
     chat = Chat(kind, context=24)
     chat.say("w1 w2", prefill="kvp", max_tokens=2)
-    before = [list(chat.conversation.messages), list(chat.conversation.tokens)]
+    before = [list(chat.conversation.messages), list(chat.conversation.context.tokens)]
     with pytest.raises(InputError, match="context window 24"):
-        chat.say(" ".join(["w3"] * 20), prefill="kvp")
-    assert [chat.conversation.messages, chat.conversation.tokens] == before
+        chat.say(" ".join(["w3"] * 24), prefill="kvp")
+    assert [chat.conversation.messages, chat.conversation.context.tokens] == before
     chat.check()
     assert chat.say("w4", prefill="kvp").reused_tokens == len(before[1])
     chat.check()
@@ -181,9 +183,7 @@ def test_replies_end_with_the_context_window():
     chat = Chat("prefix", context=12)
     chat.conversation.model.tokenizer._eos_token_ids.clear()
     chat.say("w1 w2", max_tokens=50)
-    assert len(chat.conversation.tokens) == 12
-    with pytest.raises(InputError, match="context window 12"):
-        chat.say("w3")
+    assert len(chat.conversation.context.tokens) == 12
 
 
 # Block calls of the second turn. model: 3 to catch up, 3 to predict, then the base's 4; prefix: 2 to predict, then 4.
@@ -194,13 +194,13 @@ INTERRUPTS = [("model", call) for call in range(1, 11)] + [("prefix", call) for 
 def test_an_interrupt_between_layers_leaves_a_conversation_that_goes_on(kind, call, monkeypatch):
     chat = Chat(kind)
     chat.say("w1 w2 w3", prefill="full")
-    held = len(chat.conversation.tokens)
+    held = len(chat.conversation.context.tokens)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_block(patch, chat.conversation.model.base, call)
         chat.say("w4 w5", prefill="kvp")
-    kept = len(chat.conversation.tokens)
+    kept = len(chat.conversation.context.tokens)
     assert kept >= held
-    assert {layer.offset for layer in chat.conversation.cache} == {kept}
+    assert {layer.offset for layer in chat.conversation.context.cache} == {kept}
     chat.paths += ["kvp"] * (kept - held)
     assert chat.say("w6 w7", prefill="kvp").reused_tokens >= held
     chat.check()
@@ -224,7 +224,7 @@ def test_a_cache_that_mlx_lm_quantised_is_carried_on(kind):
     chat = Chat(kind)
     for text in ("w1 w2 w3", "w4 w5", "w6 w7"):
         chat.say(text, prefill="kvp", kv_bits=8, kv_group_size=32, quantized_kv_start=0)
-        for layer, expected in zip(chat.conversation.cache, chat.rebuilt()[0], strict=True):
+        for layer, expected in zip(chat.conversation.context.cache, chat.rebuilt()[0], strict=True):
             keys, values = (mx.dequantize(*x, group_size=32, bits=8) for x in layer.keys_and_values())
             np.testing.assert_allclose(keys, expected.keys, atol=0.3)
             np.testing.assert_allclose(values, expected.values, atol=0.3)
@@ -232,9 +232,9 @@ def test_a_cache_that_mlx_lm_quantised_is_carried_on(kind):
 
 def test_a_summary_names_the_path_and_the_counts():
     chat = Chat("prefix")
-    assert chat.say("w1 w2", prefill="kvp").summary().startswith("predicted, 5 new tokens on 0 cached, first token")
-    held = len(chat.conversation.tokens)
-    assert f"full prefill, 5 new tokens on {held} cached" in chat.say("w1", prefill="full").summary()
+    assert chat.say("w1 w2", prefill="kvp").summary().startswith("5 new tokens on 0 cached, 4 of them predicted, ")
+    held = len(chat.conversation.context.tokens)
+    assert f"new tokens on {held} cached, full prefill, first" in chat.say("w1", prefill="full").summary()
 
 
 def test_a_chat_needs_a_tokeniser_with_a_chat_template():

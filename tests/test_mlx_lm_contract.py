@@ -69,3 +69,14 @@ def test_the_fast_blas_stands_before_mlx_in_this_very_process() -> None:
     from kvp_mlx.bench.machine import matmul_flops_per_s
 
     assert matmul_flops_per_s(mx.float32, rows=256, width=1024) > 20e9  # the bundled BLAS does 6e9
+
+
+def test_entries_behind_a_shorter_write_survive_it() -> None:
+    keys, values = mx.random.normal((2, 1, 2, 300, 4))
+    cache = KVCache()
+    cache.update_and_fetch(keys, values)
+    cache.trim(300 - 10)
+    cache.update_and_fetch(values[..., :20, :], keys[..., :20, :])
+    cache.offset = 300
+    expected = mx.concatenate([keys[..., :10, :], values[..., :20, :], keys[..., 30:, :]], axis=2)
+    assert mx.array_equal(cache.keys_and_values()[0], expected).item()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,31 @@ from ..errors import InputError
 errors = Console(stderr=True, highlight=False)
 
 
+@dataclass(frozen=True)
+class Dial:
+    """How a prompt is read: the path, and how many of its first and last tokens the base reads itself."""
+
+    prefill: str
+    exact_head: int
+    exact_tail: int
+
+
+QUALITIES = {
+    "fast": Dial("auto", 0, 8),
+    "balanced": Dial("auto", 0, 32),
+    "exact": Dial("full", 0, 0),
+}
+"""Chosen from the measured trade-off between recovery and time (README, "Chat")."""
+
+
+class QualityChoice(StrEnum):
+    """The values of ``--quality``."""
+
+    fast = "fast"
+    balanced = "balanced"
+    exact = "exact"
+
+
 class PrefillChoice(StrEnum):
     """The three values of ``--prefill``."""
 
@@ -28,11 +54,16 @@ class PrefillChoice(StrEnum):
 
 Model = Annotated[str, typer.Option("--model", help="Bundle directory, Hub id or the alias of the default.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Quality = Annotated[QualityChoice, typer.Option("--quality", help="Sets the next three; what is given beside it wins.")]
 PrefillOption = Annotated[
-    PrefillChoice, typer.Option("--prefill", help="kvp: predict; full: the base reads all; auto: predict if long.")
+    PrefillChoice | None,
+    typer.Option("--prefill", help="kvp: predict; full: the base reads all; auto: predict if long."),
+]
+ExactHead = Annotated[
+    int | None, typer.Option("--exact-head", min=0, help="First prompt tokens that the base reads itself.")
 ]
 ExactTail = Annotated[
-    int, typer.Option("--exact-tail", min=0, help="Prompt tokens before the last that the base reads itself.")
+    int | None, typer.Option("--exact-tail", min=0, help="Prompt tokens before the last that the base reads itself.")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
@@ -42,7 +73,17 @@ AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
 ]
 DEFAULT_MODEL = ALIAS
-DEFAULT_EXACT_TAIL = 32  # a question at the end of the prompt, and the chat template around it
+DEFAULT_EXACT_TAIL = QUALITIES["balanced"].exact_tail  # a question, and the chat template around it
+
+
+def make_dial(quality: str, prefill: str | None, exact_head: int | None, exact_tail: int | None) -> Dial:
+    """Return a named quality with what was given beside it."""
+    named = QUALITIES[quality]
+    return Dial(
+        prefill=named.prefill if prefill is None else prefill,
+        exact_head=named.exact_head if exact_head is None else exact_head,
+        exact_tail=named.exact_tail if exact_tail is None else exact_tail,
+    )
 
 
 def print_json(data: Any) -> None:
@@ -71,8 +112,12 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, remedy: str = "check --prompt-file") -> str:
     """Return the text of a file, or of stdin for ``-``.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read.
 
     Raises:
         InputError: missing, empty or not UTF-8.
@@ -81,7 +126,7 @@ def read_text(path: str) -> str:
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise InputError(f"{name} cannot be read ({error.strerror}); check --prompt-file.") from error
+        raise InputError(f"{name} cannot be read ({error.strerror}); {remedy}.") from error
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

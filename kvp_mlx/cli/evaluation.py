@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import tasks
+from . import tasks, turns
 from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
 
 CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
@@ -15,6 +15,8 @@ for task in (
     *(tasks.needle, tasks.quote, tasks.chat, tasks.perplexity),
 ):
     app.command()(task)
+app.command("turns")(turns.turns)
+app.command("dial")(turns.dial)
 
 
 @app.callback()

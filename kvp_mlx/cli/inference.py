@@ -1,7 +1,5 @@
-"""``kvp generate``, ``kvp chat`` and ``kvp demo``."""
+"""``kvp generate`` and ``kvp demo``."""
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +10,20 @@ from .common import (
     DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
     AllowMismatch,
+    Dial,
+    ExactHead,
     ExactTail,
     Json,
     MaxTokens,
     Model,
-    PrefillChoice,
     PrefillOption,
+    Quality,
+    QualityChoice,
     Seed,
     Temperature,
     TopP,
     clean_stdout,
+    make_dial,
     make_sampler,
     print_json,
     progress_bar,
@@ -31,6 +33,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..bundle import KVPModel
+    from ..context import Context
     from ..pipeline import Response
 
 DEMO_ARMS = {
@@ -51,8 +54,11 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    prefill: PrefillOption = PrefillChoice.auto,
-    exact_tail: ExactTail = DEFAULT_EXACT_TAIL,
+    quality: Quality = QualityChoice.balanced,
+    prefill: PrefillOption = None,
+    exact_head: ExactHead = None,
+    exact_tail: ExactTail = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Begin with a saved cache ('kvp cache build').")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
@@ -65,25 +71,55 @@ def generate(
     if not text.strip():
         raise InputError("there is no prompt; give one as an argument or with --prompt-file FILE.")
     from ..bundle import load
+    from ..saved import save_head
 
+    if raw and cache is not None:
+        raise InputError("a saved cache was built for the chat template; leave out --raw or --cache.")
+    dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
     with clean_stdout(json):
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        ids, context = prepared(loaded, text, cache, dial, raw)
+        held = len(context.tokens)
         result = answer(
-            load(model, allow_base_mismatch=allow_base_mismatch),
-            text,
+            loaded,
+            ids,
             echo=not json,
-            prefill=prefill.value,
-            exact_tail=exact_tail,
+            cache=context.cache,
             max_tokens=max_tokens,
-            raw=raw,
             sampler=make_sampler(temperature, top_p, seed),
+            **vars(dial),
         )
+        if result["prefill"] == "kvp" and dial.exact_head > held:
+            context.grown_to(ids[: dial.exact_head])
+            save_head(context, ids[: dial.exact_head])
+    result |= {"exact_head": dial.exact_head, "cached_tokens": held}
     if json:
         print_json(result)
     else:
         say(summary(result))
 
 
-def answer(loaded: "KVPModel", text: str, *, echo: bool, **options: Any) -> dict[str, Any]:
+def prepared(loaded: "KVPModel", text: str, cache: str | None, dial: Dial, raw: bool) -> tuple[list[int], "Context"]:
+    """Return a prompt's token ids, and the context that holds what is saved of its beginning."""
+    from mlx_lm.utils import common_prefix_len
+
+    from ..context import Context
+    from ..pipeline import check_context, encode
+    from ..saved import load_cache, load_head
+
+    if cache is None:
+        ids, context = encode(loaded, text, raw=raw), Context(loaded)
+        if dial.exact_head and dial.prefill != "full":
+            load_head(context, ids[: dial.exact_head])
+    else:
+        saved, context = load_cache(loaded, cache, exact=dial.prefill == "full")
+        ids = loaded.text_tokenizer.apply_chat_template(saved.messages_with(text), add_generation_prompt=True)
+        check_context(loaded, len(ids))
+    context.keep(common_prefix_len(context.tokens, ids[:-1]))
+    return ids, context
+
+
+def answer(loaded: "KVPModel", text: str | list[int], *, echo: bool, **options: Any) -> dict[str, Any]:
     """Generate an answer, printing it as it comes if ``echo``, and return the JSON of ``kvp generate``."""
     import mlx.core as mx
 
@@ -127,64 +163,6 @@ def summary(result: dict[str, Any]) -> str:
         f"{path}, {result['prompt_tokens']} prompt tokens, first token after {result['ttft_ms'] / 1e3:.2f} s, "
         f"then {result['generation_tps']:.1f} tokens/s"
     )
-
-
-def chat(
-    model: Model = DEFAULT_MODEL,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    prefill: PrefillOption = PrefillChoice.auto,
-    exact_tail: ExactTail = DEFAULT_EXACT_TAIL,
-    allow_base_mismatch: AllowMismatch = False,
-) -> None:
-    """Hold a conversation.
-
-    Each turn reuses what the cache already holds. Ctrl-C stops a reply, Ctrl-D leaves.
-    """
-    from ..bundle import load
-    from ..conversation import Conversation
-
-    conversation = Conversation(load(model, allow_base_mismatch=allow_base_mismatch), system)
-    sampler = make_sampler(temperature, top_p, seed)
-    if sys.stdin.isatty():
-        say(f"{model} is ready. Ctrl-C stops a reply, Ctrl-D leaves.")
-    while (line := _read_line()) is not None:
-        if not line.strip():
-            continue
-        turn = None
-        try:
-            for turn in conversation.reply(
-                line, prefill=prefill.value, exact_tail=exact_tail, max_tokens=max_tokens, sampler=sampler
-            ):
-                print(turn.text, end="", flush=True)
-            print()
-        except KeyboardInterrupt:
-            print("  [stopped]")
-        except InputError as error:
-            say(str(error), "red")
-        if turn is not None:
-            say(turn.summary())
-
-
-def _read_line() -> str | None:
-    """Return the next line, None at the end of the input.
-
-    Raises:
-        InputError: it is not UTF-8.
-    """
-    with contextlib.suppress(ImportError):  # line editing and history where the platform has it
-        import readline  # noqa: F401
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        if sys.stdin.isatty():
-            print()
-        return None
-    except UnicodeDecodeError as error:
-        raise InputError(f"the input is not UTF-8 text (byte {error.start}); convert it first.") from error
 
 
 def demo(max_tokens: MaxTokens = 48) -> None:

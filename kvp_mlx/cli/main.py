@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import KVPError
-from . import bench, convert, evaluation, inference, status, training
+from . import bench, cache, chat, convert, evaluation, inference, models, status, training
 
 app = typer.Typer(
     name="kvp",
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Answer long prompts sooner: a small auxiliary reads the prompt, the base model's KV cache is predicted.",
 )
 app.command("generate")(inference.generate)
-app.command("chat")(inference.chat)
+app.command("chat")(chat.chat)
 app.command("demo")(inference.demo)
 app.command("fit")(training.fit)
 app.command("train")(training.train)
@@ -30,6 +30,8 @@ app.command("doctor")(status.doctor)
 app.add_typer(convert.app, name="convert")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
+app.add_typer(cache.app, name="cache")
+app.add_typer(models.app, name="models")
 
 
 def _print_version(wanted: bool) -> None:

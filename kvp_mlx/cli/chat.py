@@ -1,0 +1,390 @@
+"""``kvp chat``: a conversation at the terminal or in a pipe."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import InputError, KVPError
+from ..files import cache_dir
+from .common import (
+    DEFAULT_MODEL,
+    QUALITIES,
+    AllowMismatch,
+    Dial,
+    ExactHead,
+    ExactTail,
+    MaxTokens,
+    Model,
+    PrefillOption,
+    Quality,
+    QualityChoice,
+    Seed,
+    Temperature,
+    TopP,
+    make_dial,
+    make_sampler,
+    read_text,
+    say,
+)
+from .terminal import Editor, MarkdownReply, PlainReply, is_interactive, read_line
+
+if TYPE_CHECKING:
+    from ..conversation import Conversation, Turn
+    from ..worker import Emit, Worker
+
+LAST = "last"
+COMMANDS = {
+    "/help": "these lines",
+    "/file PATH [QUESTION]": "send a file's text, with a question; without one it goes before your next message",
+    "/stats": "what every turn took, and what the context holds",
+    "/quality [fast|balanced|exact]": "show or change how prompts are read; exact reads predicted context again",
+    "/refine [on|off]": "recompute predicted context while you read and type",
+    "/save NAME": "keep the conversation and its cache",
+    "/load NAME": "go on with a saved one; 'last' is the one before the latest turn ended",
+    "/clear": "begin anew (the system prompt stays)",
+    "/regenerate [TEMPERATURE]": "answer the last message once more",
+    "/edit [TEXT]": "change the last message and answer it",
+    "/quit": "leave (so does Ctrl-D)",
+}
+HINT = "/help lists the commands, Alt-Enter begins a new line, Ctrl-C stops a reply, Ctrl-D leaves."
+
+
+def chat(
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Begin with a saved cache ('kvp cache build').")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    quality: Quality = QualityChoice.balanced,
+    prefill: PrefillOption = None,
+    exact_head: ExactHead = None,
+    exact_tail: ExactTail = None,
+    refine: Annotated[
+        bool, typer.Option("--refine/--no-refine", help="Recompute predicted context while you read and type.")
+    ] = True,
+    allow_base_mismatch: AllowMismatch = False,
+) -> None:
+    """Hold a conversation.
+
+    Each turn reuses what the cache already holds; /help lists the commands. When the context window overflows, the
+    oldest turns leave it until it is three quarters full, and a line says so.
+    """
+    if system is not None and cache is not None:
+        raise InputError("--system and --cache both say how the conversation begins; give one.")
+    from ..worker import Worker
+
+    dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    session = Session(dial, refine, max_tokens, sampling)
+    session.worker = Worker(session.idle_work)
+    try:
+        session.open(model, system, cache, allow_base_mismatch)
+        with session.handling_ctrl_c():
+            session.run(model)
+    finally:
+        session.worker.close()
+
+
+class Session:
+    """What one chat has: a conversation on the worker's thread, settings, and what was measured.
+
+    The conversation is touched on the worker's thread only; the status line reads two of its counts.
+    """
+
+    conversation: "Conversation"
+    worker: "Worker"
+
+    def __init__(self, dial: Dial, refine: bool, max_tokens: int, sampling: dict[str, Any]):
+        self.dial, self.refine, self.max_tokens, self.sampling = dial, refine, max_tokens, sampling
+        self.interactive = is_interactive()
+        self.turns: list[Turn] = []
+        self.attached = ""
+        self.next_text = ""  # what the editor begins with
+        self.stopped = False
+        self._warned = False
+
+    def open(self, model: str, system: str | None, cache: str | None, allow_base_mismatch: bool) -> None:
+        """Load the model, and the saved cache if one is named."""
+
+        def start() -> str:
+            from ..bundle import load
+            from ..conversation import Conversation
+            from ..saved import DOCUMENT_END, load_cache
+
+            loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+            conversation = Conversation(loaded, system)
+            attached = ""
+            if cache is not None:
+                saved, context = load_cache(loaded, cache, exact=self.dial.prefill == "full")
+                *before, message = saved.messages_with("")
+                conversation.restore(before)
+                conversation.context = context
+                attached = message["content"].removesuffix(DOCUMENT_END)
+            conversation.keep_heads = True
+            self.conversation = conversation
+            return attached
+
+        self.attached = self.worker.call(start)
+
+    @contextmanager
+    def handling_ctrl_c(self) -> Iterator[None]:
+        """Let Ctrl-C stop a reply, without an exception that could strike anywhere; in a pipe it else leaves."""
+
+        def handle(*_: Any) -> None:
+            if self.worker.stop():
+                self.stopped = True
+            elif not self.interactive:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def run(self, name: str) -> None:
+        """Read messages and commands until the input ends."""
+        editor = None
+        if self.interactive:
+            editor = Editor(cache_dir() / "chat-history", self.status, self.worker.note_key)
+            say(f"{name} is ready. {HINT}")
+        while True:
+            try:
+                text = editor.read(self.next_text) if editor else read_line()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.next_text = ""
+                continue
+            self.next_text = ""
+            try:
+                if not self.take(text):
+                    return
+            except KVPError as error:
+                say(str(error), "red")
+            except Exception as error:  # a turn may fail, memory may run out: the conversation stays
+                if os.environ.get("KVP_DEBUG"):
+                    raise
+                say(f"{type(error).__name__}: {error} (the conversation is kept; please report it)", "red")
+
+    def take(self, text: str) -> bool:
+        """Do what was entered; returns whether to go on."""
+        command, _, rest = text.strip().partition(" ")
+        if not text.startswith("/"):
+            if text.strip():
+                self.send(text)
+            return True
+        handlers = {
+            "/help": self.show_help,
+            "/file": self.attach,
+            "/stats": self.show_stats,
+            "/quality": self.set_quality,
+            "/refine": self.set_refine,
+            "/save": self.save,
+            "/load": self.load,
+            "/clear": self.clear,
+            "/regenerate": self.regenerate,
+            "/edit": self.edit,
+        }
+        if command == "/quit":
+            return False
+        if command not in handlers:
+            raise InputError(f"there is no command {command}; /help lists them, and a space in front sends it as text.")
+        handlers[command](rest.strip())
+        return True
+
+    def idle_work(self) -> Iterator[None]:
+        """Return what the worker does between jobs."""
+        has_conversation = hasattr(self, "conversation")
+        return self.conversation.context.idle_work() if self.refine and has_conversation else iter(())
+
+    def status(self) -> str:
+        """Return the status line."""
+        context = self.conversation.context
+        held, exact = len(context.tokens), min(context.exact_tokens, len(context.tokens))
+        share = 100 * exact // held if held else 100
+        window = self.conversation.model.context_length
+        refining = "refining" if exact < held else "refined"
+        return (
+            f" context {held:,}{f' of {window:,}' if window else ''} tokens, {share}% exact"
+            f"{f', {refining}' if self.refine and held else ''} | {self.quality_name()}"
+            f"{' | file attached' if self.attached else ''}"
+        )
+
+    def quality_name(self) -> str:
+        """Return the dial's name, or what it says."""
+        named = (name for name, dial in QUALITIES.items() if dial == self.dial)
+        own = f"{self.dial.prefill}, exact head {self.dial.exact_head}, exact tail {self.dial.exact_tail}"
+        return next(named, own)
+
+    # Turns
+
+    def send(self, text: str) -> None:
+        """Answer a message, with the attached file in front of it."""
+        from ..saved import DOCUMENT_END
+
+        text = f"{self.attached}{DOCUMENT_END}{text}" if self.attached else text
+        if self.answer("reply", text):
+            self.attached = ""
+
+    def regenerate(self, rest: str) -> None:
+        """Answer the last message once more."""
+        try:
+            temperature = float(rest) if rest else self.sampling["temperature"]
+        except ValueError as error:
+            raise InputError(f"a temperature is a number, not '{rest}'.") from error
+        self.answer("regenerate", temperature=temperature)
+
+    def edit(self, rest: str) -> None:
+        """Answer a changed last message; without a text, the editor begins with the old one."""
+        if rest:
+            self.answer("edit", rest)
+        elif self.interactive:
+            self.next_text = f"/edit {self.conversation.last_message()}"
+        else:
+            raise InputError("/edit takes the new text.")
+
+    def answer(self, kind: str, *text: str, temperature: float | None = None) -> bool:
+        """Take one turn and show it; returns whether the conversation has it now."""
+        shown = MarkdownReply(Console()) if self.interactive else PlainReply()
+        sampling = self.sampling if temperature is None else self.sampling | {"temperature": temperature}
+        turn: Turn | None = None
+        self.stopped = False
+        try:
+            with closing(self.worker.run(lambda emit: self._turn(emit, kind, text, sampling))) as steps:
+                for step in steps:
+                    if isinstance(step, tuple):
+                        shown.progress(*step)
+                    else:
+                        turn = step
+                        shown.feed(step.text)
+        except Exception:
+            if not self.stopped:  # Ctrl-C also reaches the compiler that mlx runs on CPUs, which fails then
+                raise
+        finally:
+            shown.close()
+        if self.stopped:
+            say("[stopped]" if turn else "[stopped before the reply began; the message was not taken]")
+        if turn is None:
+            return False
+        self.turns.append(turn)
+        if turn.dropped_turns:
+            say(f"the context window was full: the oldest {turn.dropped_turns} turns left it.", "yellow")
+        say(turn.summary())
+        self._after_turn()
+        return True
+
+    def _turn(self, emit: "Emit", kind: str, text: tuple[str, ...], sampling: dict[str, Any]) -> None:
+        """Take a turn on the worker's thread."""
+        options = vars(self.dial) | {"max_tokens": self.max_tokens, "sampler": make_sampler(**sampling)}
+        reply = getattr(self.conversation, kind)(*text, progress=lambda done, total: emit((done, total)), **options)
+        with closing(reply):
+            for turn in reply:
+                emit(turn)
+
+    def _after_turn(self) -> None:
+        """Keep the transcript where ``/load last`` finds it; say what failed in the background."""
+        if self.interactive:
+            from ..saved import save_conversation
+
+            save_conversation(LAST, self.conversation.messages, self.conversation.first)
+        if self.worker.idle_error and not self._warned:
+            self._warned = True
+            say(f"refinement failed ({self.worker.idle_error}); /refine off stops it.", "red")
+
+    # Commands
+
+    def show_help(self, _: str) -> None:
+        """List the commands."""
+        for command, meaning in COMMANDS.items():
+            say(f"{command:32}{meaning}", "default")
+
+    def attach(self, rest: str) -> None:
+        """Take a file's text; the path may be quoted, a question may follow."""
+        path, question = _path_and_rest(rest)
+        if not path:
+            raise InputError("/file takes a path, and perhaps a question after it.")
+        text = read_text(path, "check the path")
+        if question:
+            self.answer("reply", f"{text}\n\n{question}")
+            return
+        self.attached = f"{self.attached}\n\n{text}" if self.attached else text
+        say(f"{path} goes before your next message.")
+
+    def show_stats(self, _: str) -> None:
+        """Print a line per turn, and what the context holds."""
+        import mlx.core as mx
+
+        for number, turn in enumerate(self.turns, 1):
+            say(f"{number:4}  {turn.summary()}", "default")
+        say(f"{self.status().strip()}; peak memory {mx.get_peak_memory() / 1e9:.2f} GB", "default")
+
+    def set_quality(self, rest: str) -> None:
+        """Show or change the dial."""
+        if rest:
+            if rest not in QUALITIES:
+                raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{rest}'.")
+            self.dial = QUALITIES[rest]
+            if rest == "exact":  # nothing predicted may answer for exact context
+                self.worker.call(lambda: self.conversation.context.keep(self.conversation.context.exact_tokens))
+        say(f"quality: {self.quality_name()}")
+
+    def set_refine(self, rest: str) -> None:
+        """Show, set or switch refinement."""
+        if rest not in ("", "on", "off"):
+            raise InputError(f"/refine takes on or off, not '{rest}'.")
+        self.refine = rest != "off" if rest else not self.refine
+        self.worker.call(lambda: None)  # idle work begins anew after every job
+        say(f"refine: {'on' if self.refine else 'off'}")
+
+    def save(self, name: str) -> None:
+        """Keep transcript and cache."""
+        from ..saved import save_cache, save_conversation
+
+        conversation = self.conversation
+        save_conversation(name, conversation.messages, conversation.first)
+        removed: list[str] = []
+        if conversation.context.tokens:
+            removed = self.worker.call(lambda: save_cache(conversation.context, f"chat-{name}"[:64], "conversation"))
+        say(f"saved as '{name}'" + (f"; to make room, {', '.join(removed)} went" if removed else ""))
+
+    def load(self, name: str) -> None:
+        """Go on with a saved conversation; its cache is taken along if it is there and fits the model."""
+        from ..saved import cache_place, load_cache, load_conversation
+
+        messages, first = load_conversation(name)
+        self.conversation.restore(messages, first)
+        self.attached = ""
+        cache = f"chat-{name}"[:64]
+        if cache_place(cache).is_dir():
+            try:
+                _, context = self.worker.call(lambda: load_cache(self.conversation.model, cache))
+            except InputError as error:
+                say(f"{error} The context is read again.", "yellow")
+            else:
+                self.worker.call(lambda: setattr(self.conversation, "context", context))
+                if self.dial.prefill == "full":
+                    self.worker.call(lambda: context.keep(context.exact_tokens))
+        say(f"'{name}': {sum(message['role'] == 'user' for message in messages)} turns")
+
+    def clear(self, _: str) -> None:
+        """Begin anew."""
+        self.worker.call(self.conversation.clear)
+        self.attached, self.turns = "", []
+        say("cleared")
+
+
+def _path_and_rest(text: str) -> tuple[str, str]:
+    """Split a command's argument into a path, quoted or without spaces, and what follows."""
+    if text[:1] in ("'", '"') and text.find(text[0], 1) > 0:
+        end = text.index(text[0], 1)
+        return text[1:end], text[end + 1 :].strip()
+    path, _, rest = text.partition(" ")
+    return path, rest.strip()

@@ -1,0 +1,96 @@
+"""``kvp models``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from .common import Json, print_json, say
+
+app = typer.Typer(help="What is on this machine: bundles and bases.", rich_markup_mode=None)
+
+
+@app.callback()
+def group() -> None:
+    """What is on this machine: bundles and bases."""
+
+
+@app.command("ls")
+def list_models(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders to look into; default: this one.")] = None,
+    json: Json = False,
+) -> None:
+    """List bundles and bases with their sizes and measured quality.
+
+    The shipped default, the Hub's cache, and the folders named with their direct subfolders.
+    """
+    from .. import library
+
+    folders = folders or [Path()]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise InputError(f"{missing[0]} is no folder; name one that holds models.")
+    entries, damaged = library.list_models(folders)
+    for line in damaged:
+        say(line, "yellow")
+    if json:
+        print_json({"models": [vars(entry) for entry in entries], "damaged": damaged})
+        return
+    for entry in entries:
+        base = f"on {entry.base}" if entry.base else ""
+        print(f"{entry.name:32} {entry.kind:28} {entry.where:8} {entry.size_bytes / 1e6:9.1f} MB  {base}")
+        if quality := measured_line(entry.measured):
+            print(f"    {quality}")
+
+
+def measured_line(measured: dict[str, Any]) -> str:
+    """Return the recoveries and separations found anywhere in what kvp.json says was measured."""
+    found = []
+
+    def collect(data: Any, name: str) -> None:
+        if not isinstance(data, dict):
+            return
+        numbers = [f"{key} {data[key]:.2f}" for key in ("recovery", "separation") if _is_number(data.get(key))]
+        if numbers:
+            found.append(f"{name}: {', '.join(numbers)}" if name else ", ".join(numbers))
+        for key, value in data.items():
+            collect(value, key)
+
+    collect(measured, "")
+    return "; ".join(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="Hub id (owner/name, owner/name@revision) or alias.")]) -> None:
+    """Get a bundle with its base, or a base, so that it works offline."""
+    from ..bundle import base_directory, bundle_directory
+    from ..config import read_config
+
+    directory = bundle_directory(name)
+    places = [directory]
+    if (directory / "kvp.json").is_file():
+        places.append(base_directory(read_config(directory).base, directory))
+    for place in places:
+        print(place)
+
+
+@app.command("rm")
+def remove(
+    name: Annotated[str, typer.Argument(help="Folder, Hub id, or the alias (its converted base).")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a bundle or base from this machine."""
+    from ..library import removable, remove_model
+
+    path = removable(name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"this would remove {path}; say --yes.")
+        typer.confirm(f"Remove {path}?", abort=True)
+    path, size = remove_model(name)
+    print(f"removed {path} ({size / 1e6:.1f} MB)")

@@ -1,0 +1,85 @@
+"""``kvp chat`` as somebody uses it the first time, in tmux; where there is no tmux, in a pseudo-terminal alone."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+
+from support.directories import prose
+from support.terminal import Terminal, Tmux
+
+import kvp_mlx
+
+
+@pytest.fixture
+def roomy(bundle):
+    """The bundle, its base with a window of 8,192 tokens."""
+    path = bundle / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8192}))
+    return bundle
+
+
+@pytest.mark.parametrize("place", ["tmux", "pty"])
+def test_first_run_a_pasted_document_ctrl_c_and_a_resize(place, roomy, tmp_path):
+    if place == "tmux" and shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed; the same runs in a pseudo-terminal")
+    document = "\n".join(prose(12, seed) for seed in range(110))
+    tokens = len(kvp_mlx.load(str(roomy)).tokenizer.encode(document))
+    assert 3000 < tokens < 7000
+    environment = {"KVP_CACHE_DIR": str(tmp_path / "nothing" / "yet")}
+    start = Tmux if place == "tmux" else Terminal
+    chat = start("chat", "--model", roomy, "--max-tokens", 40, environment=environment)
+    try:
+        chat.wait_for("is ready")
+        chat.wait_for("context 0 of 8,192 tokens")
+        chat.paste(document)
+        time.sleep(0.5)
+        chat.send("\r")
+        chat.wait_for("predicted, first token after")  # the reply ended by itself, or is stopped below
+        chat.resize(60, 20)
+        chat.send("/stats")
+        chat.send("\r")
+        chat.wait_for("peak memory")
+        chat.send("Tell me more of it, please")
+        chat.send("\r")
+        chat.send("\x03")
+        chat.send("/quality")
+        chat.send("\r")
+        chat.wait_for("quality: balanced")
+        chat.resize(120, 40)
+        chat.send("\x04")
+        assert chat.wait() == 0, chat.text[-2000:]
+        assert "Traceback" not in chat.text
+    finally:
+        chat.close()
+
+
+@pytest.mark.parametrize("place", ["tmux", "pty"])
+def test_ctrl_c_stops_a_reply_and_what_came_of_it_stays(place, roomy, tmp_path):
+    if place == "tmux" and shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed; the same runs in a pseudo-terminal")
+    start = Tmux if place == "tmux" else Terminal
+    # hot enough that no reply of 6,000 tokens ends by itself within the test
+    arguments = ("chat", "--model", roomy, "--max-tokens", 6000, "--temperature", 5, "--seed", 1)
+    chat = start(*arguments, environment={"KVP_CACHE_DIR": str(tmp_path)})
+    try:
+        chat.wait_for("is ready")
+        for _ in range(20):
+            chat.send("Hello")
+            chat.send("\r")
+            time.sleep(0.3)
+            chat.send("\x03")
+            chat.wait_for("new tokens on" if "[stopped]" not in chat.text else "[stopped]")
+            if "[stopped]" in chat.text:
+                break
+        chat.wait_for("[stopped]")
+        chat.send("/stats")
+        chat.send("\r")
+        chat.wait_for("peak memory")
+        chat.send("\x04")
+        assert chat.wait() == 0
+    finally:
+        chat.close()
