@@ -1,149 +1,294 @@
-"""What a conversation has read, against the oracle after every step of random ones; refinement against full prefill."""
+"""Context recovery and the caches layer by layer, against NumPy in float64."""
 
-import random
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
-from support.mirror import Mirror, stop_reading
-from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, pruned, small_llama
+from conftest import Kvp
+from mlx.utils import tree_flatten
+from support.losses import log_softmax
+from support.oracle import Entries, KVPrediction, Llama, Transformer, attend, rotate, split_heads
+from support.tiny import itself, llama, openelm, paired, prefixed, small_llama, token_ids
 
-from kvp_mlx.context import Context, refine
-from kvp_mlx.conversation import Conversation
+from kvp_mlx.bundle import KVPModel
 from kvp_mlx.errors import InputError
+from kvp_mlx.evaluate.context import ARMS, ContextMeasurement
+from kvp_mlx.evaluate.layers import measure_layers
 
-KINDS = {
-    "model": lambda **parts: paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)), **parts),
-    "pruned": lambda **parts: paired(
-        llama(), pruned(llama(), [0, 2]), ((0,), (0,), (1,), (1,)), retained=[0, 2], **parts
-    ),
-    "prefix": lambda **parts: prefixed(llama(), 1, **parts),
-    "openelm prefix": lambda **parts: prefixed(openelm(), 2, **parts),
+PROMPT, CONTINUATION = 24, 20
+MODELS: dict[str, Callable[[], tuple[KVPModel, KVPrediction]]] = {
+    "prefix of llama": lambda: prefixed(llama(), 1),
+    "prefix of openelm": lambda: prefixed(openelm(), 1),
+    "model": lambda: paired(llama(), small_llama(), [(0,), (0,), (1,), (2,)]),
 }
+each_model = pytest.mark.parametrize("name", MODELS)
 
 
-def predicted_context(kind, tokens, exact_head=0):
-    """Return a context that was predicted, and the same tokens' entries by full prefill."""
-    model, oracle = KINDS[kind]()
-    context = Context(model)
-    context.read([*tokens, 0], "kvp", exact_head=exact_head)
-    return context, oracle.base.forward(np.array([tokens])).cache
+def documents(count: int = 3) -> list[list[int]]:
+    return token_ids(PROMPT + CONTINUATION, batch=count).tolist()
 
 
-def largest_difference(context, expected):
-    return max(
-        np.abs(getattr(mine, part) - getattr(true, part)).max()
-        for mine, true in zip(entries_of(context.cache), expected, strict=True)
-        for part in ("keys", "values")
-    )
+def scored(logits: np.ndarray, window: list[int]) -> np.ndarray:
+    """Negative log-likelihoods of the continuation; ``logits`` end at the last token but one."""
+    rows = log_softmax(logits)[0, -CONTINUATION:]
+    return -rows[np.arange(CONTINUATION), window[PROMPT:]]
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 100])
-@pytest.mark.parametrize("kind", KINDS)
-def test_refinement_gives_the_cache_of_full_prefill(kind, chunk):
-    context, true = predicted_context(kind, [7, 3, 9, 40, 8, 22, 51, 6, 33, 12, 90, 4, 61, 17, 2, 5] * 2)
-    assert largest_difference(context, true) > 0.1
-    refine(context, chunk_tokens=chunk)
-    assert context.exact_tokens == len(context.tokens) == 32
-    assert largest_difference(context, true) < 1e-4
+def plain_losses(oracle: KVPrediction, windows: list[list[int]], tail: int) -> dict[str, np.ndarray]:
+    """Every arm written out: (documents, continuation tokens) of losses each."""
+    base, rows = oracle.base, {arm: [] for arm in ARMS}
+    for number, window in enumerate(windows):
+        wrong = windows[(number + 1) % len(windows)]
+        rest = np.array([window[PROMPT - 1 : -1]])
+        rows["full"].append(scored(base.forward(np.array([window[:-1]])).logits, window))
+        rows["no_context"].append(scored(base.forward(rest).logits, window))
+        mixed = np.array([wrong[: PROMPT - 1] + window[PROMPT - 1 : -1]])
+        rows["wrong_document_full"].append(scored(base.forward(mixed).logits, window))
+        for arm, prompt in (("kvp", window), ("wrong_document", wrong)):
+            head = PROMPT - 1 - tail
+            cache, _ = oracle.prefill(np.array([prompt[:head]]))
+            own = np.array([prompt[head : PROMPT - 1] + window[PROMPT - 1 : -1]])
+            rows[arm].append(scored(base.forward(own, cache).logits, window))
+        alone = early_exit(base, 1) if oracle.is_prefix else oracle.auxiliary
+        rows["auxiliary"].append(scored(alone.forward(np.array([window[:-1]])).logits, window))
+    return {arm: np.array(values) for arm, values in rows.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_token_after_refinement_is_the_one_full_prefill_gives(kind):
-    ids = np.random.default_rng(3).integers(5, 97, 24).tolist()
-    context, _ = predicted_context(kind, ids)
-    refine(context, chunk_tokens=7)
-    options = {"max_tokens": 12, "prompt_cache": context.cache}
-    refined = [token for token, _ in generate_step(mx.array([11]), context.model.base, **options)]
-    full = [token for token, _ in generate_step(mx.array([*ids, 11]), context.model.base, max_tokens=12)]
-    assert refined == full
+def early_exit(base: Transformer, layers: int) -> Transformer:
+    key = "num_hidden_layers" if isinstance(base, Llama) else "num_transformer_layers"
+    return type(base)({**base.config, key: layers}, base.weights)
 
 
-def test_a_refinement_that_is_closed_keeps_whole_chunks_and_nothing_of_the_one_begun():
-    context, true = predicted_context("prefix", list(range(5, 25)))
-    before = entries_of(context.cache)
-    work = context.refining(chunk_tokens=8)
-    for _ in range(3):  # three of the first chunk's four layers
-        next(work)
-    work.close()
-    assert context.exact_tokens == 0
-    assert largest_difference(context, before) == 0
-    work = context.refining(chunk_tokens=8)
-    for _ in range(4 + 1 + 2):  # the first chunk's layers, its write, and a part of the second chunk
-        next(work)
-    work.close()
-    assert context.exact_tokens == 8
-    for mine, full, predicted in zip(entries_of(context.cache), true, before, strict=True):
-        np.testing.assert_allclose(mine.values[:, :, :8], full.values[:, :, :8], atol=1e-4)
-        np.testing.assert_array_equal(mine.values[:, :, 8:], predicted.values[:, :, 8:])
+@pytest.mark.parametrize("tail", [0, 5])
+@each_model
+def test_every_arm_is_what_numpy_makes_of_it(name: str, tail: int) -> None:
+    model, oracle = MODELS[name]()
+    windows = documents()
+    result = ContextMeasurement(model, windows, CONTINUATION, exact_tail=tail, arms=ARMS).measure()
+    losses = plain_losses(oracle, windows, tail)
+    nll = {arm: rows.mean() for arm, rows in losses.items()}
+    recovery = {arm: (nll["no_context"] - nll[arm]) / (nll["no_context"] - nll["full"]) for arm in ARMS}
+    assert (result["documents"], result["prompt_tokens"]) == (3, PROMPT)
+    assert (result["continuation_tokens"], result["exact_tail"]) == (CONTINUATION, tail)
+    assert list(result["arms"]) == list(ARMS)
+    for arm in ARMS:
+        assert result["arms"][arm]["nll"] == pytest.approx(nll[arm], rel=1e-5), arm
+        assert result["arms"][arm]["recovery"] == pytest.approx(recovery[arm], rel=1e-3, abs=1e-3), arm
+    separation = (recovery["kvp"] - recovery["wrong_document"]) / (1 - recovery["wrong_document_full"])
+    assert result["separation"] == pytest.approx(separation, rel=1e-3, abs=1e-3)
+    for span, part in (("first", slice(0, 1)), ("first_16", slice(0, 16)), ("rest", slice(16, None))):
+        none, kvp, full = (losses[arm][:, part].mean() for arm in ("no_context", "kvp", "full"))
+        expected = (none - kvp) / (none - full)
+        assert result["recovery_by_position"][span] == pytest.approx(expected, rel=1e-3, abs=1e-3), span
 
 
-@pytest.mark.parametrize("call", range(1, 5))
-def test_a_refinement_that_fails_leaves_what_is_exact(call, monkeypatch):
-    context, true = predicted_context("prefix", list(range(5, 25)))
-    work = context.refining(chunk_tokens=8)
-    for _ in range(2 * 5 - 1):  # one chunk is written, the second only computed
-        next(work)
-    layer, calls = type(context.cache[0]), iter(range(1, 100))
-    update = layer.update_and_fetch
-
-    def failing(*args):
-        if next(calls) == call:
-            raise RuntimeError("out of memory")
-        return update(*args)
-
-    monkeypatch.setattr(layer, "update_and_fetch", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        next(work)
-    assert context.exact_tokens == len(context.tokens) == 8
-    assert largest_difference(context, [layer.first(8) for layer in true]) < 1e-4
+def test_short_continuations_have_no_rest() -> None:
+    windows = token_ids(PROMPT + 16, batch=2).tolist()
+    result = ContextMeasurement(MODELS["model"]()[0], windows, 16).measure()
+    assert list(result["recovery_by_position"]) == ["first", "first_16"]
 
 
-def test_an_exact_head_is_exact_and_refinement_begins_behind_it():
-    context, true = predicted_context("prefix", list(range(5, 25)), exact_head=6)
-    assert context.exact_tokens == 6
-    for mine, full in zip(entries_of(context.cache), true, strict=True):
-        np.testing.assert_allclose(mine.keys[:, :, :6], full.keys[:, :, :6], atol=1e-4)
-    refine(context)
-    assert largest_difference(context, true) < 1e-4
+def test_exact_bundle_recovers_all() -> None:
+    result = ContextMeasurement(itself(llama()), documents(), CONTINUATION, arms=ARMS).measure()
+    arms = result["arms"]
+    assert arms["full"]["recovery"] == 1
+    assert arms["no_context"]["recovery"] == 0
+    assert arms["kvp"]["nll"] == pytest.approx(arms["full"]["nll"], abs=1e-5)
+    assert arms["kvp"]["recovery"] == pytest.approx(1, abs=1e-3)
+    assert arms["auxiliary"]["nll"] == pytest.approx(arms["full"]["nll"], abs=1e-5)  # the auxiliary is the base
+    assert arms["wrong_document"]["nll"] == pytest.approx(arms["wrong_document_full"]["nll"], abs=1e-5)
+    assert result["separation"] == pytest.approx(1, abs=1e-3)
 
 
-def test_a_quantised_cache_is_not_refined():
-    model, _ = prefixed(llama(num_attention_heads=2, num_key_value_heads=1, head_dim=32), 1, tokenizer=chat_tokenizer())
-    conversation = Conversation(model)
-    list(conversation.reply("w1 w2", prefill="kvp", max_tokens=3, kv_bits=8, kv_group_size=32, quantized_kv_start=0))
-    with pytest.raises(InputError, match="kv_bits"):
-        refine(conversation.context)
+def test_longest_tail_leaves_one_token_to_predict() -> None:
+    model, oracle = MODELS["prefix of llama"]()
+    windows = documents()
+    result = ContextMeasurement(model, windows, CONTINUATION, exact_tail=PROMPT - 2).measure()
+    expected = plain_losses(oracle, windows, PROMPT - 2)["kvp"].mean()
+    assert result["arms"]["kvp"]["nll"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(InputError, match="exact tail"):
+        ContextMeasurement(model, windows, CONTINUATION, exact_tail=PROMPT - 1)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("kind", KINDS)
-def test_fifty_random_steps_leave_the_oracles_caches(kind, seed):
-    rng = random.Random(seed)
-    model, oracle = KINDS[kind](tokenizer=chat_tokenizer(), base_config={"max_position_embeddings": 64})
-    mirror = Mirror(model, oracle, rng.choice([None, "w50 w51"]))
-    done = dict.fromkeys(("reply", "edit", "regenerate", "stop", "refine", "clear", "dropped", "predicted"), 0)
-    for _ in range(50):
-        step = rng.choice(["reply", "reply", "edit", "regenerate", "stop", "refine", "refine"])
-        if step in ("edit", "regenerate") and not mirror.conversation.messages[1:]:
-            continue
-        text = " ".join(f"w{rng.randrange(90)}" for _ in range(rng.randrange(1, 14)))
-        dial = {"exact_head": rng.choice([0, 0, 5]), "exact_tail": rng.choice([0, 0, 2])}
-        options = dial | {"prefill": rng.choice(["kvp", "kvp", "full"]), "max_tokens": 4}
-        conversation = mirror.conversation
-        if step == "stop":
-            mirror.stopped_while_reading(conversation.reply(text, progress=stop_reading, **options))
-        elif step == "refine":
-            mirror.refine(rng.choice([None, 1, 3, 5]))
-        else:
-            turn = getattr(conversation, step)(*[text][: step != "regenerate"], **options)
-            last = mirror.take(turn, pieces=rng.choice([None, None, 1, 2]), **dial)
-            done["dropped"] += last.dropped_turns
-            done["predicted"] += last.predicted_tokens
-        done[step] += 1
-        if rng.random() < 0.02:
-            conversation.clear()
-            done["clear"] += 1
-        mirror.check()
-    assert all(count for name, count in done.items() if name != "clear"), done
+def test_arms_that_are_left_out_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = watch(monkeypatch)
+    result = ContextMeasurement(MODELS["model"]()[0], documents(), CONTINUATION, arms=["kvp"]).measure()
+    assert list(result["arms"]) == ["full", "kvp", "no_context"]
+    assert set(asked) == {"full", "kvp", "no_context"}
+    assert result["separation"] is None
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note every arm that is run; the real method does the work."""
+    asked: list[str] = []
+    real = ContextMeasurement.token_losses
+
+    def noted(self: ContextMeasurement, arm: str, number: int) -> np.ndarray:
+        asked.append(arm)
+        return real(self, arm, number)
+
+    monkeypatch.setattr(ContextMeasurement, "token_losses", noted)
+    return asked
+
+
+def test_measuring_again_runs_what_training_changes_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = MODELS["prefix of llama"]()
+    measurement = ContextMeasurement(model, documents(), CONTINUATION)
+    before = measurement.measure()
+    assert measurement.measure() == before
+    changed = [(name, array * 0.5) for name, array in tree_flatten(model.predictor.parameters())]
+    model.predictor.load_weights(changed)
+    asked = watch(monkeypatch)
+    after = measurement.measure()
+    assert sorted(set(asked)) == ["kvp", "wrong_document"]
+    for arm in ("full", "wrong_document_full", "no_context"):
+        assert after["arms"][arm] == before["arms"][arm]
+    for arm in ("kvp", "wrong_document"):
+        assert after["arms"][arm]["nll"] != pytest.approx(before["arms"][arm]["nll"], rel=1e-4)
+    assert after == ContextMeasurement(model, documents(), CONTINUATION).measure()
+
+
+# --- layer by layer --------------------------------------------------------------------------------------------------
+
+
+def test_layers_of_an_exact_bundle_are_exact() -> None:
+    rows = measure_layers(itself(openelm()), documents(), CONTINUATION)
+    assert [row["layer"] for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        assert row["key_error"] < 1e-5
+        assert row["value_error"] < 1e-5
+        assert row["attention_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def attention(
+    model: Transformer, ids: np.ndarray, cache: Sequence[Entries], streams: list[np.ndarray]
+) -> list[np.ndarray]:
+    """What each attention block returns for the given inputs of its layer."""
+    positions = np.arange(len(cache[0]), len(cache[0]) + ids.shape[1])
+    outputs = []
+    for layer in range(model.depth):
+        hidden = model.norm(layer, model.attention_norm, streams[layer])
+        queries, keys, values = model.project(layer, hidden)
+        entries = model.append(layer, cache[layer], keys, values, positions)
+        heads = model.head_norm(layer, "q_norm", split_heads(queries, model.query_heads(layer)))
+        outputs.append(model.output(layer, attend(rotate(heads, positions, model.rope_base), positions, entries)))
+    return outputs
+
+
+def plain_rows(oracle: KVPrediction, window: list[int]) -> np.ndarray:
+    """One document's key error, value error and attention cosine per layer."""
+    ids, rest = np.array([window]), np.array([window[PROMPT:]])
+    whole = oracle.base.forward(ids)
+    true = [entries.first(PROMPT) for entries in whole.cache]
+    predicted, _ = oracle.prefill(ids[:, :PROMPT])
+    streams = [stream[:, PROMPT:] for stream in whole.streams]
+    on_true, on_predicted = (attention(oracle.base, rest, cache, streams) for cache in (true, predicted))
+    rows = []
+    for layer, (one, other) in enumerate(zip(on_true, on_predicted, strict=True)):
+        pairs = [(getattr(predicted[layer], part), getattr(true[layer], part)) for part in ("keys", "values")]
+        errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+        rows.append([*errors, ((one * other).sum(axis=-1) / norms).mean()])
+    return np.array(rows)
+
+
+@each_model
+def test_layers_are_what_numpy_makes_of_them(name: str) -> None:
+    model, oracle = MODELS[name]()
+    before = {key: np.array(array) for key, array in tree_flatten(model.base.parameters())}
+    rows = measure_layers(model, documents(), CONTINUATION)
+    expected = np.mean([plain_rows(oracle, window) for window in documents()], axis=0)
+    assert [row["layer"] for row in rows] == [layer for layer, s in enumerate(oracle.layer_map) if s is not None]
+    for row in rows:
+        found = [row["key_error"], row["value_error"], row["attention_cosine"]]
+        np.testing.assert_allclose(found, expected[row["layer"]], rtol=1e-4, atol=1e-5)
+        assert row["key_error"] > 0.1
+    after = {key: np.array(array) for key, array in tree_flatten(model.base.parameters())}
+    assert before.keys() == after.keys()  # no listener stays behind
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def common(text_file: Path) -> tuple[Any, ...]:
+    return ("--data", text_file, "--prompt-tokens", 24, "--continuation-tokens", 8, "--limit", 3)
+
+
+def test_command_prints_what_design_says(fitted: Path, common: tuple, kvp: Kvp) -> None:
+    outcome = kvp("eval", "context", fitted, *common, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json()
+    assert (result["documents"], result["prompt_tokens"], result["continuation_tokens"]) == (3, 24, 8)
+    assert set(result["arms"]) == set(ARMS)
+    assert all(set(row) == {"nll", "recovery"} for row in result["arms"].values())
+    assert "layers" not in result
+    plain = kvp("eval", "context", fitted, *common).out
+    assert all(arm in plain for arm in ARMS)
+    assert "separation" in plain
+    tail = kvp("eval", "context", fitted, *common, "--exact-tail", 8, "--json").json()
+    assert tail["exact_tail"] == 8
+    assert tail["arms"]["full"] == result["arms"]["full"]
+    assert tail["arms"]["kvp"]["nll"] != result["arms"]["kvp"]["nll"]
+
+
+def test_command_of_an_exact_bundle(base_dir: Path, text_file: Path, common: tuple, tmp_path: Path, kvp: Kvp) -> None:
+    out = tmp_path / "exact"
+    assert kvp("fit", base_dir, "--layers", 3, "--data", text_file, "--tokens", 64, "--out", out).code == 0
+    arms = kvp("eval", "context", out, *common, "--json").json()["arms"]
+    assert arms["kvp"]["nll"] == pytest.approx(arms["full"]["nll"], abs=1e-4)
+    assert arms["wrong_document"]["nll"] == pytest.approx(arms["wrong_document_full"]["nll"], abs=1e-4)
+
+
+def test_per_layer(fitted: Path, common: tuple, kvp: Kvp) -> None:
+    outcome = kvp("eval", "context", fitted, *common, "--per-layer", "--json")
+    assert outcome.code == 0, outcome.err
+    (row,) = outcome.json()["layers"]  # a prefix of two: layer 2 is exact as well
+    assert set(row) == {"layer", "key_error", "value_error", "attention_cosine"}
+    assert row["layer"] == 3
+    assert 0 < row["key_error"] < 2
+    assert 0 < row["attention_cosine"] <= 1.0001
+    assert "attention cosine" in kvp("eval", "context", fitted, *common, "--per-layer").out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--arms", "full,nonsense"), "nonsense"),
+        (("--arms", ""), "arm"),
+        (("--exact-tail", 23), "exact tail"),
+        (("--prompt-tokens", 5000), "--data"),
+    ],
+)
+def test_bad_options_are_named(options: tuple, named: str, fitted: Path, common: tuple, kvp: Kvp) -> None:
+    outcome = kvp("eval", "context", fitted, *common, *options, "--json")
+    assert outcome.code == 2
+    assert named in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+
+
+def test_chosen_arms(fitted: Path, common: tuple, kvp: Kvp) -> None:
+    result = kvp("eval", "context", fitted, *common, "--arms", "kvp,wrong_document", "--json").json()
+    assert list(result["arms"]) == ["full", "kvp", "wrong_document", "no_context"]
+    assert result["separation"] is None
+    outcome = kvp("eval", "context", fitted, *common, "--arms", "full")
+    assert outcome.code == 0, outcome.err
+    assert "separation" not in outcome.out
+
+
+def test_one_wrong_number_would_show() -> None:
+    """The measure is not blind: maps moved by a percent move the predicted arm."""
+    model, _ = MODELS["prefix of openelm"]()
+    measurement = ContextMeasurement(model, documents(), CONTINUATION, arms=["kvp"])
+    before = measurement.measure()["arms"]["kvp"]["nll"]
+    moved = [(name, array * 1.01) for name, array in tree_flatten(model.predictor.parameters())]
+    model.predictor.load_weights(moved)
+    mx.eval(model.predictor.parameters())
+    assert abs(measurement.measure()["arms"]["kvp"]["nll"] - before) > 1e-6
