@@ -96,8 +96,9 @@ def draw_realised(axes: Any, results: list[dict[str, Any]]) -> None:
                 textcoords="offset points",
                 fontsize=7,
             )
-    x, y = zip(*PAPER_POINTS.values(), strict=True)
-    axes.scatter(x, y, marker="x", color="0.4", label="paper, 64x59", zorder=3, s=28)
+    axes.scatter(
+        *zip(*PAPER_POINTS.values(), strict=True), marker="x", color="0.4", label="paper, 64x59", zorder=3, s=28
+    )
     for name, point in PAPER_POINTS.items():
         axes.annotate(name, point, xytext=(5, -9), textcoords="offset points", fontsize=7, color="0.4")
     top = max([*axes.get_xlim(), *axes.get_ylim()])

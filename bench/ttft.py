@@ -24,7 +24,8 @@ from ..families import Cache
 from ..first_token import first_logits
 from ..models import compute_dtype
 from ..pipeline import PrefillTimes, base_prefill, predict_base_cache
-from .cost import arm_work, full_work, kvp_work, predictor_work
+from .arm_cost import arm_work
+from .cost import full_work, kvp_work, predictor_work
 from .machine import copy_bytes_per_s, describe_machine, matmul_flops_per_s
 from .precision import precision_name
 
