@@ -264,5 +264,5 @@ def row(
         "above_weights_bytes": None if is_other else own.above_weights_bytes,
         "speedup": speedup,
         "flops_ratio": flops_ratio,
-        "realised": speedup / flops_ratio if speedup else None,
+        "realised": speedup / flops_ratio if speedup and not is_other else None,
     }
