@@ -23,7 +23,7 @@ def compare(before: Path, after: Path, fail_above: float | None) -> dict[str, An
     """
     old, new = read_rows(before), read_rows(after)
     rng = np.random.default_rng(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for key in old.keys() & new.keys():
         ratio, low, high = ratio_of_medians(old[key], new[key], rng)
         failed = fail_above is not None and ratio > fail_above and low > 1

@@ -43,7 +43,7 @@ def measure_decode(
     if limit is not None and max(sweep.prompt_tokens) + new_tokens + 1 > limit:
         raise InputError(f"{max(sweep.prompt_tokens)} and {new_tokens} new tokens exceed the context window, {limit}.")
     steps, total = itertools.count(1), len(sweep.prompt_tokens) * (sweep.rounds + 1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in sweep.prompt_tokens:
         tps: dict[str, list[float]] = {arm.name: [] for arm in sweep.arms}
         for round_number in range(sweep.rounds + 1):

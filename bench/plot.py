@@ -47,6 +47,8 @@ def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:
 
 def draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw the median over prompt length with a band between the quartiles, one line per arm."""
+    from matplotlib.ticker import LogLocator
+
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["prompt_tokens"])
         lengths = [row["prompt_tokens"] for row in own]
@@ -60,8 +62,9 @@ def draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
     ticks = sorted({row["prompt_tokens"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, columnspacing=1)
 
 
 def draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -96,11 +99,12 @@ def draw_realised(axes: Any, results: list[dict[str, Any]]) -> None:
                 textcoords="offset points",
                 fontsize=7,
             )
-    x, y = zip(*PAPER_POINTS.values(), strict=True)
-    axes.scatter(x, y, marker="x", color="0.4", label="paper, 64x59", zorder=3, s=28)
+    axes.scatter(
+        *zip(*PAPER_POINTS.values(), strict=True), marker="x", color="0.4", label="paper, 64x59", zorder=3, s=28
+    )
     for name, point in PAPER_POINTS.items():
         axes.annotate(name, point, xytext=(5, -9), textcoords="offset points", fontsize=7, color="0.4")
-    top = max([*axes.get_xlim(), *axes.get_ylim()])
+    top = 1.06 * max([*axes.get_xlim(), *axes.get_ylim()])
     axes.plot([1, top], [1, top], "--", color="0.7", linewidth=1)
     axes.set(xlabel="FLOPs ratio", ylabel="times sooner", title="Realised of the arithmetic")
     axes.set(xlim=(0.9, top), ylim=(0.9, top))

@@ -24,7 +24,8 @@ from ..families import Cache
 from ..first_token import first_logits
 from ..models import compute_dtype
 from ..pipeline import PrefillTimes, base_prefill, predict_base_cache
-from .cost import arm_work, full_work, kvp_work, predictor_work
+from .arm_cost import arm_work
+from .cost import full_work, kvp_work, predictor_work
 from .machine import copy_bytes_per_s, describe_machine, matmul_flops_per_s
 from .precision import precision_name
 
@@ -263,5 +264,5 @@ def row(
         "above_weights_bytes": None if is_other else own.above_weights_bytes,
         "speedup": speedup,
         "flops_ratio": flops_ratio,
-        "realised": speedup / flops_ratio if speedup else None,
+        "realised": speedup / flops_ratio if speedup and not is_other else None,
     }

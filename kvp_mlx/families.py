@@ -19,6 +19,8 @@ from .errors import UnsupportedModelError
 
 LayerCache = KVCache | ConcatenateKVCache
 Cache = list[LayerCache]
+ROOM = 64
+"""Positions that ``room_for`` rounds up to."""
 RawPair = dict[str, mx.array]
 """Raw ``keys`` and ``values`` of one layer."""
 
@@ -315,6 +317,22 @@ def _listening(attention: nn.Module, family: Family) -> Iterator[Callable[[], Ra
     finally:
         for name, listener in zip(names, listeners, strict=True):
             attention[name] = listener.projection
+
+
+@contextlib.contextmanager
+def room_for(tokens: int, *caches: Cache) -> Iterator[None]:
+    """Let caches grow once, by what ``tokens`` more positions and a first step need, while the block runs.
+
+    mlx-lm's own cache grows in steps of 256 and copies all it holds each time; a short batch pays for all 256.
+    """
+    layers = {id(layer): layer for cache in caches for layer in cache if isinstance(layer, KVCache)}
+    for layer in layers.values():
+        layer.step = -(-(tokens + 1) // ROOM) * ROOM  # of this cache only
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.step  # the class's again
 
 
 def append_raw(model: nn.Module, raw: dict[int, RawPair], cache: Cache) -> None:

@@ -7,6 +7,7 @@ a second decoding step. Here the first step runs alone, and mlx-lm is then given
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,7 +56,7 @@ def stream_first_token_early(
     with mx.stream(generation_stream):
         logprobs = logits[:, -1] - mx.logsumexp(logits[:, -1], keepdims=True)
         chosen = choose(logprobs)
-    token = int(chosen.item())
+    token: Any = chosen.item()
     is_early = max_tokens > 1 and token not in tokenizer.eos_token_ids  # otherwise it is the last piece as well
     if is_early:
         detokenizer = tokenizer.detokenizer

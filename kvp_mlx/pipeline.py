@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .bundle import KVPModel
 from .calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens
 from .errors import InputError
-from .families import Cache, append_raw, run_layers
+from .families import Cache, append_raw, room_for, run_layers
 from .first_token import stream_first_token_early
 from .streams import parts, side_by_side
 
@@ -202,7 +202,7 @@ def predict_base_cache(
             f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
-    with wired_limit(model.base), side_by_side() as streams:
+    with wired_limit(model.base), side_by_side() as streams, room_for(ids.shape[1], cache, auxiliary_cache):
         for chunk, done in chunks(ids, prefill_step_size):
             start = time.perf_counter()
             inputs = []
@@ -255,7 +255,7 @@ def read_prompt(
     progress: Progress | None = None,
 ) -> None:
     """Let a model read ``ids`` (B, T) on top of its ``cache``, chunk by chunk."""
-    with wired_limit(model), side_by_side() as streams:
+    with wired_limit(model), side_by_side() as streams, room_for(ids.shape[1], cache):
         for chunk, done in chunks(ids, prefill_step_size):
             for stream, part in parts(chunk, streams):
                 with mx.stream(stream):

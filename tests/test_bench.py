@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from conftest import Kvp
 from kvp_mlx.bench import ttft
-from kvp_mlx.bench.cost import arm_work, full_work, kvp_work, predictor_work, prefill_work, step_work
+from kvp_mlx.bench.cost import full_work, kvp_work, predictor_work, prefill_work, step_work
 from kvp_mlx.bench.ttft import fresh_prompt, parse_bench_arms
 
 import kvp_mlx
@@ -116,17 +116,6 @@ def test_every_arm_is_measured(batch: int, fitted: Path, kvp: Kvp) -> None:
     assert all(row["floor_ms"] > 0 and row["above_weights_bytes"] > 0 for row in rows)
 
 
-def test_work_of_dropped_tokens(fitted: Path) -> None:
-    model = kvp_mlx.load(str(fitted))
-    random, lazy, tail = parse_bench_arms("random-0.5,lazy-1-1,kvp-8")
-    half = prefill_work(model.base, 20, 1) + step_work(model.base, 21, 1)
-    assert arm_work(model, random, 41, 1) == half
-    assert arm_work(model, lazy, 41, 1) == full_work(model, 41, 1)
-    exact = prefill_work(model.base, 40, 1).flops - prefill_work(model.base, 32, 1).flops
-    without = kvp_work(model, 33, 1).flops - step_work(model.base, 33, 1).flops
-    assert arm_work(model, tail, 41, 1).flops == pytest.approx(without + exact + step_work(model.base, 41, 1).flops)
-
-
 def test_every_arm_ends_in_the_token_of_its_cache(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = kvp_mlx.load(str(fitted)), {}
     ids = mx.array([fresh_prompt(list(range(3, 90)), 60, 5)])
@@ -210,8 +199,8 @@ def test_decode_and_memory(fitted: Path, kvp: Kvp) -> None:
     assert predicted["weight_bytes"] - full["weight_bytes"] == result["predictor_and_auxiliary_bytes"] > 0
     for row in (full, predicted):
         assert row["total_bytes"] == row["weight_bytes"] + row["above_weights_bytes"]
-        kv_bytes = LAYERS * 2 * KV_HEADS * HEAD_DIM * 256 * 4
-        assert kv_bytes < row["above_weights_bytes"] < 3 * kv_bytes
+        kv_bytes = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4  # of one position
+        assert 30 * kv_bytes < row["above_weights_bytes"] < 3 * 256 * kv_bytes
 
 
 def test_flops_agree_with_the_paper_to_the_printed_digit(kvp: Kvp) -> None:

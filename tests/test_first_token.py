@@ -87,3 +87,19 @@ def test_parts_side_by_side_change_nothing(batch: int, family: str, monkeypatch:
     cache = pipeline.predict_base_cache(bundle, mx.array(ids), prefill_step_size=10)
     assert used == [3, 3, 3] if batch == 3 else used == [2, 2, 2]
     tiny.assert_cache_equal(cache, oracle.prefill(ids)[0])
+
+
+def test_a_prompt_gets_its_room_at_once(model: kvp_mlx.KVPModel) -> None:
+    ids = mx.array([list(range(3, 63))])
+    for fill in (pipeline.predict_base_cache, pipeline.base_prefill):
+        cache = fill(model, ids, prefill_step_size=16)
+        assert {layer.keys.shape[2] for layer in cache} == {64}
+        fill(model, ids, cache, prefill_step_size=16)
+        assert {layer.offset for layer in cache} == {120}
+        assert all(121 <= layer.keys.shape[2] <= 128 for layer in cache)
+        assert not any("step" in vars(layer) for layer in cache)
+        before = mx.array(cache[-1].keys_and_values()[0])
+        for _ in range(20):  # mlx-lm's own growth goes on from any size
+            model.base(ids[:, :1], cache=cache)
+        assert mx.array_equal(cache[-1].keys_and_values()[0][..., :120, :], before)
+        assert cache[-1].offset == 140

@@ -21,6 +21,8 @@ SHORTER = {
     "generate": ["--max-tokens", "2"],
     "demo": ["--max-tokens", "2"],
     "bench ttft": ["--prompt-tokens", "16", "--rounds", "1"],
+    "bench decode": ["--prompt-tokens", "16", "--rounds", "1", "--new-tokens", "4"],
+    "bench memory": ["--prompt-tokens", "16"],
     "fit": ["--tokens", "64"],
     "train": ["--minutes", "0.1", "--fit-tokens", "64", "--window", "64"],
     "eval context": ["--limit", "2", "--prompt-tokens", "24", "--continuation-tokens", "8"],
