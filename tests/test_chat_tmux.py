@@ -26,9 +26,9 @@ def roomy(bundle):
 def test_first_run_a_pasted_document_ctrl_c_and_a_resize(place, roomy, tmp_path):
     if place == "tmux" and shutil.which("tmux") is None:
         pytest.skip("tmux is not installed; the same runs in a pseudo-terminal")
-    document = "\n".join(prose(12, seed) for seed in range(110))
+    document = "\n".join(prose(12, seed) for seed in range(80))
     tokens = len(kvp_mlx.load(str(roomy)).tokenizer.encode(document))
-    assert 3000 < tokens < 7000
+    assert 3000 < tokens < 6000
     environment = {"KVP_CACHE_DIR": str(tmp_path / "nothing" / "yet")}
     start = Tmux if place == "tmux" else Terminal
     chat = start("chat", "--model", roomy, "--max-tokens", 40, environment=environment)
@@ -67,12 +67,12 @@ def test_ctrl_c_stops_a_reply_and_what_came_of_it_stays(place, roomy, tmp_path):
     chat = start(*arguments, environment={"KVP_CACHE_DIR": str(tmp_path)})
     try:
         chat.wait_for("is ready")
-        for _ in range(20):
+        for attempt in range(10):  # a stop may come before the reply has begun, the more so on a busy machine
             chat.send("Hello")
             chat.send("\r")
-            time.sleep(0.3)
+            time.sleep(0.5 + attempt)
             chat.send("\x03")
-            chat.wait_for("new tokens on" if "[stopped]" not in chat.text else "[stopped]")
+            time.sleep(1)
             if "[stopped]" in chat.text:
                 break
         chat.wait_for("[stopped]")

@@ -83,6 +83,7 @@ def chat(
     dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     session = Session(dial, refine, max_tokens, sampling)
+    session.keep_heads = exact_head is not None
     session.worker = Worker(session.idle_work)
     try:
         session.open(model, system, cache, allow_base_mismatch)
@@ -107,6 +108,7 @@ class Session:
         self.turns: list[Turn] = []
         self.attached = ""
         self.next_text = ""  # what the editor begins with
+        self.keep_heads = False
         self.stopped = False
         self._warned = False
 
@@ -127,7 +129,7 @@ class Session:
                 conversation.restore(before)
                 conversation.context = context
                 attached = message["content"].removesuffix(DOCUMENT_END)
-            conversation.keep_heads = True
+            conversation.keep_heads = self.keep_heads
             self.conversation = conversation
             return attached
 

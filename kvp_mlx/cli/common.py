@@ -29,8 +29,8 @@ class Dial:
 
 
 QUALITIES = {
-    "fast": Dial("auto", 0, 8),
-    "balanced": Dial("auto", 0, 32),
+    "fast": Dial("auto", 0, 32),
+    "balanced": Dial("auto", 32, 32),
     "exact": Dial("full", 0, 0),
 }
 """Chosen from the measured trade-off between recovery and time (README, "Chat")."""

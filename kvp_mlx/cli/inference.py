@@ -10,7 +10,6 @@ from .common import (
     DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
     AllowMismatch,
-    Dial,
     ExactHead,
     ExactTail,
     Json,
@@ -78,7 +77,15 @@ def generate(
     dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
     with clean_stdout(json):
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
-        ids, context = prepared(loaded, text, cache, dial, raw)
+        keep_head = exact_head is not None and dial.prefill != "full"
+        ids, context = prepared(
+            loaded,
+            text,
+            raw=raw,
+            cache=cache,
+            exact=dial.prefill == "full",
+            saved_head=dial.exact_head if keep_head else 0,
+        )
         held = len(context.tokens)
         result = answer(
             loaded,
@@ -89,7 +96,7 @@ def generate(
             sampler=make_sampler(temperature, top_p, seed),
             **vars(dial),
         )
-        if result["prefill"] == "kvp" and dial.exact_head > held:
+        if keep_head and result["prefill"] == "kvp" and dial.exact_head > held:
             context.grown_to(ids[: dial.exact_head])
             save_head(context, ids[: dial.exact_head])
     result |= {"exact_head": dial.exact_head, "cached_tokens": held}
@@ -99,8 +106,19 @@ def generate(
         say(summary(result))
 
 
-def prepared(loaded: "KVPModel", text: str, cache: str | None, dial: Dial, raw: bool) -> tuple[list[int], "Context"]:
-    """Return a prompt's token ids, and the context that holds what is saved of its beginning."""
+def prepared(
+    loaded: "KVPModel", text: str, *, raw: bool, cache: str | None, exact: bool, saved_head: int
+) -> tuple[list[int], "Context"]:
+    """Return a prompt's token ids, and the context that holds what is saved of its beginning.
+
+    Args:
+        loaded: the bundle.
+        text: the prompt, or what is asked of the saved cache.
+        raw: skip the chat template.
+        cache: name of a saved cache.
+        exact: refuse it if it was predicted.
+        saved_head: without one, look for the saved entries of this many first tokens.
+    """
     from mlx_lm.utils import common_prefix_len
 
     from ..context import Context
@@ -109,10 +127,10 @@ def prepared(loaded: "KVPModel", text: str, cache: str | None, dial: Dial, raw: 
 
     if cache is None:
         ids, context = encode(loaded, text, raw=raw), Context(loaded)
-        if dial.exact_head and dial.prefill != "full":
-            load_head(context, ids[: dial.exact_head])
+        if saved_head:
+            load_head(context, ids[:saved_head])
     else:
-        saved, context = load_cache(loaded, cache, exact=dial.prefill == "full")
+        saved, context = load_cache(loaded, cache, exact=exact)
         ids = loaded.text_tokenizer.apply_chat_template(saved.messages_with(text), add_generation_prompt=True)
         check_context(loaded, len(ids))
     context.keep(common_prefix_len(context.tokens, ids[:-1]))

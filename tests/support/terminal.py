@@ -154,7 +154,7 @@ class Tmux:
             dead, status = (
                 self._tmux("list-panes", "-F", "#{pane_dead} #{pane_dead_status}").strip().partition(" ")[::2]
             )
-            if dead == "1":
+            if dead == "1" and status:  # the status may come a moment later
                 return int(status)
             time.sleep(0.1)
         return None
