@@ -125,3 +125,20 @@ def test_the_diagnose_command(fitted: Path, text_file: Path, kvp: Kvp) -> None:
     assert found["ttft"]["realised"] == pytest.approx(found["ttft"]["speedup"] / found["ttft"]["flops_ratio"])
     shown = kvp("eval", "diagnose", fitted, *options).out
     assert "layer   3" in shown
+
+
+def test_the_page_shows_every_arm_and_cell(fitted: Path, text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    folder, page = tmp_path / "results", tmp_path / "page.md"
+    folder.mkdir()
+    assert kvp("eval", "report", folder, "--out", page).code == 2
+    options = ("--data", text_file, "--limit", 2, "--prompt-tokens", 120, "--depths", "0,1", "--arms", "full,kvp-4")
+    assert kvp("eval", "needle", fitted, *options, "--out", folder / "needle.json").code == 0
+    assert kvp("eval", "report", folder, "--out", page).code == 0
+    result = json.loads((folder / "needle.json").read_text())
+    text = page.read_text()
+    for name, arm in result["arms"].items():
+        assert f"| {name} | {arm['score']:.3f} |" in text
+        assert f"{arm['ttft_ms']:.0f} ms" in text
+    assert "| kvp-4, 120 | " in text
+    (folder / "other.json").write_text("{}")
+    assert kvp("eval", "report", folder, "--out", page).code == 2

@@ -506,3 +506,13 @@ def diagnose(
         print("{problem}: {evidence}. To do: {remedy}.".format(**found))
     if not result["findings"]:
         print("nothing stands out")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Holds what 'kvp eval TASK --out' wrote, and no other JSON.")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")],
+) -> None:
+    """Write the page of results from their JSON documents."""
+    from ..evaluate.report import page, read_results
+
+    out.write_text(page(read_results(folder)), encoding="utf-8")
