@@ -19,6 +19,7 @@ from kvp_mlx.errors import InputError
 from kvp_mlx.evaluate.answer import continuation_losses, generate, predicted_losses
 from kvp_mlx.evaluate.loop import run_items, summarise
 from kvp_mlx.evaluate.measures import measure_chat, measure_choice, split_choices
+from kvp_mlx.evaluate.records import read_texts
 from kvp_mlx.evaluate.tasks import (
     Item,
     choice_items,
@@ -270,3 +271,11 @@ def test_chat_compares_along_the_full_models_reply() -> None:
     assert result["full"]["score"] == result["full"]["metrics"]["first_token"] == 1
     assert result["kvp"]["metrics"]["kl_per_token"] > 0.01
     assert result["kvp"]["score"] < 1
+
+
+@pytest.mark.parametrize("items", [needle_items, quote_items])
+def test_the_shipped_sample_serves_every_cell(items: Any, fitted: Path) -> None:
+    tokenizer = kvp_mlx.load(str(fitted)).text_tokenizer
+    made = items(read_texts([]), tokenizer, [300, 600, 2400], [0.0, 0.5, 1.0], 0, 18)
+    assert len(made) == 18
+    assert all(item.answers[0] in item.prompt.split("\n\n")[0] for item in made)
