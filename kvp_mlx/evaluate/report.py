@@ -42,13 +42,14 @@ def section(document: dict[str, Any]) -> list[str]:
     known = ", ".join(f"{name} {recipe[name][:19]}" for name in ("base", "predictor"))
     data = ", ".join(f"{name} ({digest[:8]})" for name, digest in recipe["data"].items())
     score = METRICS.get(document["task"], document["task"] if document["task"] == "perplexity" else "score")
+    unit = ", nats per token" if score == "perplexity" else ""
     lines = [
         f"## {document['task']}: {data}",
         "",
         f"`{document['file']}`: {document['model']}, n = {document['n']}, {document['prompt_tokens']} prompt tokens "
         f"(median), seed {recipe['seed']}; {known}.",
         "",
-        f"| arm | {score} | 95 % interval | less the full model's | TTFT | work of prefill |",
+        f"| arm | {score} | 95 % interval | less the full model's{unit} | TTFT | work of prefill |",
         "|---|---|---|---|---|---|",
     ]
     for name, arm in document["arms"].items():
