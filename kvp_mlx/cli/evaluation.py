@@ -12,7 +12,16 @@ CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_fu
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
 for task in (
     *(tasks.triviaqa, tasks.squad, tasks.gsm8k, tasks.mcq, tasks.humaneval),
-    *(tasks.needle, tasks.quote, tasks.chat, tasks.perplexity),
+    *(
+        tasks.needle,
+        tasks.quote,
+        tasks.chat,
+        tasks.perplexity,
+        tasks.lm_eval,
+        tasks.pareto,
+        tasks.diagnose,
+        tasks.report,
+    ),
 ):
     app.command()(task)
 app.command("turns")(turns.turns)

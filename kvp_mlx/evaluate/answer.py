@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,7 +47,7 @@ def generate(
     check_context(model, len(ids), max_tokens)
     start, ttft_ms, text, tokens = time.perf_counter(), 0.0, "", []
     answering, cache = arm_prefill(model, arm, mx.array([ids]))
-    options = {} if sampler is None else {"sampler": sampler}
+    options: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
     pieces = stream_generate(
         answering,
         model.text_tokenizer,

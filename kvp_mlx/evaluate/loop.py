@@ -102,7 +102,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Return a task's JSON: task, n and, per arm, score, its 95 % interval, median TTFT in ms and more.
 
-    ``difference`` is the mean over items of the score less the arm ``full``'s, with its interval; ``flops_ratio`` is
+    ``difference`` is the mean over items of the row's score less the arm ``full``'s (of perplexity: in nats per
+    token), with its interval; ``flops_ratio`` is
     full prefill's work over the arm's at the median prompt length; ``metrics`` are means of the row's other scores.
     """
     result: dict[str, Any] = {}

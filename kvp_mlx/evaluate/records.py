@@ -27,7 +27,7 @@ def read_records(places: Iterable[str], fields: Iterable[str]) -> list[dict[str,
     records = []
     for path in data_files(places):
         try:
-            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, "rb") as file:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     record = json.loads(line)
                     if missing := [name for name in fields if name not in record]:

@@ -23,6 +23,7 @@ Scores = dict[str, float]
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 CITIES = ("Aberdeen", "Bergen", "Cadiz", "Dakar", "Esbjerg", "Faro", "Genoa", "Havana", "Izmir", "Jeddah")
 MARKED_WORDS = (6, 20)
+PASSAGE_TRIES = 50
 TEMPLATE_TOKENS = 60
 """Room for the question and the chat template around a passage of a given length."""
 
@@ -178,10 +179,8 @@ def quote_items(
     items, cells = [], [(length, depth) for length in lengths for depth in depths]
     for number in range(count):
         (length, depth), rng = cells[number % len(cells)], random.Random(f"{seed} {number}")
-        passage = _passage(texts, tokenizer, length - TEMPLATE_TOKENS, rng)
-        fitting = [i for i, text in enumerate(passage) if MARKED_WORDS[0] <= len(text.split()) <= MARKED_WORDS[1]]
-        if not fitting:
-            raise InputError(f"no sentence of {MARKED_WORDS[0]} to {MARKED_WORDS[1]} words to quote; other --data.")
+        passage = _passage(texts, tokenizer, length - TEMPLATE_TOKENS, rng, quotable)
+        fitting = [i for i, sentence in enumerate(passage) if quotable(sentence)]
         marked = min(fitting, key=lambda i: abs(i - depth * (len(passage) - 1)))
         sentence, passage[marked] = passage[marked], f"[[ {passage[marked]} ]]"
         prompt = f"{' '.join(passage)}\n\nRepeat the sentence between [[ and ]] word for word."
@@ -196,24 +195,38 @@ def score_quote(item: Item, text: str) -> Scores:
     return {"verbatim": float(wanted in said), "similarity": similar}
 
 
-def _passage(texts: Sequence[str], tokenizer: TokenizerWrapper, tokens: int, rng: random.Random) -> list[str]:
-    """Return consecutive sentences of about ``tokens`` tokens in all, from a random place of a random text."""
+def quotable(sentence: str) -> bool:
+    """Return whether a sentence is neither too short nor too long to be asked for."""
+    return MARKED_WORDS[0] <= len(sentence.split()) <= MARKED_WORDS[1]
+
+
+def _passage(
+    texts: Sequence[str],
+    tokenizer: TokenizerWrapper,
+    tokens: int,
+    rng: random.Random,
+    wanted: Callable[[str], bool] = bool,
+) -> list[str]:
+    """Return consecutive sentences of up to ``tokens`` tokens in all, one ``wanted``, from a random place.
+
+    Raises:
+        InputError: many random places held no such passage.
+    """
     if tokens < 1:
-        raise InputError(
-            f"prompts of {tokens + TEMPLATE_TOKENS} tokens leave no room; take more than {TEMPLATE_TOKENS}."
-        )
+        raise InputError(f"prompts of {tokens + TEMPLATE_TOKENS} tokens leave no room; more than {TEMPLATE_TOKENS}.")
     long_enough = [text for text in texts if len(text) > 6 * tokens] or [max(texts, key=len)]
-    text = rng.choice(long_enough)
-    start = rng.randrange(max(1, len(text) - 6 * tokens))
-    sentences, used = [], 0
-    for sentence in SENTENCE.split(" ".join(text[start : start + 8 * tokens].split()))[1:]:
-        used += len(tokenizer.encode(f" {sentence}", add_special_tokens=False))
-        if used > tokens:
-            break
-        sentences.append(sentence)
-    if not sentences:
-        raise InputError(f"the data holds no passage of {tokens} tokens in sentences; give longer texts.")
-    return sentences
+    for _ in range(PASSAGE_TRIES):
+        text = rng.choice(long_enough)
+        start = rng.randrange(max(1, len(text) - 6 * tokens))
+        sentences, used = [], 0
+        for sentence in SENTENCE.split(" ".join(text[start : start + 8 * tokens].split()))[1:]:
+            used += len(tokenizer.encode(f" {sentence}", add_special_tokens=False))
+            if used > tokens:
+                break
+            sentences.append(sentence)
+        if any(map(wanted, sentences)):
+            return sentences
+    raise InputError(f"the data holds no passage of {tokens} tokens in sentences fit for this; give other --data.")
 
 
 GENERATIONS = {

@@ -1,0 +1,170 @@
+"""What is wrong with a bundle: incoherent answers, no gain in time, an auxiliary that does not fit."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..arms import Arm
+from ..bench.arm_cost import arm_work
+from ..bundle import KVPModel
+from ..families import Cache
+from ..pipeline import Progress, base_prefill, predict_base_cache
+from .answer import timed_prefill
+from .context import ARMS, ContextMeasurement, token_losses
+from .layers import measure_layers
+
+MIN_RECOVERY, MIN_SEPARATION, MIN_COSINE, MIN_REALISED = 0.7, 0.5, 0.9, 0.6
+ROUNDS = 3
+
+
+def diagnose(
+    model: KVPModel,
+    windows: list[list[int]],
+    continuation_tokens: int,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Examine a bundle on documents.
+
+    Args:
+        model: the bundle.
+        windows: token ids, each a prompt followed by ``continuation_tokens``; at least two, of one length.
+        continuation_tokens: tokens scored.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        ``context`` (as ``kvp eval context``), ``layers`` (as ``--per-layer``, each with the ``gain``, in nats per
+        token, of putting its exact entries in), ``ttft`` and ``findings``: problem, evidence, remedy.
+    """
+    context = ContextMeasurement(model, windows, continuation_tokens, arms=ARMS).measure()
+    progress(1, 4)
+    layers = measure_layers(model, windows, continuation_tokens)
+    progress(2, 4)
+    gains = swap_gains(model, windows, continuation_tokens)
+    for row in layers:
+        row["gain"] = gains[row["layer"]]
+    progress(3, 4)
+    ttft = compare_ttft(model, [window[:-continuation_tokens] for window in windows])
+    progress(4, 4)
+    found = [*coherence(context, layers), *fit_of_auxiliary(context, model), *speed(ttft)]
+    return {"context": context, "layers": layers, "ttft": ttft, "findings": found}
+
+
+def swap_gains(model: KVPModel, windows: Sequence[list[int]], continuation_tokens: int) -> dict[int, float]:
+    """Return, per predicted layer, how far exact entries in that layer alone lower the loss, in nats per token."""
+    predicted_layers = [layer for layer, source in enumerate(model.config.predictor.layer_map) if source is not None]
+    gains = dict.fromkeys(predicted_layers, 0.0)
+    for window in windows:
+        split = len(window) - continuation_tokens
+        prompt, rest = mx.array([window[: split - 1]]), window[split - 1 :]
+        exact, predicted = base_prefill(model, prompt), predict_base_cache(model, prompt)
+        before = loss_on(model, predicted, rest)
+        for layer in predicted_layers:
+            mixed = [*predicted[:layer], exact[layer], *predicted[layer + 1 :]]
+            gains[layer] += (before - loss_on(model, mixed, rest)) / len(windows)
+    return gains
+
+
+def loss_on(model: KVPModel, cache: Cache, rest: list[int]) -> float:
+    """Return the mean loss of ``rest[1:]`` on a cache, which is left as it was."""
+    length = cache[0].offset
+    loss = float(token_losses(model.base, cache, rest).mean())
+    for layer in cache:
+        layer.trim(layer.offset - length)
+    return loss
+
+
+def compare_ttft(model: KVPModel, prompts: Sequence[list[int]]) -> dict[str, float]:
+    """Return median TTFT of both paths in ms, the speed-up, what the arithmetic promises, and the share realised."""
+    arms = {name: Arm(name, name) for name in ("full", "kvp")}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(ROUNDS + 1):
+        for name, arm in arms.items():
+            ttft_ms = timed_prefill(model, arm, prompts[number % len(prompts)])[2]
+            if number:  # the first round warms up
+                times[name].append(ttft_ms)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    tokens = len(prompts[0])
+    promised = arm_work(model, arms["full"], tokens).flops / arm_work(model, arms["kvp"], tokens).flops
+    speedup = median["full"] / median["kvp"]
+    return {
+        "prompt_tokens": tokens,
+        "full_ms": median["full"],
+        "kvp_ms": median["kvp"],
+        "speedup": speedup,
+        "flops_ratio": promised,
+        "realised": speedup / promised,
+    }
+
+
+def finding(problem: str, evidence: str, remedy: str) -> dict[str, str]:
+    """Return one finding."""
+    return {"problem": problem, "evidence": evidence, "remedy": remedy}
+
+
+def coherence(context: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return what says that answers from the predicted cache will not hang together."""
+    found, recovery, separation = [], context["arms"]["kvp"]["recovery"], context["separation"]
+    worst = sorted(layers, key=lambda row: -row["gain"])[:3]
+    named = ", ".join(f"{row['layer']} (gain {row['gain']:.3f}, cosine {row['attention_cosine']:.2f})" for row in worst)
+    if recovery < MIN_RECOVERY:
+        found.append(
+            finding(
+                "answers will be incoherent",
+                f"recovery {recovery:.2f} (below {MIN_RECOVERY}); exact entries would help most in layers {named}",
+                "train longer or with more layers (kvp train --layers), or answer with --exact-tail 64",
+            )
+        )
+    elif separation is not None and separation < MIN_SEPARATION:
+        found.append(
+            finding(
+                "the genre arrives, the text does not",
+                f"separation {separation:.2f} (below {MIN_SEPARATION}) at recovery {recovery:.2f}",
+                "train on text of this kind with a longer window (kvp train --data --window)",
+            )
+        )
+    blurred = [row for row in layers if row["attention_cosine"] < MIN_COSINE]
+    if blurred and len(blurred) < len(layers) / 2:
+        found.append(
+            finding(
+                "a few layers are far off",
+                f"attention cosine below {MIN_COSINE} in layers {', '.join(str(row['layer']) for row in blurred)}",
+                "look for a wrong layer map or a conversion error (kvp convert verify); train on",
+            )
+        )
+    return found
+
+
+def fit_of_auxiliary(context: dict[str, Any], model: KVPModel) -> list[dict[str, str]]:
+    """Return what says that the auxiliary reads another language than the base."""
+    auxiliary, without = context["arms"]["auxiliary"]["nll"], context["arms"]["no_context"]["nll"]
+    if model.is_prefix or auxiliary < without:
+        return []
+    return [
+        finding(
+            "the auxiliary does not fit",
+            f"alone and with the prompt it is worse ({auxiliary:.2f} nats) than the base without ({without:.2f})",
+            "check that both share tokeniser and special tokens; choose a stronger auxiliary, or train it "
+            "(--train-auxiliary)",
+        )
+    ]
+
+
+def speed(ttft: dict[str, float]) -> list[dict[str, str]]:
+    """Return what says that the first token does not come sooner, or not as much as the arithmetic allows."""
+    measured = (
+        f"{ttft['speedup']:.2f}x at {ttft['prompt_tokens']} tokens, the arithmetic allows {ttft['flops_ratio']:.2f}x"
+    )
+    if ttft["flops_ratio"] < 1.2:
+        return [finding("there is little to gain", measured, "a smaller auxiliary or fewer --layers; longer prompts")]
+    if ttft["realised"] < MIN_REALISED:
+        return [
+            finding(
+                "the gain in work is not realised",
+                measured,
+                "short prompts: the first step's weights dominate (kvp bench ttft shows the floor); otherwise look at "
+                "kvp doctor, other load on the machine and --prefill-step-size",
+            )
+        ]
+    return []

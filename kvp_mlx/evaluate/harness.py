@@ -1,0 +1,153 @@
+"""lm-evaluation-harness under any arm (extra ``eval``): an adapter on mlx-lm's own, and our task files."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..arms import Arm, answering_model, arm_prefill, parse_arm
+from ..bundle import KVPModel
+from ..errors import InputError
+from ..families import Cache
+from ..train.text import data_files
+from .answer import generate, predicted_losses
+from .measures import split_choices
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from mlx_lm.evaluate import MLXLM
+except ImportError as error:
+    raise InputError(f"lm-evaluation-harness is missing ({error}); pip install 'kvp-mlx[eval]'.") from error
+
+TASKS = Path(__file__).parent / "lm_eval_tasks"
+MAX_TOKENS = 256
+
+
+class KVPLM(MLXLM):
+    """A bundle for lm-evaluation-harness.
+
+    Args:
+        model: the bundle.
+        arm: how prompts are read (``kvp_mlx.arms``).
+        scoring: log-likelihoods of continuations: ``continuation`` (the arm reads the context, the base goes on) or
+            ``predicted`` (arm kvp: the paper's, all keys and values are predicted).
+    """
+
+    def __init__(self, model: KVPModel, arm: Arm | str = "kvp", scoring: str = "continuation"):
+        LM.__init__(self)  # MLXLM's own would load a model
+        self.model = model
+        self.arm = parse_arm(arm) if isinstance(arm, str) else arm
+        self.scoring = scoring
+        self.tokenizer = model.text_tokenizer
+        self.use_chat_template = False
+        self._model = answering_model(model, self.arm)
+        self._max_tokens = model.context_length
+        self._batch_size = 1
+
+    def _process_prompt(self, prompt: Sequence[int], step_size: int = 0) -> tuple[mx.array, Cache]:
+        """Return log-probabilities (1, vocabulary) of the token after a prompt, and the arm's cache of it."""
+        ids = mx.array([list(prompt)])
+        answering, cache = arm_prefill(self.model, self.arm, ids)
+        logits = answering(ids[:, -1:], cache=cache)[:, -1]
+        return nn.log_softmax(logits.astype(mx.float32)), cache
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether it is the greedy one (not told when predicted)."""
+        if self.scoring != "predicted" or self.arm.kind != "kvp":
+            return super().loglikelihood(requests)
+        results = []
+        for request in requests:
+            prompt, (continuation,) = split_choices(self.model, request.args[0], [request.args[1]])
+            results.append((-float(predicted_losses(self.model, prompt, continuation).sum()), False))
+        return results
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return each prompt's greedy answer up to the first stop string."""
+        answers = []
+        for request in requests:
+            prompt, options = request.args
+            until = options.get("until", [])
+            answer = generate(
+                self.model,
+                self.arm,
+                self.tokenizer.encode(prompt),
+                stop=[until] if isinstance(until, str) else until,
+                max_tokens=options.get("max_gen_toks", MAX_TOKENS),
+            )
+            answers.append(answer.text)
+        return answers
+
+
+def run_harness(
+    lm: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    data: Sequence[str] = (),
+    allow_code_execution: bool = False,
+) -> dict[str, Any]:
+    """Return lm-evaluation-harness's results of some tasks, with the samples.
+
+    Args:
+        lm: the adapter.
+        tasks: names of its own tasks, or of ours (``kvp_triviaqa``, ``kvp_humaneval``).
+        limit: documents per task at most.
+        shots: solved examples (default: the task's).
+        data: JSONL files in place of the tasks' own data.
+        allow_code_execution: let tasks run what the model wrote.
+
+    Raises:
+        InputError: an unknown task, or data that cannot be had.
+    """
+    manager = task_manager(with_its_own=not set(tasks) <= {path.stem for path in TASKS.glob("*.yaml")})
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise InputError(f"lm-evaluation-harness knows no task '{unknown[0]}'; ours are kvp_triviaqa, kvp_humaneval.")
+    files = [str(path.absolute()) for path in data_files(data)] if data else []
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [with_local_data(manager, name, files, Path(folder)) if files else name for name in tasks]
+        try:
+            return simple_evaluate(
+                lm,
+                tasks=chosen,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=shots,
+                confirm_run_unsafe_code=allow_code_execution,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+            )
+        except (OSError, ConnectionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({reason}); try --data.") from error
+
+
+@functools.cache
+def task_manager(with_its_own: bool) -> TaskManager:
+    """Return the index of our tasks, and of the harness's thousands if need be (seconds)."""
+    return TaskManager(include_path=str(TASKS), include_defaults=with_its_own)
+
+
+def with_local_data(manager: TaskManager, task: str, files: list[str], folder: Path) -> str:
+    """Write a task file that takes in a task and puts local JSONL files in place of its data; returns its place."""
+    changes = {
+        "include": str(manager.task_index[task].yaml_path),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": files}},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": "test",
+    }
+    path = folder / f"{task}.yaml"
+    path.write_text(json.dumps(changes), encoding="utf-8")  # JSON is YAML
+    return str(path)

@@ -1,0 +1,85 @@
+"""Score against time to first token and against prefill work, over all arms and dials: the figure of the paper."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+LOWER_IS_BETTER = ("perplexity",)
+Point = dict[str, Any]
+
+
+def points(results: Sequence[dict[str, Any]]) -> list[Point]:
+    """Return one point per result and arm, best score first, with the fronts it lies on.
+
+    Args:
+        results: JSON documents of one task (``kvp eval TASK --out``), of one or several bundles.
+
+    Raises:
+        InputError: no results, not all of one task, or documents of something else.
+    """
+    if not results or any(not {"task", "n", "model", "arms"} <= result.keys() for result in results):
+        raise InputError("pareto takes the JSON documents that 'kvp eval TASK --out FILE' wrote.")
+    if len(tasks := {result["task"] for result in results}) > 1:
+        raise InputError(f"pareto compares one task at a time, not {', '.join(sorted(tasks))}.")
+    sign = -1 if results[0]["task"] in LOWER_IS_BETTER else 1
+    several = len({result["model"] for result in results}) > 1
+    found: dict[str, Point] = {}
+    for result in results:
+        for name, arm in result["arms"].items():
+            own = arm_of_the_base(name)
+            label = f"{result['model']}: {name}" if several and not own else name
+            kept = {key: arm[key] for key in ("score", "interval", "ttft_ms", "flops_ratio")}
+            found.setdefault(label, {"label": label, "arm": name, "n": result["n"], **kept})
+    rows = sorted(found.values(), key=lambda point: -sign * point["score"])
+    for row in rows:
+        for front, cost in (
+            ("fastest_so_good", lambda p: p["ttft_ms"]),
+            ("cheapest_so_good", lambda p: -p["flops_ratio"]),
+        ):
+            row[front] = not any(
+                cost(other) < cost(row) and sign * other["score"] >= sign * row["score"] for other in rows
+            )
+    return rows
+
+
+def arm_of_the_base(name: str) -> bool:
+    """Return whether an arm is the same whatever the bundle, so that one point stands for all."""
+    return name.split("-", maxsplit=1)[0] in ("full", "layers", "random", "static", "lazy")
+
+
+def draw(rows: Sequence[Point], task: str, out: Path) -> None:
+    """Draw both pictures side by side: score over TTFT, and over prefill work relative to the full model's.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise InputError("pictures need matplotlib; pip install 'kvp-mlx[plot]', or leave out --plot.") from error
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
+    sides = (
+        ("time to first token, ms (median)", "fastest_so_good", lambda row: row["ttft_ms"]),
+        ("prefill work, share of full prefill's", "cheapest_so_good", lambda row: 1 / row["flops_ratio"]),
+    )
+    for panel, (title, front, place) in zip(panels, sides, strict=True):
+        for row in rows:
+            low, high = row["interval"]
+            bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
+            colour = "tab:blue" if row["arm"].startswith("kvp") else "tab:orange" if row["arm"] == "full" else "0.6"
+            panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour, ecolor="0.85")
+            panel.annotate(
+                row["label"], (place(row), row["score"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+            )
+        line = sorted((place(row), row["score"]) for row in rows if row[front])
+        panel.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0)
+        panel.set_xlabel(title)
+    panels[0].set_ylabel(f"{task}, n = {rows[0]['n']}")
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+    pyplot.close(figure)
