@@ -78,27 +78,16 @@ def generate(
     with clean_stdout(json):
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         keep_head = exact_head is not None and dial.prefill != "full"
-        ids, context = prepared(
-            loaded,
-            text,
-            raw=raw,
-            cache=cache,
-            exact=dial.prefill == "full",
-            saved_head=dial.exact_head if keep_head else 0,
-        )
-        held = len(context.tokens)
-        result = answer(
-            loaded,
-            ids,
-            echo=not json,
-            cache=context.cache,
-            max_tokens=max_tokens,
-            sampler=make_sampler(temperature, top_p, seed),
-            **vars(dial),
-        )
-        if keep_head and result["prefill"] == "kvp" and dial.exact_head > held:
-            context.grown_to(ids[: dial.exact_head])
-            save_head(context, ids[: dial.exact_head])
+        options = vars(dial) | {"max_tokens": max_tokens, "sampler": make_sampler(temperature, top_p, seed)}
+        if cache is None and not keep_head:
+            held, result = 0, answer(loaded, text, echo=not json, raw=raw, **options)
+        else:
+            head = dial.exact_head if keep_head else 0
+            ids, context = prepared(loaded, text, raw=raw, cache=cache, exact=dial.prefill == "full", saved_head=head)
+            held, result = len(context.tokens), answer(loaded, ids, echo=not json, cache=context.cache, **options)
+            if result["prefill"] == "kvp" and head > held:
+                context.grown_to(ids[:head])
+                save_head(context, ids[:head])
     result |= {"exact_head": dial.exact_head, "cached_tokens": held}
     if json:
         print_json(result)

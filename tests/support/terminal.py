@@ -152,7 +152,13 @@ class Tmux:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             dead, status = (
-                self._tmux("list-panes", "-F", "#{pane_dead} #{pane_dead_status}").strip().partition(" ")[::2]
+                self._tmux(
+                    "list-panes",
+                    "-F",
+                    "#{pane_dead} #{pane_dead_status}#{?pane_dead_signal, signal #{pane_dead_signal},}",
+                )
+                .strip()
+                .partition(" ")[::2]
             )
             if dead == "1" and status:  # the status may come a moment later
                 return int(status)
