@@ -305,7 +305,7 @@ def default_step_size() -> int:
     """Return the chunk length that suits the device.
 
     GPUs take mlx-lm's default. mlx computes the whole score matrix on CPU and masks it afterwards, so there
-    short chunks save up to half of attention (README, "Measured").
+    short chunks save up to half of attention.
     """
     return 256 if mx.default_device().type == mx.DeviceType.cpu else DEFAULT_PREFILL_STEP_SIZE
 
