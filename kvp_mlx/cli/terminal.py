@@ -121,6 +121,7 @@ class MarkdownReply:
         self._pending = ""
         self._drawn = 0.0
         self._live = Live(console=console, refresh_per_second=1 / REDRAW_SECONDS, transient=True)
+        self._restore_echo = without_echo()
         self._live.start()
 
     def progress(self, done: int, total: int) -> None:
@@ -145,8 +146,25 @@ class MarkdownReply:
         """Print what is left."""
         self._live.update("")
         self._live.stop()
+        self._restore_echo()
         if self._pending.strip():
             self._live.console.print(Markdown(self._pending))
+
+
+def without_echo() -> Callable[[], None]:
+    """Keep what is typed from showing, since it would break up what is redrawn; returns what undoes it.
+
+    The next prompt still receives it.
+    """
+    if not sys.stdin.isatty():
+        return lambda: None
+    import termios  # absent on Windows, where mlx is not either
+
+    file = sys.stdin.fileno()
+    before = termios.tcgetattr(file)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(file, termios.TCSANOW, silent)
+    return lambda: termios.tcsetattr(file, termios.TCSANOW, before)
 
 
 def whole_blocks(markdown: str) -> int:
