@@ -18,6 +18,7 @@ from .common import (
     Json,
     Model,
     clean_stdout,
+    parse_numbers,
     print_json,
     progress_bar,
     say,
@@ -354,15 +355,12 @@ def report(
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Parse ``128,512``.
+    """Parse prompt lengths such as ``128,512``.
 
     Raises:
-        InputError: anything but whole numbers above 0 and commas.
+        InputError: anything but whole numbers from 2 up and commas.
     """
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--prompt-tokens takes whole numbers and commas (128,512), not '{text}'.") from error
+    lengths = parse_numbers(text, "--prompt-tokens")
     if min(lengths) < 2:
         raise InputError(f"prompts have 2 tokens or more, not {min(lengths)}; change --prompt-tokens.")
     return lengths

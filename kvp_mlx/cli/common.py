@@ -144,3 +144,15 @@ def make_sampler(temperature: float, top_p: float, seed: int | None) -> Any:
     if seed is not None:
         mx.random.seed(seed)
     return mlx_lm_make_sampler(temp=temperature, top_p=top_p)
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Parse what an option says, whole numbers and commas.
+
+    Raises:
+        InputError: anything else, or a number below 0.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"{option} takes whole numbers and commas (128,512), not '{text}'.")
+    return [int(part) for part in parts]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
+from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, parse_numbers, print_json, progress_bar
 
 MAX_TURNS = 10
 
@@ -132,9 +132,8 @@ def dial(
     from ..evaluate.dial import measure_dial, settings
     from ..files import write_json
     from ..train.text import data_files, token_windows
-    from .bench import parse_lengths
 
-    choices = settings(parse_lengths(heads), parse_lengths(tails))
+    choices = settings(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"))
     if max(choice.exact_head + choice.exact_tail for choice in choices) > prompt_tokens - 2:
         raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
     files, length = data_files(data), prompt_tokens + continuation_tokens
