@@ -286,6 +286,7 @@ class Session:
     def _turn(self, emit: "Emit", kind: str, text: tuple[str, ...], sampling: dict[str, Any]) -> None:
         """Take a turn on the worker's thread."""
         options = vars(self.dial) | {"max_tokens": self.max_tokens, "sampler": make_sampler(**sampling)}
+        self.sampling["seed"] = None  # it is for the chat as a whole: the next turn goes on from here
         reply = getattr(self.conversation, kind)(*text, progress=lambda done, total: emit((done, total)), **options)
         with closing(reply):
             for turn in reply:

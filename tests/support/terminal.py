@@ -64,6 +64,12 @@ class Terminal:
             if PROMPT in data:
                 return
 
+    def pause(self, seconds):
+        """Let some seconds pass, taking in what comes."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.read(left)
+
     def wait_for_prompt(self, seconds=30):
         """Return when one more prompt has begun than at the last call."""
         self.wait_until(lambda: self.output.count(PROMPT) > self.prompts, seconds)
@@ -114,8 +120,9 @@ class Tmux:
         self.socket = f"kvp-test-{os.getpid()}-{time.monotonic_ns()}"
         variables = [f"{name}={value}" for name, value in (environment or {}).items()]
         command = ["env", *variables, sys.executable, "-m", "kvp_mlx", *map(str, arguments)]
-        self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", shlex.join(command))
-        self._tmux("set-option", "-g", "remain-on-exit", "on")
+        # tmux's own word on how a program ended does not always come, so the shell says it
+        script = f"trap : INT; {shlex.join(command)}; echo exit code $?; sleep 600"
+        self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", script)
         self._tmux("set-option", "-g", "history-limit", "20000")
 
     def _tmux(self, *arguments, text=None):
@@ -133,9 +140,8 @@ class Tmux:
         self._tmux("load-buffer", "-", text=text)
         self._tmux("paste-buffer", "-p")
 
-    @property
-    def screen(self):
-        return self._tmux("capture-pane", "-p")
+    def pause(self, seconds):
+        time.sleep(seconds)
 
     @property
     def text(self):
@@ -148,20 +154,11 @@ class Tmux:
             time.sleep(0.1)
 
     def wait(self, seconds=20):
-        """Return the exit code."""
+        """Return the exit code, None where it has not come in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            dead, status = (
-                self._tmux(
-                    "list-panes",
-                    "-F",
-                    "#{pane_dead} #{pane_dead_status}#{?pane_dead_signal, signal #{pane_dead_signal},}",
-                )
-                .strip()
-                .partition(" ")[::2]
-            )
-            if dead == "1" and status:  # the status may come a moment later
-                return int(status)
+            if found := re.search(r"^exit code (\d+)$", self.text, re.MULTILINE):
+                return int(found[1])
             time.sleep(0.1)
         return None
 
