@@ -240,7 +240,7 @@ def compare(
 @app.command()
 def calibrate(
     model: Model = DEFAULT_MODEL,
-    exact_tail: ExactTail = DEFAULT_EXACT_TAIL,
+    exact_tail: ExactTail = None,
     rounds: Rounds = 5,
     device: DeviceOption = None,
     allow_base_mismatch: AllowMismatch = False,
@@ -248,6 +248,7 @@ def calibrate(
 ) -> None:
     """Find the prompt length from which prediction pays here, and keep it for --prefill auto."""
     use_device(device)
+    exact_tail = DEFAULT_EXACT_TAIL if exact_tail is None else exact_tail
     from ..bench.calibrate import calibrate as calibrate_model
     from ..bench.report import CALIBRATION, print_table
     from ..bundle import load
