@@ -3,13 +3,15 @@
 The few queries that choose tokens, and sorting them, are left out.
 """
 
+from dataclasses import replace
+
 import mlx.nn as nn
 
 from ..arms import Arm, answering_model
 from ..baselines import kept_count, lazy_retention, static_layers
 from ..bundle import KVPModel
 from ..families import attention_of, kv_shapes, section
-from .cost import Work, kv_work, layer_work, predictor_work, prefill_work, step_work
+from .cost import Work, kv_work, layer_work, predictor_work, prefill_work, recompute_work, step_work
 
 
 def arm_work(model: KVPModel, arm: Arm, prompt_tokens: int, batch: int = 1) -> Work:
@@ -18,6 +20,8 @@ def arm_work(model: KVPModel, arm: Arm, prompt_tokens: int, batch: int = 1) -> W
     kept = kept_count(read, arm.numbers[0]) if arm.kind in ("random", "static", "spec") else 0
     match arm.kind:
         case "kvp":
+            if len(arm.numbers) > 1:
+                model = replace(model, recompute=arm.numbers[1])
             return predicted_work(model, int(arm.numbers[0]) if arm.numbers else 0, prompt_tokens, batch)
         case "random":
             choice = Work()
@@ -40,6 +44,7 @@ def predicted_work(model: KVPModel, tail: int, prompt_tokens: int, batch: int) -
     work = step_work(base, prompt_tokens, batch)
     if predicted:
         work += prefill_work(model.auxiliary, predicted, batch) + predictor_work(model, predicted, batch)
+        work += recompute_work(model, predicted, batch)
     if predicted < read:  # the tail's attention to itself, and to what was predicted
         across = sum(attention_flops(base, layer, read - predicted, predicted) for layer in range(len(base.layers) - 1))
         work += prefill_work(base, read - predicted, batch) + Work(batch * across)

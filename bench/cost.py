@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from ..bundle import KVPModel
 from ..families import family_of, kv_shapes, linear_size
+from ..recompute import first_layer
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,23 @@ def kvp_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
     return (
         prefill_work(model.auxiliary, read, batch)
         + predictor_work(model, read, batch)
+        + recompute_work(model, read, batch)
         + step_work(model.base, prompt_tokens, batch)
     )
+
+
+def recompute_work(model: KVPModel, tokens: int, batch: int) -> Work:
+    """Return the work of the base's reading of the worst predicted of ``tokens`` positions, spread evenly."""
+    chosen, start, last = round(model.recompute * tokens), first_layer(model), len(model.base.layers) - 1
+    if not chosen:
+        return Work()
+    work = kv_work(model.base, last, chosen, batch)
+    for layer in range(start, last):
+        module = model.base.layers[layer]
+        width = module[family_of(model.base).attention].n_heads * kv_shapes(model.base)[layer].head_dim
+        attention = 4.0 * batch * width * chosen * (tokens + 1) / 2
+        work += Work(2.0 * batch * chosen * linear_size(module) + attention, _bytes(module))
+    return work
 
 
 def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:

@@ -2,6 +2,7 @@
 
 full          the base reads all of the prompt
 kvp, kvp-N    the predicted cache; the base reads N more tokens itself, those before the last
+kvp-N-R       as kvp-N, and the base reads the share R whose prediction will be worst
 auxiliary     the auxiliary answers alone (a prefix: its layers under the base's norm and head)
 layers-R      the base with a share R of its layers answers alone (0.75, 0.5 or 0.25)
 random-R      the base reads a random share R of the prompt
@@ -18,13 +19,13 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .baselines import auxiliary_alone, layer_pruned, lazy_prefill, random_prefill, spec_prefill, static_prefill
-from .bundle import KVPModel
+from .bundle import KVPModel, checked_recompute
 from .errors import InputError
 from .families import Cache
 from .layer_map import retained_layers
 from .pipeline import base_prefill, predict_base_cache
 
-FORMS = "full, kvp, kvp-N, auxiliary, layers-R, random-R, static-R, lazy-A-B, spec-R"
+FORMS = "full, kvp, kvp-N, kvp-N-R, auxiliary, layers-R, random-R, static-R, lazy-A-B, spec-R"
 NUMBERS = {"full": 0, "kvp": 0, "auxiliary": 0, "layers": 1, "random": 1, "static": 1, "lazy": 2, "spec": 1}
 
 
@@ -44,8 +45,10 @@ def parse_arm(name: str) -> Arm:
         InputError: no such arm, or a share outside 0 to 1 (for ``layers`` one of the three that are defined).
     """
     kind, *rest = name.split("-")
-    if kind == "kvp" and len(rest) == 1 and rest[0].isdecimal():
-        return Arm(name, kind, (int(rest[0]),))
+    if kind == "kvp" and rest and rest[0].isdecimal():
+        ratio = parse_arm(f"random-{rest[1]}").numbers if len(rest) == 2 and rest[1] != "0" else (0.0,) * len(rest[1:])
+        if len(rest) <= 2:
+            return Arm(name, kind, (int(rest[0]), *ratio))
     if kind not in NUMBERS or len(rest) != NUMBERS[kind] or not all(re.fullmatch(r"\d*\.?\d+", part) for part in rest):
         raise InputError(f"unknown arm '{name}'; arms are {FORMS}.")
     numbers = tuple(map(float, rest))
@@ -90,6 +93,8 @@ def arm_prefill(
         case "kvp":
             tail = int(arm.numbers[0]) if arm.numbers else 0
             cache = make_prompt_cache(model.base)
+            if len(arm.numbers) > 1:
+                model = replace(model, recompute=checked_recompute(model.config, arm.numbers[1]))
             if tokens > tail:
                 predict_base_cache(model, ids[:, : tokens - tail], cache, prefill_step_size=step_size)
             if tail:

@@ -9,9 +9,6 @@ Sources: arXiv 2410.08391 section 4 (random and static pruning, layer pruning), 
 (SpecPrefill).
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
@@ -21,6 +18,7 @@ from .bundle import KVPModel
 from .families import Cache, LayerCache, attention_of, early_exit, only_layers, query_heads, run_layers, section
 from .layer_map import retained_layers
 from .pipeline import chunks
+from .positions import rope_at
 
 STATIC_DEPTH = 0.25
 LAZY_DEPTHS = (0.3, 0.9)
@@ -195,32 +193,3 @@ def last_attention(model: nn.Module, layer: int, hidden: mx.array, cache: LayerC
     scores = attention_of(model, layer).scale * grouped @ keys.swapaxes(-1, -2)
     weights = mx.softmax(scores, axis=-1, precise=True)  # (B, H, queries per key head, S)
     return weights.reshape(batch, queries.shape[1], -1)[..., :-1]
-
-
-class _RoPEAt(nn.Module):
-    """Stands in for a RoPE module and turns every token to a position of its own."""
-
-    def __init__(self, rope: nn.Module, positions: mx.array):
-        super().__init__()
-        self.rope = rope
-        self.positions = positions
-
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        batch, heads, length, dim = x.shape
-        alone = x.transpose(0, 2, 1, 3).reshape(batch * length, heads, 1, dim)  # (B, H, T, D) -> (B*T, H, 1, D)
-        turned = self.rope(alone, offset=self.positions.reshape(-1))
-        return turned.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)  # -> (B, H, T, D)
-
-
-@contextlib.contextmanager
-def rope_at(model: nn.Module, positions: mx.array) -> Iterator[None]:
-    """Let all layers of a model turn what they read to ``positions`` (B, T) while the block runs."""
-    attentions = [attention_of(model, layer) for layer in range(len(model.layers))]
-    ropes = [attention.rope for attention in attentions]
-    for attention, rope in zip(attentions, ropes, strict=True):
-        attention.rope = _RoPEAt(rope, positions)
-    try:
-        yield
-    finally:
-        for attention, rope in zip(attentions, ropes, strict=True):
-            attention.rope = rope

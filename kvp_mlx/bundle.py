@@ -34,6 +34,7 @@ class KVPModel:
         tokenizer: mlx-lm's tokeniser, or None where the base brings none.
         config: kvp.json.
         base_config: the base's config.json.
+        recompute: share of a prompt's tokens, those with the worst prediction, that the base reads itself.
     """
 
     base: nn.Module
@@ -42,6 +43,7 @@ class KVPModel:
     tokenizer: TokenizerWrapper | None
     config: BundleConfig
     base_config: dict[str, Any]
+    recompute: float = 0.0
 
     @property
     def is_prefix(self) -> bool:
@@ -71,20 +73,25 @@ class KVPModel:
         return min((length for length in stated if length is not None), default=None)
 
 
-def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
+def load(
+    name: str = default_model.ALIAS, *, recompute: float | None = None, allow_base_mismatch: bool = False
+) -> KVPModel:
     """Load a bundle from a directory, a Hub id or the alias ``smollm2-135m``.
 
     Args:
         name: where the bundle is.
+        recompute: see ``KVPModel`` (default: what the bundle says, or 0).
         allow_base_mismatch: run on a base whose fingerprint differs from the one the maps were made for.
 
     Raises:
-        InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there).
+        InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there), or a share
+            that is none, or that the bundle has no estimator for.
         BundleError: a missing, damaged, newer or ill-fitting part.
         UnsupportedModelError: a base or auxiliary that cannot be predicted.
     """
     directory = bundle_directory(name)
     config = read_config(directory)
+    recompute = checked_recompute(config, recompute)
     weights = directory / "predictor.safetensors"
     tensors = read_header(weights)
     base_path = base_directory(config.base, directory)
@@ -108,7 +115,23 @@ def load(name: str = default_model.ALIAS, *, allow_base_mismatch: bool = False) 
     predictor.set_dtype(compute_dtype(base))
     mx.eval(predictor.parameters())
     _check_finite(predictor.parameters(), weights)
-    return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
+    return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config, recompute)
+
+
+def checked_recompute(config: BundleConfig, ratio: float | None) -> float:
+    """Return the share of tokens to recompute: the given one or the bundle's own.
+
+    Raises:
+        InputError: outside 0 to 1, or above 0 for a bundle that cannot tell which tokens.
+    """
+    own = config.predictor.recompute
+    if ratio is None:
+        return own or 0.0
+    if not 0 <= ratio <= 1:
+        raise InputError(f"the share of tokens to recompute lies between 0 and 1, not at {ratio}.")
+    if ratio and own is None:
+        raise InputError("this bundle cannot tell which tokens to recompute; fit or train it again, or leave it at 0.")
+    return ratio
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -183,7 +206,8 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
             kv_shapes(auxiliary),
             hidden_size(base if config.auxiliary.kind == "prefix" else auxiliary),
             kv_shapes(base),
-        )
+        ),
+        has_deviation=config.predictor.recompute is not None,
     )
 
 

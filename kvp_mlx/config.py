@@ -58,10 +58,15 @@ class AuxiliaryConfig(_Part):
 
 
 class PredictorConfig(_Part):
-    """What the maps read, and for each base layer which auxiliary layers' (null: the entries are exact)."""
+    """What the maps read, and for each base layer which auxiliary layers' (null: the entries are exact).
+
+    ``recompute`` is the share of a prompt's tokens that the base reads itself unless told otherwise; null: the
+    predictor cannot tell which.
+    """
 
     input: Literal["hidden_state", "keys_values"]
     layer_map: tuple[Sources | None, ...] = Field(min_length=1)
+    recompute: float | None = Field(default=None, ge=0, le=1)
 
 
 class BundleConfig(_Part):

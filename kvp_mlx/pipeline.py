@@ -18,8 +18,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from .bundle import KVPModel
 from .calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens
 from .errors import InputError
-from .families import Cache, append_raw, room_for, run_layers
+from .families import Cache, append_raw, room_for, run_layers, section
 from .first_token import stream_first_token_early
+from .recompute import recompute, worst_tokens
 from .streams import parts, side_by_side
 
 Prefill = Literal["kvp", "full", "auto"]
@@ -30,11 +31,13 @@ MAX_FREED_BYTES = 2**28
 
 @dataclass
 class PrefillTimes:
-    """Where the time before the first base step went, in milliseconds."""
+    """Where the time before the first base step went, in milliseconds, and how many tokens were recomputed."""
 
     auxiliary_prefill_ms: float = 0.0
     predict_ms: float = 0.0
+    recompute_ms: float = 0.0
     base_prefill_ms: float = 0.0
+    recomputed_tokens: int = 0
 
 
 @dataclass
@@ -147,13 +150,21 @@ def choose_prefill(
     return "kvp" if prefill == "kvp" or predictable >= auto_min else "full"
 
 
-def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> dict[str, mx.array]:
+def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> tuple[dict[str, mx.array], mx.array]:
     """Let the auxiliary read ``ids`` (B, T) on top of its ``cache``; lazy.
 
-    Returns the predictor's inputs. No logits, final norm, last attention output or last FFN are computed.
+    Returns the predictor's inputs, and what the base goes on with where it reads a token itself: an exact prefix's
+    residual stream (B, T, hidden), else the ids. No logits, final norm, last attention output or last FFN are
+    computed.
     """
-    _, heard = run_layers(model.auxiliary, ids, cache, model.predictor.sources)
-    return model.predictor.inputs(heard)
+    sources = model.predictor.sources
+    if not model.has_exact_prefix:
+        _, heard = run_layers(model.auxiliary, ids, cache, sources)
+        return model.predictor.inputs(heard), ids
+    end = model.config.auxiliary.layers
+    below, heard = run_layers(section(model.auxiliary, 0, end), ids, cache[:end], [s for s in sources if s < end])
+    _, last = run_layers(section(model.auxiliary, end, end + 1), below, cache[end:], [0])
+    return model.predictor.inputs(heard | {end: last[0]}), below
 
 
 def write_predicted(model: KVPModel, inputs: dict[str, mx.array], cache: Cache) -> None:
@@ -176,7 +187,7 @@ def predict_base_cache(
     times: PrefillTimes | None = None,
     progress: Progress | None = None,
 ) -> Cache:
-    """Fill the base's cache for ``ids`` without running the base.
+    """Fill the base's cache for ``ids`` without running the base, but for the tokens that are to be recomputed.
 
     Args:
         model: the bundle.
@@ -202,25 +213,39 @@ def predict_base_cache(
             f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
+    is_repaired, begin = model.recompute > 0 and bool(model.predictor.blocks), cache[0].offset
+    deviations, below = [], []
     with wired_limit(model.base), side_by_side() as streams, room_for(ids.shape[1], cache, auxiliary_cache):
         for chunk, done in chunks(ids, prefill_step_size):
             start = time.perf_counter()
-            inputs = []
+            readings = []
             for stream, part in parts(chunk, streams):
                 with mx.stream(stream):
-                    inputs.append((stream, auxiliary_prefill(model, part, auxiliary_cache)))
-            mx.eval(_state(auxiliary_cache), [read for _, read in inputs])
+                    readings.append((stream, *auxiliary_prefill(model, part, auxiliary_cache)))
+            mx.eval(_state(auxiliary_cache), [reading[1:] for reading in readings])
             done_reading = time.perf_counter()
-            for stream, read in inputs:
+            for stream, inputs, stopped_at in readings:
                 with mx.stream(stream):
-                    write_predicted(model, read, cache)
-            mx.eval(_state(cache))
+                    write_predicted(model, inputs, cache)
+                    if is_repaired:
+                        deviations.append(model.predictor.deviations(inputs))
+                        below.append(stopped_at)
+            mx.eval(_state(cache), deviations)
             times.auxiliary_prefill_ms += 1e3 * (done_reading - start)
             times.predict_ms += 1e3 * (time.perf_counter() - done_reading)
-            del inputs
+            del readings, inputs, stopped_at
             _release_buffers()
             if progress:
                 progress(done, ids.shape[1])
+        if is_repaired:
+            start = time.perf_counter()
+            positions = worst_tokens(mx.concatenate(deviations, axis=1), model.recompute)
+            places = positions if below[0].ndim == 2 else positions[..., None]
+            x = mx.take_along_axis(mx.concatenate(below, axis=1), places, axis=1)
+            step_size = prefill_step_size or default_step_size()
+            recompute(model, x, begin + positions, cache, step_size=step_size, streams=streams)
+            times.recompute_ms += 1e3 * (time.perf_counter() - start)
+            times.recomputed_tokens += positions.size
     return cache
 
 

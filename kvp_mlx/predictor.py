@@ -78,13 +78,42 @@ def plan_blocks(
     return blocks
 
 
-class Predictor(nn.Module):
-    """All maps of a bundle; parameters are ``maps.<block>.weight`` (out, in) and ``maps.<block>.bias``."""
+class DeviationEstimator(nn.Module):
+    """Tells how wrong a token's predicted entries will be, from what the predictor reads of it.
 
-    def __init__(self, blocks: Iterable[Block]):
+    The deviation of a token is the natural logarithm of its values' squared error, summed over the predicted layers,
+    each relative to the mean square of that layer's values. Training the maps leaves the estimator alone.
+    """
+
+    def __init__(self, in_width: int):
+        super().__init__()
+        self.linear = nn.Linear(in_width, 1)
+        self.freeze()
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        """Return the expected deviation (B, T) of inputs (B, T, in)."""
+        deviations: mx.array = self.linear(inputs)[..., 0]
+        return deviations
+
+
+class Predictor(nn.Module):
+    """All maps of a bundle; parameters are ``maps.<block>.weight`` (out, in) and ``maps.<block>.bias``.
+
+    Attributes:
+        deviation: tells where the maps will be wrong, from the last map's input; only there if asked for.
+    """
+
+    def __init__(self, blocks: Iterable[Block], *, has_deviation: bool = False):
         super().__init__()
         self._blocks = tuple(blocks)
         self.maps = {block.name: nn.Linear(block.in_width, block.out_width) for block in self._blocks}
+        if has_deviation:
+            self.add_estimator()
+
+    def add_estimator(self) -> None:
+        """Add an estimator of deviation that is not fitted, if there are any maps."""
+        if self._blocks:
+            self.deviation = DeviationEstimator(self._blocks[-1].in_width)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -99,6 +128,11 @@ class Predictor(nn.Module):
     def inputs(self, heard: dict[int, RawLayer]) -> dict[str, mx.array]:
         """Return each map's input ``(B, T, in)`` from what the sources said."""
         return {block.name: block.gather(heard) for block in self._blocks}
+
+    def deviations(self, inputs: dict[str, mx.array]) -> mx.array:
+        """Return how wrong the prediction of each token (B, T) is expected to be; see ``DeviationEstimator``."""
+        deviations: mx.array = self.deviation(inputs[self._blocks[-1].name])
+        return deviations
 
     def __call__(self, inputs: dict[str, mx.array]) -> dict[int, RawPair]:
         """Predict raw pairs, ``{base layer: {"keys": (B, T, H*D), "values": (B, T, H*D)}}``."""

@@ -163,7 +163,7 @@ def test_info_tells_kind_sizes_and_recipe(bundle: Path, kvp: Kvp) -> None:
         "fingerprint": None,
         "adapter_rank": None,
     }
-    assert result["predictor"]["parameters"] == (64 + 1) * 2 * 32
+    assert result["predictor"]["parameters"] == (64 + 1) * 2 * 32 + (64 + 1)  # maps, estimator
     assert result["training"]["method"] == "ridge"
     assert result["size_bytes"]["predictor"] == (bundle / "predictor.safetensors").stat().st_size
     assert "hidden_state" in kvp("info", bundle).out

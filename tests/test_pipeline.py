@@ -209,7 +209,7 @@ KV_PROJECTIONS = {"llama": 2, "openelm": 1}
 def test_a_prefix_computes_its_layers_and_one_pair_of_projections(family, layers):
     model, _ = prefixed(FAMILIES[family](), layers)
     cache = auxiliary_cache_for(model, make_prompt_cache(model.base))
-    inputs = auxiliary_prefill(model, mx.array(token_ids(5)), cache)
+    inputs, _ = auxiliary_prefill(model, mx.array(token_ids(5)), cache)
     assert len(cache) == layers + 1
     needed = layers * FULL_LAYER[family] + KV_PROJECTIONS[family]
     assert matmuls([inputs, [layer.state for layer in cache]]) == needed
@@ -219,7 +219,7 @@ def test_a_prefix_computes_its_layers_and_one_pair_of_projections(family, layers
 def test_an_auxiliary_computes_nothing_after_its_last_projections(family):
     model, _ = paired(FAMILIES[family](), FAMILIES[family](3), ((0,), (1,), (2,), (3,)))
     cache = make_prompt_cache(model.auxiliary)
-    inputs = auxiliary_prefill(model, mx.array(token_ids(5)), cache)
+    inputs, _ = auxiliary_prefill(model, mx.array(token_ids(5)), cache)
     needed = 3 * FULL_LAYER[family] + KV_PROJECTIONS[family]
     assert matmuls([inputs, [layer.state for layer in cache]]) == needed
 

@@ -45,7 +45,7 @@ def matmuls(*outputs):
 
 def evaluated_inputs(model, ids):
     """Return the predictor's inputs for ids, evaluated, so that only the predictor is left in the graph."""
-    inputs = auxiliary_prefill(model, mx.array(ids), make_prompt_cache(model.auxiliary))
+    inputs, _ = auxiliary_prefill(model, mx.array(ids), make_prompt_cache(model.auxiliary))
     mx.eval(inputs)
     return inputs
 

@@ -23,6 +23,7 @@ from .common import (
     PrefillOption,
     Quality,
     QualityChoice,
+    Recompute,
     Seed,
     Temperature,
     TopP,
@@ -66,6 +67,7 @@ def chat(
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
     exact_tail: ExactTail = None,
+    recompute: Recompute = None,
     refine: Annotated[
         bool, typer.Option("--refine/--no-refine", help="Recompute predicted context while you read and type.")
     ] = True,
@@ -86,7 +88,7 @@ def chat(
     session.keep_heads = exact_head is not None
     session.worker = Worker(session.idle_work)
     try:
-        session.open(model, system, cache, allow_base_mismatch)
+        session.open(model, system, cache, recompute, allow_base_mismatch)
         with session.handling_ctrl_c():
             session.run(model)
     finally:
@@ -112,7 +114,9 @@ class Session:
         self.stopped = False
         self._warned = False
 
-    def open(self, model: str, system: str | None, cache: str | None, allow_base_mismatch: bool) -> None:
+    def open(
+        self, model: str, system: str | None, cache: str | None, recompute: float | None, allow_base_mismatch: bool
+    ) -> None:
         """Load the model, and the saved cache if one is named."""
 
         def start() -> str:
@@ -120,7 +124,7 @@ class Session:
             from ..conversation import Conversation
             from ..saved import DOCUMENT_END, load_cache
 
-            loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+            loaded = load(model, recompute=recompute, allow_base_mismatch=allow_base_mismatch)
             conversation = Conversation(loaded, system)
             attached = ""
             if cache is not None:

@@ -69,6 +69,15 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to g
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Recompute = Annotated[
+    float | None,
+    typer.Option(
+        "--recompute",
+        min=0.0,
+        max=1.0,
+        help="Share of the prompt's tokens, the worst predicted, that the base reads itself (default: the bundle's).",
+    ),
+]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
 ]

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from . import tasks, turns
-from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
+from .common import DEFAULT_MODEL, AllowMismatch, Json, Recompute, clean_stdout, print_json, progress_bar
 
 CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 
@@ -45,6 +45,7 @@ def context(
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 384,
     continuation_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after it.")] = 128,
     exact_tail: Annotated[int, typer.Option(min=0, help="Prompt tokens before the last that the base reads.")] = 0,
+    recompute: Recompute = None,
     limit: Annotated[int, typer.Option(min=2, help="Documents at most.")] = 24,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the caches layer by layer.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses the passages.")] = 0,
@@ -65,7 +66,7 @@ def context(
     files = data_files(data)
     length = prompt_tokens + continuation_tokens
     with clean_stdout(json), progress_bar("documents") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = load(model, recompute=recompute, allow_base_mismatch=allow_base_mismatch)
         windows = token_windows(files, loaded.text_tokenizer, length, seed)
         documents = list(islice((window for window in windows if len(window) == length), limit))
         measurement = ContextMeasurement(

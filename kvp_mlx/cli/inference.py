@@ -18,6 +18,7 @@ from .common import (
     PrefillOption,
     Quality,
     QualityChoice,
+    Recompute,
     Seed,
     Temperature,
     TopP,
@@ -57,6 +58,7 @@ def generate(
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
     exact_tail: ExactTail = None,
+    recompute: Recompute = None,
     cache: Annotated[str | None, typer.Option("--cache", help="Begin with a saved cache ('kvp cache build').")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     allow_base_mismatch: AllowMismatch = False,
@@ -76,7 +78,7 @@ def generate(
         raise InputError("a saved cache was built for the chat template; leave out --raw or --cache.")
     dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
     with clean_stdout(json):
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = load(model, recompute=recompute, allow_base_mismatch=allow_base_mismatch)
         keep_head = exact_head is not None and dial.prefill != "full"
         options = vars(dial) | {"max_tokens": max_tokens, "sampler": make_sampler(temperature, top_p, seed)}
         if cache is None and not keep_head:
@@ -155,6 +157,8 @@ def answer(loaded: "KVPModel", text: str | list[int], *, echo: bool, **options: 
         "ttft_ms": round(last.ttft_ms, 2),
         "auxiliary_prefill_ms": round(last.times.auxiliary_prefill_ms, 2),
         "predict_ms": round(last.times.predict_ms, 2),
+        "recompute_ms": round(last.times.recompute_ms, 2),
+        "recomputed_tokens": last.times.recomputed_tokens,
         "base_prefill_ms": round(last.times.base_prefill_ms, 2),
         "first_step_ms": round(last.first_step_ms, 2),
         "generation_tps": round(last.generation_tps, 2),

@@ -69,8 +69,8 @@ class ContextMeasurement:
             progress: called with (documents done, documents in all).
 
         Returns:
-            The JSON of ``kvp eval context``: documents, prompt_tokens, continuation_tokens, exact_tail, separation
-            and, per arm, the mean negative log-likelihood in nats per token (``nll``) and ``recovery``.
+            The JSON of ``kvp eval context``: documents, prompt_tokens, continuation_tokens, exact_tail, recompute,
+            separation and, per arm, the mean negative log-likelihood in nats per token (``nll``) and ``recovery``.
         """
         losses: dict[str, list[np.ndarray]] = {arm: [] for arm in self.arms} | self._known
         for number in range(len(self.windows)):
@@ -120,6 +120,7 @@ class ContextMeasurement:
             "prompt_tokens": self.split,
             "continuation_tokens": tokens,
             "exact_tail": self.exact_tail,
+            "recompute": self.model.recompute,
             "separation": None if np.isnan(separation) else float(separation),
             "recovery_by_position": by_position,
             "arms": {arm: {"nll": float(losses[arm].mean()), "recovery": recovery[arm]} for arm in self.arms},

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import __version__
-from ..bundle import build_predictor, load_auxiliary
+from ..bundle import KVPModel, build_predictor, load_auxiliary
 from ..config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
 from ..default_model import ALIAS
 from ..errors import InputError
@@ -22,6 +22,7 @@ from ..models import fit_to_device, load_model, load_tokenizer, model_directory
 from ..predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..safetensors import fingerprint
 from .auxiliary import write_pruned
+from .deviation import DEVIATION_TOKENS, fit_deviation
 from .ridge import fit_predictor
 from .text import data_files, token_windows
 
@@ -112,10 +113,16 @@ def fit_bundle(
             penalty=options.penalty,
             progress=lambda done: progress(min(done, options.tokens), options.tokens),
         )
+        reading = budgeted(token_windows(files, tokenizer, options.window, options.seed), DEVIATION_TOKENS)
+        explained = fit_deviation(
+            KVPModel(base, auxiliary, predictor, tokenizer, config, base_config),
+            list(budgeted(reading, options.tokens)),
+        )
         record = {
             "method": "ridge",
             "kvp_mlx": __version__,
             "tokens": tokens,
+            "deviation_explained": explained,
             "data": [path.name for path in files],
             **{key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")},
         }
@@ -148,14 +155,15 @@ def bundle_config(
     """Describe the bundle: where its base lives, its auxiliary, and which layers the maps read."""
     depth = len(base.layers)
     if auxiliary.kind == "prefix":
-        predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=prefix_layer_map(depth, auxiliary.layers))
+        layer_map = prefix_layer_map(depth, auxiliary.layers)
+        predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=layer_map, recompute=0.0)
     else:
         if auxiliary.retained_layers is not None:
             layer_map = pruned_layer_map(depth, list(auxiliary.retained_layers))
         else:
             layer_map = spread_layer_map(depth, auxiliary.layers)
         layer_map = widened(layer_map, options.sources, auxiliary.layers)
-        predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
+        predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map, recompute=0.0)
     mark = fingerprint(base_path)
     if base_name == ALIAS:
         reference = BaseConfig(fingerprint=mark, alias=ALIAS)

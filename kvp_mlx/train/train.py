@@ -21,7 +21,8 @@ from ..files import atomic_directory, require_free, write_json
 from ..safetensors import fingerprint
 from .checkpoint import STATE_FILE
 from .cost import flops_per_token
-from .fit import write_float16, write_predictor
+from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
+from .fit import budgeted, write_float16, write_predictor
 from .loop import Trained, TrainOptions, train
 from .memory import require_memory
 from .picture import draw_training
@@ -71,7 +72,7 @@ def train_bundle(
     model = open_start(start, out, resume, force)
     begun = model.config.training
     options = replace(options, weights=options.weights.settled(model))
-    model = prepare(model, options)
+    model = with_estimator(prepare(model, options))
     trained = Trained(model, options)
     require_memory(model, trained, options)
     held_back = hold_back(files, model, options)
@@ -88,6 +89,7 @@ def train_bundle(
         return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
 
     def save(record: dict[str, Any]) -> None:
+        some = budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS)
         training = {
             "method": "gradient",
             "kvp_mlx": __version__,
@@ -95,6 +97,7 @@ def train_bundle(
             "data": [path.name for path in files],
             "processes": mx.distributed.init().size(),
             **asdict(options),
+            "deviation_explained": fit_deviation(model, list(some)),
             "validation": record,
         }
         write_trained(model, trained, training, directory / "start", out)

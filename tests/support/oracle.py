@@ -173,6 +173,26 @@ class Transformer:
         tied = self.weights[f"{self.inner}.{self.embedding}.weight"]
         return Pass(x @ self.weights.get("lm_head.weight", tied).T, entries, readings, streams)
 
+    def rewrite(self, ids: np.ndarray, cache: Sequence[Entries], positions: np.ndarray, first: int) -> list[Entries]:
+        """Read the tokens at some positions (n,) of ids (B, T), replacing their entries from layer ``first`` on.
+
+        Layers below ``first`` are run over them as well, on entries that are true already.
+        """
+        x = self.weights[f"{self.inner}.{self.embedding}.weight"][ids[:, positions]]
+        cache = list(cache)
+        for layer in range(self.depth):
+            hidden = self.norm(layer, self.attention_norm, x)
+            queries, keys, values = self.project(layer, hidden)
+            if layer >= first:
+                new, held = self.append(layer, None, keys, values, positions), cache[layer]
+                held_keys, held_values = held.keys.copy(), held.values.copy()
+                held_keys[:, :, positions], held_values[:, :, positions] = new.keys, new.values
+                cache[layer] = Entries(held_keys, held_values, held.positions)
+            queries = self.head_norm(layer, "q_norm", split_heads(queries, self.query_heads(layer)))
+            x = x + self.output(layer, attend(rotate(queries, positions, self.rope_base), positions, cache[layer]))
+            x = x + self.ffn(layer, self.norm(layer, self.ffn_norm, x))
+        return cache
+
 
 def following(ids: np.ndarray, cache: Sequence[Entries] | None) -> np.ndarray:
     """Return the absolute positions of ids (B, T) after a cache."""
