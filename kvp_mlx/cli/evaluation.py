@@ -15,7 +15,7 @@ for task in (
     *(tasks.needle, tasks.quote, tasks.chat, tasks.perplexity),
 ):
     app.command()(tasks.task_command(task))
-for command in (results.lm_eval, results.pareto, results.diagnose, results.report):
+for command in (results.suite, results.lm_eval, results.pareto, results.diagnose, results.report):
     app.command()(command)
 app.command("turns")(turns.turns)
 app.command("dial")(turns.dial)

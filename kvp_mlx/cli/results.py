@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar
+from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar, say
 from .tasks import Arms, Limit, ModelArgument, Out, Scoring, ScoringOption, Seed, Text
 
 
@@ -105,19 +105,22 @@ def diagnose(
 ) -> None:
     """Say what is wrong with a bundle and what to do about it.
 
-    Layers that hurt most, an auxiliary that does not fit, a gain in time that does not show.
+    Layers that hurt most, facts that are lost, an auxiliary that does not fit, a gain in time that does not show.
     """
     from ..bundle import load
+    from ..evaluate.diagnose import NEEDLE_DEPTHS, NEEDLE_LENGTHS
     from ..evaluate.diagnose import diagnose as examine
-    from ..evaluate.records import SAMPLE
-    from ..evaluate.tasks import window_items
+    from ..evaluate.records import SAMPLE, read_texts
+    from ..evaluate.tasks import needle_items, window_items
 
     with clean_stdout(json), progress_bar("examining") as progress:
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         places, tokenizer = data or [str(SAMPLE)], loaded.text_tokenizer
         items = window_items(places, tokenizer, prompt_tokens, continuation_tokens, seed, limit)
         windows = [item.extra["prompt"] + item.extra["rest"] for item in items]
-        result = examine(loaded, windows, continuation_tokens, progress)
+        cells = len(NEEDLE_LENGTHS) * len(NEEDLE_DEPTHS)
+        needles = needle_items(read_texts([]), tokenizer, NEEDLE_LENGTHS, NEEDLE_DEPTHS, seed, cells)
+        result = examine(loaded, windows, continuation_tokens, progress, needles=needles)
     if json:
         print_json(result)
         return
@@ -130,10 +133,63 @@ def diagnose(
     print(
         "TTFT {full_ms:.0f} ms full, {kvp_ms:.0f} ms kvp: {speedup:.2f}x of {flops_ratio:.2f}x".format(**result["ttft"])
     )
+    print("needles found: full {full}, kvp {kvp}, kvp-64 {kvp-64} of {of}".format(**result["needles"]))
     for found in result["findings"]:
         print("{problem}: {evidence}. To do: {remedy}.".format(**found))
     if not result["findings"]:
         print("nothing stands out")
+
+
+def suite(
+    data: Annotated[Path, typer.Argument(help="Folder with the tasks' files (README, 'Evaluating').")],
+    model: Annotated[str, typer.Option("--model", help="Bundle directory, Hub id or alias.")] = DEFAULT_MODEL,
+    results: Annotated[Path, typer.Option(help="Folder for a JSON document per task.")] = Path("docs/results"),
+    records: Annotated[Path | None, typer.Option(help="Folder for the rows (default: RESULTS/records).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these of the plan, comma-separated.")] = None,
+    limit: Limit = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Time three items a task and print the plan.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="HumanEval too, which runs what the model writes.")
+    ] = False,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Measure all tasks, beside token pruning at equal TTFT.
+
+    Goes on where it stopped. Several processes on one folder share the work; OPENBLAS_NUM_THREADS=1 gives each a core.
+    """
+    from ..bundle import load
+    from ..evaluate.suite import estimate, plan, run_suite
+
+    entries = plan(data, limit)
+    chosen = [name.strip() for name in tasks.split(",")] if tasks else [entry.name for entry in entries]
+    if unknown := set(chosen) - {entry.name for entry in entries}:
+        raise InputError(f"no task '{min(unknown)}'; tasks are {', '.join(entry.name for entry in entries)}.")
+    entries = [entry for entry in entries if entry.name in chosen]
+    if not allow_code_execution and any(entry.name == "humaneval" for entry in entries):
+        say("humaneval is left out: it runs programs that a model wrote (--allow-code-execution).")
+        entries = [entry for entry in entries if entry.name != "humaneval"]
+    places = results, records or results / "records"
+    with clean_stdout(json), progress_bar("rows") as progress:
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        if dry_run:
+            rows = []
+            for row in estimate(entries, loaded, model, places[1]):
+                rows.append(row)
+                if not json:
+                    print_estimate(row, sum(row["hours"] for row in rows))
+            done: list[str] = []
+        else:
+            rows, done = [], run_suite(entries, loaded, model, *places, progress=progress, say=say)
+    if json:
+        print_json({"plan": rows, "done": done})
+
+
+def print_estimate(row: dict[str, Any], hours: float) -> None:
+    """Print one task of the plan for people, with the hours up to its end."""
+    print(f"{row['name']:12} n {row['n']:4}   {row['prompt_tokens']:4} prompt tokens   {row['hours']:5.2f} h", end="")
+    print(f"   {hours:5.2f} h in all")
+    print("    " + "   ".join(f"{arm} {seconds:.2f} s" for arm, seconds in row["seconds_per_item"].items()))
 
 
 def report(

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..arms import Arm
+from ..bench.machine import describe_machine
+from ..blas import openblas_threads
 from ..bundle import KVPModel, bundle_directory
 from ..errors import InputError
 from ..files import sha256_of
@@ -72,7 +74,8 @@ def carry_out(
     document = summarise(run.task, model, arms, rows, statistic=run.statistic)
     if run.has_grid:
         document["grid"] = grid(items, rows)
-    return document | {"model": name, "layers": model.config.auxiliary.layers, "recipe": recipe}
+    machine = describe_machine() | {"blas_threads": openblas_threads()}
+    return document | {"model": name, "layers": model.config.auxiliary.layers, "recipe": recipe, "machine": machine}
 
 
 def weights(model: KVPModel, name: str) -> dict[str, str]:
