@@ -165,8 +165,8 @@ def memory(needles: dict[str, int]) -> list[dict[str, str]]:
         finding(
             "single facts of the prompt are lost",
             f"numbers hidden in short prompts: full finds {full} of {of}, kvp {kvp}, kvp with exact tail 64 {tail}",
-            "answer look-ups with --prefill full, or with --exact-tail where the fact stands near the end (both say so "
-            "per call); for a better bundle: more --layers, or training on (kvp train)",
+            "answer look-ups with --prefill full, or with --exact-tail where the fact stands near the end; for "
+            "a better bundle: more --layers, or training on (kvp train)",
         )
     ]
 

@@ -1,7 +1,8 @@
 """Token pruning at equal TTFT: how much of a prompt a baseline may keep to be as fast as a predicted cache."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..arms import Arm, parse_arm
@@ -35,22 +36,26 @@ def match(model: KVPModel, target: Arm, prompts: Sequence[list[int]]) -> list[di
     """
     found = []
     for kind in KINDS:
-        share, ratio = matching_share(model, target, kind, prompts)
+        share, ratio = matching_share(partial(ttft_ratios, model, target, kind, prompts))
         is_reached = ratio <= 1 + TOLERANCE or share > LEAST
         name = pruning_arm(kind, share).name if is_reached else None
         found.append({"target": target.name, "kind": kind, "arm": name, "ttft_ratio": ratio})
     return found
 
 
-def matching_share(model: KVPModel, target: Arm, kind: str, prompts: Sequence[list[int]]) -> tuple[float, float]:
-    """Return the share of the prompt whose time comes closest to the target's, and its time over the target's."""
-    (low, high), tried = (LEAST, MOST), {}
-    tried |= dict(zip((low, high), ttft_ratios(model, target, kind, (low, high), prompts), strict=True))
+def matching_share(ratios: Callable[[Sequence[float]], list[float]]) -> tuple[float, float]:
+    """Return the share of the prompt whose time comes closest to the target's, and its time over the target's.
+
+    Args:
+        ratios: returns the time over the target's at each share; it rises with the share, about in a line.
+    """
+    low, high = LEAST, MOST
+    tried = dict(zip((low, high), ratios((low, high)), strict=True))
     for _ in range(TRIES):
         if tried[low] >= 1 - TOLERANCE or tried[high] <= 1 + TOLERANCE:
             break  # an end is as close as it gets
         share = low + (high - low) * (1 - tried[low]) / (tried[high] - tried[low])
-        (tried[share],) = ttft_ratios(model, target, kind, (share,), prompts)
+        (tried[share],) = ratios((share,))
         if abs(tried[share] - 1) <= TOLERANCE:
             break
         low, high = (share, high) if tried[share] < 1 else (low, share)
@@ -58,7 +63,7 @@ def matching_share(model: KVPModel, target: Arm, kind: str, prompts: Sequence[li
 
 
 def ttft_ratios(
-    model: KVPModel, target: Arm, kind: str, shares: Sequence[float], prompts: Sequence[list[int]]
+    model: KVPModel, target: Arm, kind: str, prompts: Sequence[list[int]], shares: Sequence[float]
 ) -> list[float]:
     """Return median TTFT at each share over the target's, all measured in turn on every prompt."""
     arms, rounds = [target, *(pruning_arm(kind, share) for share in shares)], []
