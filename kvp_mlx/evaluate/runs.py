@@ -69,7 +69,8 @@ def carry_out(
         The task's JSON document: ``summarise``'s, the grid of tasks that have one, the bundle and the recipe.
     """
     items = run.items(model)[: run.limit]
-    recipe = {"task": run.task, **weights(model, name), "seed": run.seed, **run.options}
+    known = {"seed": run.seed, "first_prompt": measures.hash_of(items[0].prompt)}  # the wording is part of a task
+    recipe = {"task": run.task, **weights(model, name), **known, **run.options}
     rows = run_items(model, arms, items, run.measure, recipe=recipe, log=log, progress=progress)
     document = summarise(run.task, model, arms, rows, statistic=run.statistic)
     if run.has_grid:

@@ -65,7 +65,7 @@ def plan(data: Path, limit: int | None = None) -> list[Entry]:
         Entry("piqa", runs.mcq(file("piqa.jsonl.gz"), "continuation", 500, 0)),
         Entry("chat", runs.chat(file("mt_bench_questions.jsonl.gz"), 80, 0)),
         Entry("triviaqa", runs.triviaqa(file("triviaqa_validation.jsonl.gz"), 1, None, 100, 0)),
-        Entry("quote", runs.quote(None, LENGTHS, DEPTHS, 60, 0)),
+        Entry("quote", runs.quote(None, LENGTHS, DEPTHS, 30, 0)),
         Entry("gsm8k", runs.gsm8k(file("gsm8k_test.jsonl.gz"), 5, None, 100, 0), is_matched=False),
         Entry("humaneval", runs.humaneval(file("humaneval.jsonl.gz"), 1, 0.0, 164, 0), is_matched=False),
         Entry("perplexity", runs.perplexity(file("wikitext2_test_raw.txt.gz"), 384, 128, 60, 0)),

@@ -247,8 +247,8 @@ GENERATIONS = {
     "triviaqa": Generation(score_triviaqa, ("\n", ".", ","), 32, chat=False),
     "squad": Generation(score_squad, ("\n",), 32, chat=False),
     "gsm8k": Generation(score_gsm8k, ("Question:", "</s>", "<|im_end|>"), 256, chat=False),
-    "needle": Generation(score_needle, (), 32, chat=True),
-    "quote": Generation(score_quote, (), 64, chat=True),
+    "needle": Generation(score_needle, (), 24, chat=True),
+    "quote": Generation(score_quote, (), 48, chat=True),
 }
 HUMANEVAL_STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
 HUMANEVAL_MAX_TOKENS = 256
