@@ -67,35 +67,26 @@ golden: setup ## make the tokeniser's golden file again, with llama.cpp as the o
 bench: setup ## time the default model and keep the result
 	@$(PYTHON) -m kvp_mlx bench ttft --out bench-ttft.json
 
-readme: setup ## write the README's benchmark tables again from bench/results
+readme: setup ## write the README's tables again from bench/results and docs/results
 	@$(PYTHON) -m kvp_mlx.bench.readme
 
-ARMS ?= full,kvp,kvp-64,auxiliary,layers-0.5,random-0.5,static-0.5,lazy-0.75-0.25,spec-0.5
 RESULTS ?= docs/results
+RECORDS ?= $(RESULTS)/records
+PAGE ?= docs/evaluation.md
+# One process per core on Linux CPU, where decoding in one process gains little from a second core; a GPU takes one.
+WORKERS ?= $(if $(filter Linux,$(shell uname)),2,1)
 EVAL = $(PYTHON) -m kvp_mlx eval
-KEEP = --arms $(ARMS) --log $(RESULTS)/$@.jsonl --out $(RESULTS)/$@.json
-EVALUATED = triviaqa squad gsm8k arc_easy piqa humaneval chat needle quote perplexity
+SUITE = $(EVAL) suite "$(DATA)" --results $(RESULTS) --records $(RECORDS) --allow-code-execution $(OPTIONS)
 
-evaluate: $(EVALUATED) ## all tasks on the default model, n >= 500 where there is so much (DATA=folder; hours; goes on where it stopped)
-	@$(EVAL) pareto $(RESULTS)/squad.json --plot docs/pareto-squad.png
-	@$(EVAL) report $(RESULTS) --out docs/evaluation.md
-
-.PHONY: $(EVALUATED)
-$(EVALUATED): setup
+evaluate: setup ## all tasks on the default model (DATA=folder; hours, goes on where it stopped; OPTIONS=--dry-run: the plan)
 	@test -d "$(DATA)" || { echo "say where the data is: make evaluate DATA=folder"; exit 2; }
-	@mkdir -p $(RESULTS)
-	@$(EVAL) $(EVAL_$@) $(KEEP)
-
-EVAL_triviaqa = triviaqa --data $(DATA)/triviaqa_validation.jsonl.gz --limit 500
-EVAL_squad = squad --data $(DATA)/squad_dev_half.jsonl.gz --limit 500
-EVAL_gsm8k = gsm8k --data $(DATA)/gsm8k_test.jsonl.gz --limit 500
-EVAL_arc_easy = mcq --data $(DATA)/arc_easy.jsonl.gz --limit 500
-EVAL_piqa = mcq --data $(DATA)/piqa.jsonl.gz --limit 500
-EVAL_humaneval = humaneval --data $(DATA)/humaneval.jsonl.gz --samples 10 --allow-code-execution
-EVAL_chat = chat --data $(DATA)/mt_bench_questions.jsonl.gz
-EVAL_needle = needle --limit 150
-EVAL_quote = quote --limit 150
-EVAL_perplexity = perplexity --data $(DATA)/wikitext2_test_raw.txt.gz --limit 200
+	@trap 'kill $$pids 2>/dev/null; exit 130' INT TERM; pids=""; failed=0; export OPENBLAS_NUM_THREADS=1; \
+	for worker in $$(seq $(if $(findstring --dry-run,$(OPTIONS)),1,$(WORKERS))); do $(SUITE) & pids="$$pids $$!"; done; \
+	for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
+ifeq (,$(findstring --dry-run,$(OPTIONS)))
+	@test ! -e $(RESULTS)/squad.json || $(EVAL) pareto $(RESULTS)/squad.json --plot $(dir $(PAGE))pareto-squad.png
+	@$(EVAL) report $(RESULTS) --out $(PAGE)
+endif
 
 wheel: setup ## build the wheel into dist/
 	@rm -rf build

@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 from support.tiny import itself, llama, paired, prefixed, small_llama, token_ids
 
 from kvp_mlx.bundle import KVPModel
-from kvp_mlx.evaluate.diagnose import coherence, diagnose, fit_of_auxiliary, speed, swap_gains
+from kvp_mlx.evaluate.diagnose import coherence, diagnose, fit_of_auxiliary, memory, speed, swap_gains
 from kvp_mlx.evaluate.pareto import points
 
 WINDOWS = token_ids(40, batch=3).tolist()
@@ -103,6 +103,14 @@ def test_findings_name_what_is_wrong() -> None:
     assert "little to gain" in speed(times | {"flops_ratio": 1.1})[0]["problem"]
 
 
+def test_lost_facts_are_a_finding() -> None:
+    found = memory({"of": 6, "full": 6, "kvp": 0, "kvp-64": 2})
+    assert "full finds 6 of 6, kvp 0, kvp with exact tail 64 2" in found[0]["evidence"]
+    assert "--prefill full" in found[0]["remedy"]
+    assert memory({"of": 6, "full": 6, "kvp": 3, "kvp-64": 6}) == []
+    assert memory({"of": 6, "full": 0, "kvp": 0, "kvp-64": 0}) == []  # the base itself finds none
+
+
 def test_a_broken_auxiliary_is_found() -> None:
     base = llama()
     model = itself(base)
@@ -120,7 +128,8 @@ def test_the_diagnose_command(fitted: Path, text_file: Path, kvp: Kvp) -> None:
     outcome = kvp("eval", "diagnose", fitted, *options, "--json")
     assert outcome.code == 0, outcome.err
     found = outcome.json()
-    assert found.keys() == {"context", "layers", "ttft", "findings"}
+    assert found.keys() == {"context", "layers", "ttft", "needles", "findings"}
+    assert found["needles"]["of"] == 6
     assert [row["layer"] for row in found["layers"]] == [3]
     assert found["ttft"]["realised"] == pytest.approx(found["ttft"]["speedup"] / found["ttft"]["flops_ratio"])
     shown = kvp("eval", "diagnose", fitted, *options).out

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import tasks, turns
+from . import results, tasks, turns
 from .common import DEFAULT_MODEL, AllowMismatch, Json, Recompute, clean_stdout, print_json, progress_bar
 
 CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
@@ -12,18 +12,11 @@ CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_fu
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
 for task in (
     *(tasks.triviaqa, tasks.squad, tasks.gsm8k, tasks.mcq, tasks.humaneval),
-    *(
-        tasks.needle,
-        tasks.quote,
-        tasks.chat,
-        tasks.perplexity,
-        tasks.lm_eval,
-        tasks.pareto,
-        tasks.diagnose,
-        tasks.report,
-    ),
+    *(tasks.needle, tasks.quote, tasks.chat, tasks.perplexity),
 ):
-    app.command()(task)
+    app.command()(tasks.task_command(task))
+for command in (results.suite, results.lm_eval, results.pareto, results.diagnose, results.report):
+    app.command()(command)
 app.command("turns")(turns.turns)
 app.command("dial")(turns.dial)
 

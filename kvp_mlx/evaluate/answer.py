@@ -9,14 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..arms import Arm, arm_prefill
 from ..bundle import KVPModel
 from ..errors import InputError
 from ..families import Cache, output_head, run_layers
+from ..first_token import stream_first_token_early
 from ..pipeline import check_context, default_step_size, predict_base_cache
 from ..train.objectives import PredictedOnlyCache
-from .context import token_losses
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -48,7 +49,9 @@ def generate(
     start, ttft_ms, text, tokens = time.perf_counter(), 0.0, "", []
     answering, cache = arm_prefill(model, arm, mx.array([ids]))
     options: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
-    pieces = stream_generate(
+    is_cpu = mx.default_device().type == mx.DeviceType.cpu
+    stream = stream_first_token_early if is_cpu else stream_generate  # as ``pipeline.decode`` does
+    pieces = stream(
         answering,
         model.text_tokenizer,
         mx.array(ids[-1:]),
@@ -85,11 +88,23 @@ def continuation_losses(
         raise InputError("prompt and continuation need at least one token each.")
     check_context(model, len(prompt) + max(map(len, continuations)))
     answering, cache, ttft_ms = timed_prefill(model, arm, prompt)
-    lengths, losses = [layer.offset for layer in cache], []
-    for continuation in continuations:
-        losses.append(token_losses(answering, cache, [prompt[-1], *continuation]))
-        cut_back(cache, lengths)
-    return losses, ttft_ms
+    longest = max(map(len, continuations))
+    inputs = mx.array([[prompt[-1], *c[:-1], *[0] * (longest - len(c))] for c in continuations])  # (B, T), padded
+    targets = mx.array([[*c, *[0] * (longest - len(c))] for c in continuations])
+    hidden, _ = run_layers(answering, inputs, repeated(answering, cache, len(continuations)))
+    logits = output_head(answering, hidden).astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # (B, T, vocab) -> (B, T)
+    losses = np.array(mx.logsumexp(logits, axis=-1) - chosen)
+    return [row[: len(c)] for row, c in zip(losses, continuations, strict=True)], ttft_ms
+
+
+def repeated(model: nn.Module, cache: Cache, batch: int) -> Cache:
+    """Return a copy of a model's cache of one sequence for ``batch`` equal ones, so that all are read at once."""
+    copies = make_prompt_cache(model)
+    for copy, layer in zip(copies, cache, strict=True):
+        if layer.offset:
+            copy.update_and_fetch(*(mx.repeat(part, batch, axis=0) for part in layer.keys_and_values()))
+    return copies
 
 
 def timed_prefill(model: KVPModel, arm: Arm, prompt: list[int]) -> tuple[nn.Module, Cache, float]:

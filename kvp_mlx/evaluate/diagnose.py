@@ -1,4 +1,4 @@
-"""What is wrong with a bundle: incoherent answers, no gain in time, an auxiliary that does not fit."""
+"""What is wrong with a bundle: incoherent or forgetful answers, no gain in time, an auxiliary that does not fit."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..arms import Arm
+from ..arms import Arm, parse_arm
 from ..bench.arm_cost import arm_work
 from ..bundle import KVPModel
 from ..families import Cache
@@ -14,9 +14,15 @@ from ..pipeline import Progress, base_prefill, predict_base_cache
 from .answer import timed_prefill
 from .context import ARMS, ContextMeasurement, token_losses
 from .layers import measure_layers
+from .measures import measure_generation
+from .tasks import Item
 
 MIN_RECOVERY, MIN_SEPARATION, MIN_COSINE, MIN_REALISED = 0.7, 0.5, 0.9, 0.6
 ROUNDS = 3
+NEEDLE_ARMS = ("full", "kvp", "kvp-64")
+NEEDLE_LENGTHS, NEEDLE_DEPTHS = [128, 256], [0.1, 0.5, 0.9]
+MIN_FOUND = 0.5
+"""Share of the full model's needles below which they count as lost."""
 
 
 def diagnose(
@@ -24,6 +30,8 @@ def diagnose(
     windows: list[list[int]],
     continuation_tokens: int,
     progress: Progress = lambda done, total: None,
+    *,
+    needles: Sequence[Item] = (),
 ) -> dict[str, Any]:
     """Examine a bundle on documents.
 
@@ -32,23 +40,35 @@ def diagnose(
         windows: token ids, each a prompt followed by ``continuation_tokens``; at least two, of one length.
         continuation_tokens: tokens scored.
         progress: called with (steps done, steps in all).
+        needles: items of the task ``needle``, short ones will do; none leaves that check out.
 
     Returns:
         ``context`` (as ``kvp eval context``), ``layers`` (as ``--per-layer``, each with the ``gain``, in nats per
-        token, of putting its exact entries in), ``ttft`` and ``findings``: problem, evidence, remedy.
+        token, of putting its exact entries in), ``ttft``, ``needles`` (how many each arm found, of how many) and
+        ``findings``: problem, evidence, remedy.
     """
     context = ContextMeasurement(model, windows, continuation_tokens, arms=ARMS).measure()
-    progress(1, 4)
+    progress(1, 5)
     layers = measure_layers(model, windows, continuation_tokens)
-    progress(2, 4)
+    progress(2, 5)
     gains = swap_gains(model, windows, continuation_tokens)
     for row in layers:
         row["gain"] = gains[row["layer"]]
-    progress(3, 4)
+    progress(3, 5)
     ttft = compare_ttft(model, [window[:-continuation_tokens] for window in windows])
-    progress(4, 4)
-    found = [*coherence(context, layers), *fit_of_auxiliary(context, model), *speed(ttft)]
-    return {"context": context, "layers": layers, "ttft": ttft, "findings": found}
+    progress(4, 5)
+    found = count_needles(model, needles)
+    progress(5, 5)
+    findings = [*coherence(context, layers), *memory(found), *fit_of_auxiliary(context, model), *speed(ttft)]
+    return {"context": context, "layers": layers, "ttft": ttft, "needles": found, "findings": findings}
+
+
+def count_needles(model: KVPModel, needles: Sequence[Item]) -> dict[str, int]:
+    """Return how many hidden numbers each arm says, and ``of`` how many."""
+    measure, found = measure_generation("needle"), {"of": len(needles)}
+    for name in NEEDLE_ARMS:
+        found[name] = sum(int(measure(model, parse_arm(name), item)["score"]) for item in needles)
+    return found
 
 
 def swap_gains(model: KVPModel, windows: Sequence[list[int]], continuation_tokens: int) -> dict[int, float]:
@@ -134,6 +154,21 @@ def coherence(context: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list
             )
         )
     return found
+
+
+def memory(needles: dict[str, int]) -> list[dict[str, str]]:
+    """Return what says that single facts of a prompt are lost, though its gist arrives."""
+    full, kvp, tail, of = (needles[name] for name in ("full", "kvp", "kvp-64", "of"))
+    if full == 0 or kvp >= MIN_FOUND * full:
+        return []
+    return [
+        finding(
+            "single facts of the prompt are lost",
+            f"numbers hidden in short prompts: full finds {full} of {of}, kvp {kvp}, kvp with exact tail 64 {tail}",
+            "answer look-ups with --prefill full, or with --exact-tail where the fact stands near the end; for "
+            "a better bundle: more --layers, or training on (kvp train)",
+        )
+    ]
 
 
 def fit_of_auxiliary(context: dict[str, Any], model: KVPModel) -> list[dict[str, str]]:

@@ -13,11 +13,13 @@ from ..bench.arm_cost import arm_work
 from ..bundle import KVPModel
 from ..errors import InputError
 from ..pipeline import Progress
-from .scores import bootstrap
+from .scores import bootstrap, bootstrap_ratio
 from .tasks import Item
 
 Row = dict[str, Any]
 Measure = Callable[[KVPModel, Arm, Item], Row]
+EQUAL_TTFT = 1.1
+"""A token-pruning arm up to this much slower still counts as equally fast: the measurement's spread, at our expense."""
 
 
 def run_items(
@@ -103,8 +105,9 @@ def summarise(
     """Return a task's JSON: task, n and, per arm, score, its 95 % interval, median TTFT in ms and more.
 
     ``difference`` is the mean over items of the row's score less the arm ``full``'s (of perplexity: in nats per
-    token), with its interval; ``flops_ratio`` is
-    full prefill's work over the arm's at the median prompt length; ``metrics`` are means of the row's other scores.
+    token), ``retention`` the mean score over ``full``'s (absent where that is 0, and of perplexity), both with their
+    intervals; ``flops_ratio`` is full prefill's work over the arm's at the median prompt length; ``metrics`` are means
+    of the row's other scores. ``equal_ttft`` is as ``compare_at_equal_ttft`` returns it.
     """
     result: dict[str, Any] = {}
     of = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in arms}
@@ -125,7 +128,38 @@ def summarise(
         if "full" in of:
             apart = [row["score"] - other["score"] for row, other in zip(of[arm.name], of["full"], strict=True)]
             result[arm.name]["difference"] = {"mean": float(np.mean(apart)), "interval": bootstrap(apart)}
-    return {"task": task, "n": len(rows) // len(arms), "prompt_tokens": prompt_tokens, "arms": result}
+            whole = [row["score"] for row in of["full"]]
+            if statistic is np.mean and any(whole):
+                ratio = float(np.mean(scores) / np.mean(whole))
+                result[arm.name]["retention"] = {"mean": ratio, "interval": bootstrap_ratio(scores, whole)}
+    document = {"task": task, "n": len(rows) // len(arms), "prompt_tokens": prompt_tokens, "arms": result}
+    return document | {"equal_ttft": compare_at_equal_ttft(arms, of)}
+
+
+def compare_at_equal_ttft(arms: Sequence[Arm], of: dict[str, list[Row]]) -> list[Row]:
+    """Compare every arm of prediction with all others, ``full`` aside, whose first token comes as soon.
+
+    As soon: its median TTFT is at most ``EQUAL_TTFT`` of the predicted arm's; faster ones count too.
+
+    Args:
+        arms: all that were measured.
+        of: the rows of each, in the same order of items.
+
+    Returns:
+        ``arm``, ``other``, ``ttft_ratio`` (the other's over the arm's) and the arm's ``difference`` in score from it.
+    """
+    ttft_ms = {name: statistics.median(row["ttft_ms"] for row in rows) for name, rows in of.items()}
+    found = []
+    for arm in (arm for arm in arms if arm.kind == "kvp"):
+        for other in (other for other in arms if other.kind not in ("kvp", "full")):
+            ratio = ttft_ms[other.name] / ttft_ms[arm.name]
+            if ratio > EQUAL_TTFT:
+                continue
+            pairs = zip(of[arm.name], of[other.name], strict=True)
+            apart = [row["score"] - against["score"] for row, against in pairs]
+            difference = {"mean": float(np.mean(apart)), "interval": bootstrap(apart)}
+            found.append({"arm": arm.name, "other": other.name, "ttft_ratio": ratio, "difference": difference})
+    return found
 
 
 def grid(items: Sequence[Item], rows: Sequence[Row]) -> list[Row]:

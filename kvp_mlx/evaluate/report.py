@@ -1,14 +1,33 @@
 """The page of results, made from committed JSON documents alone."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .pareto import LOWER_IS_BETTER
 
 NEEDED = {"task", "n", "prompt_tokens", "arms", "model", "recipe"}
-METRICS = {"mcq": "accuracy", "squad": "F1", "needle": "found", "quote": "verbatim", "humaneval": "pass@1"}
+METRICS = {
+    "mcq": "accuracy",
+    "squad": "F1",
+    "triviaqa": "exact match",
+    "gsm8k": "right number",
+    "needle": "found",
+    "quote": "verbatim",
+    "humaneval": "pass@1",
+    "chat": "agreement",
+    "perplexity": "perplexity",
+}
+ORDER = ("squad", "needle", "arc_easy", "piqa", "chat", "triviaqa", "quote", "gsm8k", "humaneval", "perplexity")
+INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; nothing here is
+written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap intervals over items
+(differences and shares: paired). TTFT is the median over the items as they were measured, other arms in turn. A share
+behind `lazy`, `spec`, `static` or `random` was chosen so that its measured TTFT equals the predicted arm's at the
+task's median prompt length; those at most a tenth slower count as equally fast. The full model gets next to nothing
+right in some tasks (its own column says which): there, nothing can be learnt about prediction, and n is small."""
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -32,8 +51,102 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def page(documents: Sequence[dict[str, Any]]) -> str:
-    """Return the page in Markdown: a table per document, whatever it says."""
-    return "\n".join(["# What a sooner first token costs", "", *(line for each in documents for line in section(each))])
+    """Return the page in Markdown: how it was measured, the summary, and a section per document, whatever it says."""
+    lines = ["# What a sooner first token costs", "", INTRODUCTION, "", *summary_lines(documents), ""]
+    return "\n".join([*lines, *(line for each in documents for line in section(each))])
+
+
+def summary(documents: Sequence[dict[str, Any]]) -> str:
+    """Return the README's table, a row per document: full, the predicted arms, the best pruning as fast as these."""
+    return "\n".join(summary_lines(documents)) + "\n"
+
+
+def summary_lines(documents: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of ``summary``, and the average difference over multiple-choice tasks."""
+    ordered = sorted(documents, key=lambda each: ORDER.index(title(each)) if title(each) in ORDER else len(ORDER))
+    predicted = list(dict.fromkeys(arm for each in ordered for arm in each["arms"] if arm.startswith("kvp")))
+    columns = [part for arm in predicted for part in (f"{arm} (of full)", f"best as fast as {arm}")]
+    lines = ["| task | n | full | " + " | ".join(columns) + " | auxiliary alone |", "|---" * (4 + len(columns)) + "|"]
+    for each in ordered:
+        cells = [part for arm in predicted for part in (score_cell(each, arm), rival_cell(each, arm))]
+        shown = [score_name(each), str(each["n"]), score_cell(each, "full"), *cells, score_cell(each, "auxiliary")]
+        lines.append(f"| {' | '.join(shown)} |")
+    return [*lines, *choice_average(ordered, predicted)]
+
+
+def title(document: dict[str, Any]) -> str:
+    """Return a document's own name, that of its file."""
+    return str(document["file"]).removesuffix(".json")
+
+
+def score_name(document: dict[str, Any]) -> str:
+    """Return the name of a document's file and what its score is."""
+    return f"{title(document)}, {METRICS.get(document['task'], 'score')}"
+
+
+def score_cell(document: dict[str, Any], arm: str) -> str:
+    """Return an arm's score and, but for the full model, what share of the full model's that is."""
+    found = document["arms"].get(arm)
+    if found is None:
+        return ""
+    retention = found.get("retention")
+    if retention is None or arm == "full":
+        return f"{found['score']:.3f}"
+    low, high = retention["interval"]
+    return f"{found['score']:.3f} ({retention['mean']:.0%}, {low:.0%} to {high:.0%})"
+
+
+def rival_cell(document: dict[str, Any], arm: str) -> str:
+    """Return the best token-pruning arm that is as fast as a predicted one, and how far that one is ahead of it."""
+    rivals = [row for row in document.get("equal_ttft", []) if row["arm"] == arm and row["other"] in pruned(document)]
+    if not rivals:
+        return ""
+    sign = -1 if document["task"] in LOWER_IS_BETTER else 1
+    best = max(rivals, key=lambda row: sign * document["arms"][row["other"]]["score"])
+    low, high = best["difference"]["interval"]
+    score = document["arms"][best["other"]]["score"]
+    return f"{best['other']} {score:.3f}; {arm} {best['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def pruned(document: dict[str, Any]) -> set[str]:
+    """Return the token-pruning arms of a document."""
+    return {name for name in document["arms"] if name.split("-")[0] in ("random", "static", "lazy", "spec")}
+
+
+def choice_average(documents: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[str]:
+    """Return a line on the mean difference from the full model over multiple-choice tasks, with its interval.
+
+    The tasks are independent, so the interval's half-width is the root of the sum of squares over their number.
+    """
+    choices = [each for each in documents if each["task"] == "mcq" and "full" in each["arms"]]
+    parts = []
+    for arm in arms if len(choices) > 1 else ():
+        apart = [each["arms"][arm]["difference"] for each in choices if arm in each["arms"]]
+        mean = sum(one["mean"] for one in apart) / len(apart)
+        half = math.hypot(*((one["interval"][1] - one["interval"][0]) / 2 for one in apart)) / len(apart)
+        parts.append(f"{arm} {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
+    names = ", ".join(title(each) for each in choices)
+    return ["", f"Multiple choice, mean difference from full over {names}: {'; '.join(parts)}."] if parts else []
+
+
+def equal_ttft_lines(document: dict[str, Any]) -> list[str]:
+    """Return the table of what is as fast as each predicted arm, and which pruning cannot be."""
+    lines = []
+    if rows := document.get("equal_ttft"):
+        lines = [
+            "| arm | as fast or faster | its TTFT over the arm's | score of the arm less its |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            low, high = row["difference"]["interval"]
+            difference = f"{row['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            lines.append(f"| {row['arm']} | {row['other']} | {row['ttft_ratio']:.2f} | {difference} |")
+        lines.append("")
+    slower = [row for row in document.get("matched", []) if row["arm"] is None]
+    for row in slower:
+        least = f"{row['ttft_ratio']:.2f} times as long at the least share tried"
+        lines += [f"No share of the prompt makes {row['kind']} as fast as {row['target']}: {least}.", ""]
+    return lines
 
 
 def section(document: dict[str, Any]) -> list[str]:
@@ -41,26 +154,39 @@ def section(document: dict[str, Any]) -> list[str]:
     recipe = document["recipe"]
     known = ", ".join(f"{name} {recipe[name][:19]}" for name in ("base", "predictor"))
     data = ", ".join(f"{name} ({digest[:8]})" for name, digest in recipe["data"].items())
-    score = METRICS.get(document["task"], document["task"] if document["task"] == "perplexity" else "score")
+    score = METRICS.get(document["task"], "score")
     unit = ", nats per token" if score == "perplexity" else ""
     lines = [
-        f"## {document['task']}: {data}",
+        f"## {title(document)}: {data}",
         "",
         f"`{document['file']}`: {document['model']}, n = {document['n']}, {document['prompt_tokens']} prompt tokens "
-        f"(median), seed {recipe['seed']}; {known}.",
+        f"(median), seed {recipe['seed']}; {known}. {machine_line(document)}",
         "",
-        f"| arm | {score} | 95 % interval | less the full model's{unit} | TTFT | work of prefill |",
-        "|---|---|---|---|---|---|",
+        f"| arm | {score} | 95 % interval | of full | less the full model's{unit} | TTFT | work of prefill |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, arm in document["arms"].items():
         low, high = arm["interval"]
         apart = arm.get("difference")
         difference = f"{apart['mean']:+.3f} [{apart['interval'][0]:+.3f}, {apart['interval'][1]:+.3f}]" if apart else ""
+        kept = arm.get("retention")
+        share = f"{kept['mean']:.0%} [{kept['interval'][0]:.0%}, {kept['interval'][1]:.0%}]" if kept else ""
         lines.append(
-            f"| {name} | {arm['score']:.3f} | {low:.3f} to {high:.3f} | {difference} | {arm['ttft_ms']:.0f} ms | "
-            f"{1 / arm['flops_ratio']:.2f} |"
+            f"| {name} | {arm['score']:.3f} | {low:.3f} to {high:.3f} | {share} | {difference} | "
+            f"{arm['ttft_ms']:.0f} ms | {1 / arm['flops_ratio']:.2f} |"
         )
-    return [*lines, "", *grid_lines(document.get("grid", []))]
+    return [*lines, "", *equal_ttft_lines(document), *grid_lines(document.get("grid", []))]
+
+
+def machine_line(document: dict[str, Any]) -> str:
+    """Return what a document was measured on."""
+    found = document.get("machine")
+    if found is None:
+        return ""
+    return (
+        f"{found['chip']}, {found['blas_threads']} BLAS thread(s) a process, mlx {found['mlx']}, "
+        f"mlx-lm {found['mlx_lm']}, commit {found['commit']}."
+    )
 
 
 def grid_lines(grid: Sequence[dict[str, Any]]) -> list[str]:

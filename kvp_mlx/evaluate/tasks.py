@@ -22,6 +22,11 @@ from .scores import exact_match, last_number, squad_exact, squad_f1
 Scores = dict[str, float]
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 CITIES = ("Aberdeen", "Bergen", "Cadiz", "Dakar", "Esbjerg", "Faro", "Genoa", "Havana", "Izmir", "Jeddah")
+SQUAD_EXAMPLE = {
+    "context": "The lighthouse at Skerryvore was built by Alan Stevenson between 1838 and 1844.",
+    "question": "Who built the lighthouse?",
+    "answer": "Alan Stevenson",
+}
 MARKED_WORDS = (6, 20)
 PASSAGE_TRIES = 50
 TEMPLATE_TOKENS = 60
@@ -82,17 +87,26 @@ def score_triviaqa(item: Item, text: str) -> Scores:
 
 
 def squad_items(places: Sequence[str], seed: int) -> list[Item]:
-    """Return questions about a passage that stands before them."""
+    """Return questions about a passage that stands before them, after one solved example of our own.
+
+    Without it small models answer with an empty line or in sentences, and the full model's F1 says little.
+    """
     records = shuffled(read_records(places, ["context", "question", "answers"]), seed)
+    solved = f"{squad_question(SQUAD_EXAMPLE)} {SQUAD_EXAMPLE['answer']}\n\n"
     return [
         Item(
             str(record.get("id", number)),
-            f"{record['context']}\n\nAnswer with a few words of the text above.\n{trivia_question(record)}",
+            f"{solved}{squad_question(record)}",
             record["answers"],
         )
         for number, record in enumerate(records)
         if record["answers"]
     ]
+
+
+def squad_question(record: dict[str, Any]) -> str:
+    """Return a passage and the question about it."""
+    return f"{record['context']}\n\nAnswer with a few words of the text above.\n{trivia_question(record)}"
 
 
 def score_squad(item: Item, text: str) -> Scores:
@@ -233,8 +247,8 @@ GENERATIONS = {
     "triviaqa": Generation(score_triviaqa, ("\n", ".", ","), 32, chat=False),
     "squad": Generation(score_squad, ("\n",), 32, chat=False),
     "gsm8k": Generation(score_gsm8k, ("Question:", "</s>", "<|im_end|>"), 256, chat=False),
-    "needle": Generation(score_needle, (), 32, chat=True),
-    "quote": Generation(score_quote, (), 64, chat=True),
+    "needle": Generation(score_needle, (), 24, chat=True),
+    "quote": Generation(score_quote, (), 48, chat=True),
 }
 HUMANEVAL_STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
 HUMANEVAL_MAX_TOKENS = 256

@@ -1,0 +1,85 @@
+"""Token pruning at equal TTFT: how much of a prompt a baseline may keep to be as fast as a predicted cache."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ..arms import Arm, parse_arm
+from ..bench.arm_cost import arm_work
+from ..bundle import KVPModel
+from .answer import timed_prefill
+
+KINDS = ("lazy", "spec", "static", "random")
+LEAST, MOST = 0.05, 0.95
+"""Shares of the prompt between which one is sought."""
+TOLERANCE = 0.03
+TRIES = 3
+
+
+def pruning_arm(kind: str, share: float) -> Arm:
+    """Return a pruning arm of a share of the prompt; LazyLLM's falls to a third of it, as in the paper's 0.75-0.25."""
+    return parse_arm(f"{kind}-{share:.3f}" + (f"-{share / 3:.3f}" if kind == "lazy" else ""))
+
+
+def match(model: KVPModel, target: Arm, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Find, for each kind of token pruning, the share of the prompt at which it is as fast as a target, as measured.
+
+    Args:
+        model: the bundle.
+        target: the arm to be as fast as.
+        prompts: token ids, one prompt per round of measurement.
+
+    Returns:
+        Per kind ``target``, ``arm`` and ``ttft_ratio``, its time over the target's. Where even ``LEAST`` of the
+        prompt takes longer the arm is None: no share is as fast.
+    """
+    found = []
+    for kind in KINDS:
+        share, ratio = matching_share(partial(ttft_ratios, model, target, kind, prompts))
+        is_reached = ratio <= 1 + TOLERANCE or share > LEAST
+        name = pruning_arm(kind, share).name if is_reached else None
+        found.append({"target": target.name, "kind": kind, "arm": name, "ttft_ratio": ratio})
+    return found
+
+
+def matching_share(ratios: Callable[[Sequence[float]], list[float]]) -> tuple[float, float]:
+    """Return the share of the prompt whose time comes closest to the target's, and its time over the target's.
+
+    Args:
+        ratios: returns the time over the target's at each share; it rises with the share, about in a line.
+    """
+    low, high = LEAST, MOST
+    tried = dict(zip((low, high), ratios((low, high)), strict=True))
+    for _ in range(TRIES):
+        if tried[low] >= 1 - TOLERANCE or tried[high] <= 1 + TOLERANCE:
+            break  # an end is as close as it gets
+        share = low + (high - low) * (1 - tried[low]) / (tried[high] - tried[low])
+        (tried[share],) = ratios((share,))
+        if abs(tried[share] - 1) <= TOLERANCE:
+            break
+        low, high = (share, high) if tried[share] < 1 else (low, share)
+    return min(tried.items(), key=lambda pair: abs(pair[1] - 1))
+
+
+def ttft_ratios(
+    model: KVPModel, target: Arm, kind: str, prompts: Sequence[list[int]], shares: Sequence[float]
+) -> list[float]:
+    """Return median TTFT at each share over the target's, all measured in turn on every prompt."""
+    arms, rounds = [target, *(pruning_arm(kind, share) for share in shares)], []
+    for prompt in prompts:
+        times = [timed_prefill(model, arm, prompt)[2] for arm in arms]
+        rounds.append([time / times[0] for time in times[1:]])
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def match_by_work(model: KVPModel, target: Arm, prompt_tokens: int) -> list[dict[str, Any]]:
+    """Return what ``match`` does, by arithmetic and in steps of 0.05: a guess, without measuring."""
+    allowed, found = arm_work(model, target, prompt_tokens).flops, []
+    for kind in KINDS:
+        shares = [LEAST + 0.05 * step for step in range(19)]
+        work = {share: arm_work(model, pruning_arm(kind, share), prompt_tokens).flops / allowed for share in shares}
+        share = max((share for share in shares if work[share] <= 1), default=None)
+        name = None if share is None else pruning_arm(kind, share).name
+        found.append({"target": target.name, "kind": kind, "arm": name, "ttft_ratio": work[share or LEAST]})
+    return found
