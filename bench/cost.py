@@ -61,7 +61,7 @@ def recompute_work(model: KVPModel, tokens: int, batch: int) -> Work:
 def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:
     """Return the work of the predictor's maps on ``batch * tokens`` positions."""
     sizes = sum(block.in_width * block.out_width for block in model.predictor.blocks)
-    return Work(2.0 * batch * tokens * sizes, _bytes(model.predictor))
+    return Work(2.0 * batch * tokens * sizes, sum(map(_bytes, model.predictor.maps.values())))
 
 
 def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:

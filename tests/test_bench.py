@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from conftest import Kvp
 from kvp_mlx.bench import ttft
-from kvp_mlx.bench.cost import full_work, kvp_work, predictor_work, prefill_work, step_work
+from kvp_mlx.bench.cost import full_work, kvp_work, predictor_work, prefill_work, recompute_work, step_work
 from kvp_mlx.bench.ttft import fresh_prompt, parse_bench_arms
 
 import kvp_mlx
@@ -83,6 +83,11 @@ def test_work_counted_by_hand(fitted: Path) -> None:
     assert step.weight_bytes == 4 * parameters
     assert full_work(model, read + 1, batch) == base + step
     assert kvp_work(model, read + 1, batch) == auxiliary + predictor + step
+    model.recompute = 0.5  # five tokens: one whole layer from where the prefix ends, and the last one's keys and values
+    above = recompute_work(model, read, batch)
+    spread = 4 * HEADS * HEAD_DIM * 5 * (read + 1) / 2
+    assert above.flops == batch * ((LAYERS - 1 - 2) * (2 * 5 * LAYER + spread) + 2 * 5 * KV)
+    assert kvp_work(model, read + 1, batch) == auxiliary + predictor + above + step
 
 
 def test_prompts_are_fresh_and_exact() -> None:

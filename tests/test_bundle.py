@@ -23,6 +23,10 @@ def edit_part(bundle: Path, part: str, **changes: object) -> None:
     edit(bundle, **{part: json.loads((bundle / "kvp.json").read_text())[part] | changes})
 
 
+def without(arrays: dict, name: str) -> dict:
+    return {other: array for other, array in arrays.items() if other != name}
+
+
 def replace_tensors(bundle: Path, change: Callable[[dict[str, mx.array]], dict[str, mx.array]]) -> None:
     path = str(bundle / "predictor.safetensors")
     arrays = change(dict(mx.load(path)))
@@ -80,7 +84,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "not finite",
     ),
     "tokeniser cut short": (lambda b: truncate(b / "base" / "tokenizer.json", 300), "tokeniser"),
-    "tensor missing": (lambda b: replace_tensors(b, lambda a: {f"{MAP}.weight": a[f"{MAP}.weight"]}), f"{MAP}.bias"),
+    "tensor missing": (lambda b: replace_tensors(b, lambda a: without(a, f"{MAP}.bias")), f"{MAP}.bias"),
     "tensor unknown": (lambda b: replace_tensors(b, lambda a: a | {"maps.extra": mx.zeros(3)}), "maps.extra"),
     "tensor transposed": (lambda b: replace_tensors(b, lambda a: a | {f"{MAP}.bias": mx.zeros(3)}), "has shape (3,)"),
     "no base": (lambda b: edit_part(b, "base", path="elsewhere"), "elsewhere"),
