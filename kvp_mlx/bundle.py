@@ -154,6 +154,7 @@ def describe(name: str) -> dict[str, Any]:
         "predictor": {
             "input": config.predictor.input,
             "layer_map": [None if s is None else list(s) for s in config.predictor.layer_map],
+            "recompute": config.predictor.recompute,
             "parameters": None if is_quantised else sum(math.prod(tensor.shape) for tensor in tensors.values()),
         },
         "size_bytes": sizes,
