@@ -9,6 +9,7 @@ from ..arms import Arm, parse_arm
 from ..bench.arm_cost import arm_work
 from ..bundle import KVPModel
 from .answer import timed_prefill
+from .loop import EQUAL_TTFT
 
 KINDS = ("lazy", "spec", "static", "random")
 LEAST, MOST = 0.05, 0.95
@@ -37,7 +38,7 @@ def match(model: KVPModel, target: Arm, prompts: Sequence[list[int]]) -> list[di
     found = []
     for kind in KINDS:
         share, ratio = matching_share(partial(ttft_ratios, model, target, kind, prompts))
-        is_reached = ratio <= 1 + TOLERANCE or share > LEAST
+        is_reached = ratio <= EQUAL_TTFT or share > LEAST
         name = pruning_arm(kind, share).name if is_reached else None
         found.append({"target": target.name, "kind": kind, "arm": name, "ttft_ratio": ratio})
     return found

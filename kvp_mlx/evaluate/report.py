@@ -81,7 +81,8 @@ def title(document: dict[str, Any]) -> str:
 
 def score_name(document: dict[str, Any]) -> str:
     """Return the name of a document's file and what its score is."""
-    return f"{title(document)}, {METRICS.get(document['task'], 'score')}"
+    note = " (less is better; differences in nats per token)" if document["task"] in LOWER_IS_BETTER else ""
+    return f"{title(document)}, {METRICS.get(document['task'], 'score')}{note}"
 
 
 def score_cell(document: dict[str, Any], arm: str) -> str:

@@ -114,10 +114,19 @@ def run_suite(
             arms = arms_of(matched)
             log = folder / f"{entry.name}.jsonl"
             document = carry_out(entry.run, model, name, arms, log=log, progress=progress)
-            replace_json(results / f"{entry.name}.json", document | {"matched": matched})
+            write_unless_known(results / f"{entry.name}.json", document | {"matched": matched})
             say(f"{entry.name}: {document['n']} items, {results / f'{entry.name}.json'}")
             done.append(entry.name)
     return done
+
+
+def write_unless_known(path: Path, document: dict[str, Any]) -> None:
+    """Write a task's document, unless it is there already: then it keeps the machine and commit that measured it."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known | {"machine": None} == document | {"machine": None}:
+            return
+    replace_json(path, document)
 
 
 def records_of(model: KVPModel, name: str, records: Path) -> Path:
