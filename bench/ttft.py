@@ -135,7 +135,7 @@ def measure_ttft(
 
     Raises:
         InputError: a prompt length that cannot be run, or an arm that cannot at this batch size.
-        KeyboardInterrupt: before any length was finished.
+        KeyboardInterrupt, SystemExit: before any length was finished.
     """
     check_sweep(model, sweep)
     rate, bandwidth = matmul_flops_per_s(compute_dtype(model.base)), copy_bytes_per_s()
@@ -153,7 +153,7 @@ def measure_ttft(
         for length in sweep.prompt_tokens:
             samples = measure_length(model, text_ids, length, sweep, other_engine, lambda: progress(next(steps), total))
             document["rows"] += [row(model, arm, length, sweep, samples, rate, bandwidth) for arm in sweep.arms]
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
         if not document["rows"]:
             raise
         document["interrupted"] = True

@@ -139,14 +139,15 @@ def test_every_arm_ends_in_the_token_of_its_cache(fitted: Path, monkeypatch: pyt
     assert not mx.allclose(seen["kvp"], expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupt_keeps_finished_lengths(
-    fitted: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+    end: type[BaseException], fitted: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = ttft.measure_length
 
     def until_forty(model: object, text: object, length: int, *rest: object) -> object:
         if length == 40:
-            raise KeyboardInterrupt
+            raise end
         return measure(model, text, length, *rest)
 
     monkeypatch.setattr(ttft, "measure_length", until_forty)

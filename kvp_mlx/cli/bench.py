@@ -91,7 +91,7 @@ def ttft(
 ) -> None:
     """Time the first token by several arms, interleaved in one process.
 
-    Ctrl-C keeps the prompt lengths that are finished.
+    Ctrl-C or SIGTERM keeps the prompt lengths that are finished.
     """
     lengths = parse_lengths(prompt_tokens)
     check_writable(out, plot)

@@ -70,7 +70,7 @@ def carry_out(
     """
     items = run.items(model)[: run.limit]
     known = {"seed": run.seed, "first_prompt": measures.hash_of(items[0].prompt)}  # the wording is part of a task
-    recipe = {"task": run.task, **weights(model, name), **known, **run.options}
+    recipe = {"task": run.task, **weights(model, name), "recompute": model.recompute, **known, **run.options}
     rows = run_items(model, arms, items, run.measure, recipe=recipe, log=log, progress=progress)
     document = summarise(run.task, model, arms, rows, statistic=run.statistic)
     if run.has_grid:

@@ -130,9 +130,9 @@ def write_unless_known(path: Path, document: dict[str, Any]) -> None:
 
 
 def records_of(model: KVPModel, name: str, records: Path) -> Path:
-    """Return the folder of a bundle's rows."""
+    """Return the folder of a bundle's rows, named by its weights and by the share of tokens that it recomputes."""
     known = weights(model, name)
-    return records / known.get("adapter", known["predictor"]).removeprefix("sha256:")[:12]
+    return records / f"{known.get('adapter', known['predictor']).removeprefix('sha256:')[:12]}-{model.recompute:g}"
 
 
 @contextlib.contextmanager
