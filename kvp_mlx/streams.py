@@ -16,7 +16,7 @@ from mlx_lm.generate import generation_stream
 from .blas import one_blas_thread, openblas_threads
 
 MAX_STREAMS = 4
-MIN_ROWS = 64
+MIN_ROWS = 32
 """Rows (batch times tokens) below which a part's matmuls become slow."""
 
 
