@@ -14,7 +14,7 @@ from .blas import load_fast_blas
 __version__ = "0.1.0"
 
 load_fast_blas()  # has to come before the first import of mlx.core, see blas.py
-if sys.platform == "linux":  # before mlx's first evaluation; depth first, two streams keep both cores 91 % busy, not 83 %
+if sys.platform == "linux":  # depth first, two streams keep two cores 91 % busy, not 83 % (OpenELM C-270M, 512 tokens)
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 _HOMES = {
