@@ -77,12 +77,12 @@ def test_two_hundred_random_turns(chat, bundle):
         assert terminal.process.poll() is None, terminal.text[-2000:]
         if number >= WARM_UP_STEPS and sys.platform == "linux":
             resident.append(terminal.resident_bytes())
-    terminal.read(0.2)
+    terminal.settle()
     terminal.send("\x03")  # whatever is left on the line
-    terminal.read(0.2)
+    terminal.settle()
     for command in ("/quality balanced", "/refine off", "The end of it.", "/save end"):
         terminal.enter(command)
-    assert "saved as 'end'" in terminal.text
+    terminal.wait_for("saved as 'end'")
     terminal.send("\x04")
     assert terminal.wait() == 0, terminal.text[-2000:]
     for trace in ("Traceback", "Error:", "please report", "refinement failed", "terminate called"):

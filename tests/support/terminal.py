@@ -70,6 +70,13 @@ class Terminal:
         while (left := end - time.monotonic()) > 0:
             self.read(left)
 
+    def settle(self, seconds=1):
+        """Return when nothing has come for some seconds: no prompt of an earlier step is still on its way."""
+        seen = -1
+        while len(self.output) > seen:
+            seen = len(self.output)
+            self.pause(seconds)
+
     def wait_for_prompt(self, seconds=30):
         """Return when one more prompt has begun than at the last call."""
         self.wait_until(lambda: self.output.count(PROMPT) > self.prompts, seconds)
