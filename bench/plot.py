@@ -13,7 +13,12 @@ PAPER_POINTS = {
     "LP-0.50": (1.93, 1.68),
     "LP-0.25": (3.60, 2.73),
 }
-PARTS = {"auxiliary_prefill_ms": "auxiliary prefill", "predict_ms": "prediction", "first_step_ms": "first step"}
+PARTS = {
+    "auxiliary_prefill_ms": "auxiliary prefill",
+    "predict_ms": "prediction",
+    "recompute_ms": "recomputation",
+    "first_step_ms": "first step",
+}
 
 
 def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:

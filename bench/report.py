@@ -37,6 +37,7 @@ TTFT: Columns = {
     "(q1-q3)": _quartiles("ttft_ms", ".0f"),
     "aux": _only_kvp("auxiliary_prefill_ms"),
     "predict": _only_kvp("predict_ms"),
+    "again": _only_kvp("recompute_ms"),
     "step": _only_kvp("first_step_ms"),
     "floor": number("floor_ms"),
     "of floor": number("share_of_floor", ".0%"),
