@@ -70,11 +70,11 @@ class Terminal:
         while (left := end - time.monotonic()) > 0:
             self.read(left)
 
-    def settle(self, seconds=1):
-        """Return when nothing has come for some seconds: no prompt of an earlier step is still on its way."""
-        seen = -1
-        while len(self.output) > seen:
-            seen = len(self.output)
+    def settle(self, seconds=2):
+        """Return when no prompt has begun for some seconds: none of an earlier step is still on its way."""
+        self.prompts = -1
+        while self.output.count(PROMPT) > self.prompts:
+            self.prompts = self.output.count(PROMPT)
             self.pause(seconds)
 
     def wait_for_prompt(self, seconds=30):
