@@ -11,7 +11,7 @@ from ..arms import Arm, answering_model
 from ..baselines import kept_count, lazy_retention, static_layers
 from ..bundle import KVPModel
 from ..families import attention_of, kv_shapes, section
-from .cost import Work, kv_work, layer_work, predictor_work, prefill_work, recompute_work, step_work
+from .cost import Work, kv_work, kvp_work, layer_work, prefill_work, step_work
 
 
 def arm_work(model: KVPModel, arm: Arm, prompt_tokens: int, batch: int = 1) -> Work:
@@ -22,7 +22,10 @@ def arm_work(model: KVPModel, arm: Arm, prompt_tokens: int, batch: int = 1) -> W
         case "kvp":
             if len(arm.numbers) > 1:
                 model = replace(model, recompute=arm.numbers[1])
-            return predicted_work(model, int(arm.numbers[0]) if arm.numbers else 0, prompt_tokens, batch)
+            tail = int(arm.numbers[0]) if arm.numbers else 0
+            if tail < read:
+                return kvp_work(model, prompt_tokens, batch, tail)
+            return prefill_work(base, read, batch) + step_work(base, prompt_tokens, batch)
         case "random":
             choice = Work()
         case "static":
@@ -35,20 +38,6 @@ def arm_work(model: KVPModel, arm: Arm, prompt_tokens: int, batch: int = 1) -> W
             alone = answering_model(model, arm)
             return prefill_work(alone, read, batch) + step_work(alone, prompt_tokens, batch)
     return choice + prefill_work(base, kept, batch) + step_work(base, kept + 1, batch)
-
-
-def predicted_work(model: KVPModel, tail: int, prompt_tokens: int, batch: int) -> Work:
-    """Return the work of prediction with an exact tail of ``tail`` tokens."""
-    read, base = prompt_tokens - 1, model.base
-    predicted = max(0, read - tail)
-    work = step_work(base, prompt_tokens, batch)
-    if predicted:
-        work += prefill_work(model.auxiliary, predicted, batch) + predictor_work(model, predicted, batch)
-        work += recompute_work(model, predicted, batch)
-    if predicted < read:  # the tail's attention to itself, and to what was predicted
-        across = sum(attention_flops(base, layer, read - predicted, predicted) for layer in range(len(base.layers) - 1))
-        work += prefill_work(base, read - predicted, batch) + Work(batch * across)
-    return work
 
 
 def lazy_work(base: nn.Module, read: int, retention: tuple[float, ...], batch: int) -> Work:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from ..bundle import KVPModel
 from ..families import family_of, kv_shapes, linear_size
-from ..recompute import first_layer
+from ..recompute import ASKING_TOKENS, first_layer
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,50 @@ def full_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
     return prefill_work(model.base, prompt_tokens - 1, batch) + step_work(model.base, prompt_tokens, batch)
 
 
-def kvp_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
-    """Return the work of auxiliary prefill, prediction and the base's first step."""
+def kvp_work(model: KVPModel, prompt_tokens: int, batch: int, exact_tail: int = 0) -> Work:
+    """Return the work of auxiliary prefill, prediction, the base's own reading and its first step."""
     read = prompt_tokens - 1
     return (
         prefill_work(model.auxiliary, read, batch)
         + predictor_work(model, read, batch)
-        + recompute_work(model, read, batch)
+        + recompute_work(model, read, batch, exact_tail)
         + step_work(model.base, prompt_tokens, batch)
     )
 
 
-def recompute_work(model: KVPModel, tokens: int, batch: int) -> Work:
-    """Return the work of the base's reading of the worst predicted of ``tokens`` positions, spread evenly."""
-    chosen, start, last = round(model.recompute * tokens), first_layer(model), len(model.base.layers) - 1
-    if not chosen:
+def recompute_work(model: KVPModel, tokens: int, batch: int, exact_tail: int = 0) -> Work:
+    """Return the work of ``recompute.repair`` on ``tokens`` positions: asking, and reading what was chosen.
+
+    What is chosen beside the tokens at the end is taken to be spread evenly.
+    """
+    wanted = exact_tail + round(model.recompute * (tokens - exact_tail))
+    last = max(exact_tail, min(ASKING_TOKENS, wanted))
+    if not wanted:
         return Work()
-    work = kv_work(model.base, last, chosen, batch)
-    for layer in range(start, last):
+    before = tokens - last  # mean entries that a token sees: of those spread evenly, and of the last ones
+    pairs = (wanted - last) * (before + 1) / 2 + last * (before + (last + 1) / 2)
+    work = above_work(model, wanted, pairs, batch)
+    if wanted > last:
+        pairs = ASKING_TOKENS * (tokens - ASKING_TOKENS + (ASKING_TOKENS + 1) / 2)
+        work += above_work(model, ASKING_TOKENS, pairs, batch)
+    return work
+
+
+def above_work(model: KVPModel, tokens: int, pairs: float, batch: int) -> Work:
+    """Return the work of the base's reading of ``tokens`` positions from where recomputation begins.
+
+    Args:
+        model: the bundle.
+        tokens: positions that are read.
+        pairs: of such a position and an entry that it sees.
+        batch: sequences.
+    """
+    last = len(model.base.layers) - 1
+    work = kv_work(model.base, last, tokens, batch)
+    for layer in range(first_layer(model), last):
         module = model.base.layers[layer]
         width = module[family_of(model.base).attention].n_heads * kv_shapes(model.base)[layer].head_dim
-        attention = 4.0 * batch * width * chosen * (tokens + 1) / 2
-        work += Work(2.0 * batch * chosen * linear_size(module) + attention, _bytes(module))
+        work += Work(2.0 * batch * tokens * linear_size(module) + 4.0 * batch * width * pairs, _bytes(module))
     return work
 
 

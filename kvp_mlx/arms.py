@@ -95,10 +95,10 @@ def arm_prefill(
             cache = make_prompt_cache(model.base)
             if len(arm.numbers) > 1:
                 model = replace(model, recompute=checked_recompute(model.config, arm.numbers[1]))
-            if tokens > tail:
-                predict_base_cache(model, ids[:, : tokens - tail], cache, prefill_step_size=step_size)
-            if tail:
-                base_prefill(model, ids[:, max(0, tokens - tail) : -1], cache, prefill_step_size=step_size)
+            if tail < tokens:
+                predict_base_cache(model, ids[:, :-1], cache, exact_tail=tail, prefill_step_size=step_size)
+            else:
+                base_prefill(model, ids[:, :-1], cache, prefill_step_size=step_size)
         case "random":
             cache = random_prefill(model.base, ids, *arm.numbers, seed=seed, step_size=step_size)
         case "static":

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
+from .attention import last_attention
 from .bundle import KVPModel
-from .families import Cache, LayerCache, attention_of, early_exit, only_layers, query_heads, run_layers, section
+from .families import Cache, LayerCache, early_exit, only_layers, run_layers, section
 from .layer_map import retained_layers
 from .pipeline import chunks
 from .positions import rope_at
@@ -140,7 +141,7 @@ def read_layer(
         with rope_at(alone, place):
             output, heard = run_layers(alone, chunk, [cache], [0])
         outputs.append(output)
-    return mx.concatenate(outputs, axis=1), last_attention(alone, 0, heard[0].hidden, cache)
+    return mx.concatenate(outputs, axis=1), to_others(alone, 0, heard[0].hidden, cache)
 
 
 def read_kept(model: nn.Module, ids: mx.array, kept: mx.array, step_size: int | None = None) -> Cache:
@@ -172,24 +173,12 @@ def last_token_attention(model: nn.Module, ids: mx.array, step_size: int | None 
             is_last = end == ids.shape[1]
             _, heard = run_layers(model, chunk, cache, layers if is_last else ())
             mx.eval([layer.state for layer in cache])
-        rows = [last_attention(model, layer, heard[layer].hidden, cache[layer]) for layer in layers]
+        rows = [to_others(model, layer, heard[layer].hidden, cache[layer]) for layer in layers]
         mx.eval(rows)
     return rows
 
 
-def last_attention(model: nn.Module, layer: int, hidden: mx.array, cache: LayerCache) -> mx.array:
-    """Return the attention (B, query heads, S-1) that the newest token pays to all others in ``cache``.
-
-    Args:
-        model: an mlx-lm model.
-        layer: one of its layers.
-        hidden: what the layer's projections read ``(B, T, hidden)``, the newest token last.
-        cache: the layer's cache of S entries.
-    """
-    queries = query_heads(model, layer, hidden[:, -1:], cache.offset - 1)  # (B, query heads, 1, D)
+def to_others(model: nn.Module, layer: int, hidden: mx.array, cache: LayerCache) -> mx.array:
+    """Return the attention (B, query heads, S-1) that the newest token pays to all others in a layer's cache."""
     keys, _ = cache.keys_and_values()
-    batch, heads = keys.shape[:2]
-    grouped = queries.reshape(batch, heads, -1, keys.shape[-1])  # -> (B, H, queries per key head, D)
-    scores = attention_of(model, layer).scale * grouped @ keys.swapaxes(-1, -2)
-    weights = mx.softmax(scores, axis=-1, precise=True)  # (B, H, queries per key head, S)
-    return weights.reshape(batch, queries.shape[1], -1)[..., :-1]
+    return last_attention(model, layer, hidden, keys)[:, :, 0, :-1]

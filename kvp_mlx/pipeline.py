@@ -20,7 +20,7 @@ from .calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens
 from .errors import InputError
 from .families import Cache, append_raw, room_for, run_layers, section
 from .first_token import stream_first_token_early
-from .recompute import recompute, worst_tokens
+from .recompute import repair
 from .streams import parts, side_by_side
 
 Prefill = Literal["kvp", "full", "auto"]
@@ -31,7 +31,11 @@ MAX_FREED_BYTES = 2**28
 
 @dataclass
 class PrefillTimes:
-    """Where the time before the first base step went, in milliseconds, and how many tokens were recomputed."""
+    """Where the time before the first base step went, in milliseconds.
+
+    ``recompute_ms`` and ``recomputed_tokens`` (of each sequence) are the base's own reading after prediction, the
+    exact tail included.
+    """
 
     auxiliary_prefill_ms: float = 0.0
     predict_ms: float = 0.0
@@ -52,7 +56,7 @@ class Response:
         exact_tail: prompt tokens that the base read itself on top of the predicted cache.
         ttft_ms: from the call to the first token's value on the host, tokenising included.
         times: its parts; what remains is ``first_step_ms``.
-        first_step_ms: the exact tail, the last prompt token and sampling.
+        first_step_ms: the last prompt token and sampling.
         generation_tokens: tokens generated so far.
         generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
         finish_reason: None while streaming, then ``stop`` or ``length``.
@@ -183,11 +187,12 @@ def predict_base_cache(
     cache: Cache | None = None,
     auxiliary_cache: Cache | None = None,
     *,
+    exact_tail: int = 0,
     prefill_step_size: int | None = None,
     times: PrefillTimes | None = None,
     progress: Progress | None = None,
 ) -> Cache:
-    """Fill the base's cache for ``ids`` without running the base, but for the tokens that are to be recomputed.
+    """Fill the base's cache for ``ids``; the base itself reads only the exact tail and what is to be recomputed.
 
     Args:
         model: the bundle.
@@ -195,6 +200,7 @@ def predict_base_cache(
         cache: base cache to append to (default: a new one). Positions count on from its offset.
         auxiliary_cache: the auxiliary's own cache at the same offset (kinds ``model`` and ``pruned``; a prefix
             fills the base's). Only a new conversation may leave it out.
+        exact_tail: the base reads this many of the last tokens itself, on top of the prediction of the others.
         prefill_step_size: tokens per chunk (default: ``default_step_size()``); bounds the activations' memory.
         times: filled with what each part took.
         progress: called with (tokens done, tokens in all) after every chunk.
@@ -213,39 +219,38 @@ def predict_base_cache(
             f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
-    is_repaired, begin = model.recompute > 0 and bool(model.predictor.blocks), cache[0].offset
+    is_repaired = bool(model.predictor.blocks) and (model.recompute > 0 or exact_tail > 0)
     deviations, below = [], []
-    with wired_limit(model.base), side_by_side() as streams, room_for(ids.shape[1], cache, auxiliary_cache):
-        for chunk, done in chunks(ids, prefill_step_size):
-            start = time.perf_counter()
-            readings = []
-            for stream, part in parts(chunk, streams):
-                with mx.stream(stream):
-                    readings.append((stream, *auxiliary_prefill(model, part, auxiliary_cache)))
-            mx.eval(_state(auxiliary_cache), [reading[1:] for reading in readings])
-            done_reading = time.perf_counter()
-            for stream, inputs, stopped_at in readings:
-                with mx.stream(stream):
-                    write_predicted(model, inputs, cache)
-                    if is_repaired:
-                        deviations.append(model.predictor.deviations(inputs))
-                        below.append(stopped_at)
-            mx.eval(_state(cache), deviations)
-            times.auxiliary_prefill_ms += 1e3 * (done_reading - start)
-            times.predict_ms += 1e3 * (time.perf_counter() - done_reading)
-            del readings, inputs, stopped_at
-            _release_buffers()
-            if progress:
-                progress(done, ids.shape[1])
+    with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
+        with side_by_side(ids.size) as streams:
+            for chunk, done in chunks(ids, prefill_step_size):
+                start = time.perf_counter()
+                readings = []
+                for stream, part in parts(chunk, streams):
+                    with mx.stream(stream):
+                        readings.append((stream, *auxiliary_prefill(model, part, auxiliary_cache)))
+                mx.eval(_state(auxiliary_cache), [reading[1:] for reading in readings])
+                done_reading = time.perf_counter()
+                for stream, inputs, stopped_at in readings:
+                    with mx.stream(stream):
+                        write_predicted(model, inputs, cache)
+                        if is_repaired:
+                            below.append(stopped_at)
+                        if is_repaired and model.recompute:
+                            deviations.append(model.predictor.deviations(inputs))
+                mx.eval(_state(cache), deviations)
+                times.auxiliary_prefill_ms += 1e3 * (done_reading - start)
+                times.predict_ms += 1e3 * (time.perf_counter() - done_reading)
+                del readings, inputs, stopped_at
+                _release_buffers()
+                if progress:
+                    progress(done, ids.shape[1])
         if is_repaired:
             start = time.perf_counter()
-            positions = worst_tokens(mx.concatenate(deviations, axis=1), model.recompute)
-            places = positions if below[0].ndim == 2 else positions[..., None]
-            x = mx.take_along_axis(mx.concatenate(below, axis=1), places, axis=1)
-            step_size = prefill_step_size or default_step_size()
-            recompute(model, x, begin + positions, cache, step_size=step_size, streams=streams)
+            told = mx.concatenate(deviations, axis=1) if deviations else None
+            step_size, tail = prefill_step_size or default_step_size(), min(exact_tail, ids.shape[1])
+            times.recomputed_tokens += repair(model, mx.concatenate(below, axis=1), told, cache, tail, step_size)
             times.recompute_ms += 1e3 * (time.perf_counter() - start)
-            times.recomputed_tokens += positions.size
     return cache
 
 
@@ -280,7 +285,7 @@ def read_prompt(
     progress: Progress | None = None,
 ) -> None:
     """Let a model read ``ids`` (B, T) on top of its ``cache``, chunk by chunk."""
-    with wired_limit(model), side_by_side() as streams, room_for(ids.shape[1], cache):
+    with wired_limit(model), side_by_side(ids.size) as streams, room_for(ids.shape[1], cache):
         for chunk, done in chunks(ids, prefill_step_size):
             for stream, part in parts(chunk, streams):
                 with mx.stream(stream):
@@ -302,7 +307,7 @@ def fill_cache(
     exact_tail: int = 0,
     **report: Any,
 ) -> None:
-    """Bring caches that hold the beginning of a prompt up to its last token; predicting, up to the exact tail.
+    """Bring caches that hold the beginning of a prompt up to its last token.
 
     Args:
         model: the bundle.
@@ -311,10 +316,10 @@ def fill_cache(
         auxiliary_cache: the auxiliary's; it may have read less than the base's cache holds.
         path: ``full`` or ``kvp``, as ``choose_prefill`` returns it.
         exact_head: predicting, the base itself reads this many of the first prompt tokens.
-        exact_tail: predicting, this many prompt tokens before the last are left to the base's first step.
+        exact_tail: predicting, the base itself reads this many prompt tokens before the last.
         report: ``prefill_step_size``, ``times`` and ``progress``, as in ``predict_base_cache``.
     """
-    end = len(ids) - 1 - (exact_tail if path == "kvp" else 0)
+    end = len(ids) - 1
     head = end if path == "full" else min(exact_head, end)
     if cache[0].offset < head:
         base_prefill(model, mx.array([ids[cache[0].offset : head]]), cache, **report)
@@ -323,7 +328,7 @@ def fill_cache(
         return
     if lag < held:
         catch_up_auxiliary(model, mx.array([ids[lag:held]]), auxiliary_cache)
-    predict_base_cache(model, mx.array([ids[held:end]]), cache, auxiliary_cache, **report)
+    predict_base_cache(model, mx.array([ids[held:end]]), cache, auxiliary_cache, exact_tail=exact_tail, **report)
 
 
 def default_step_size() -> int:

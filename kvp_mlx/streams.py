@@ -27,9 +27,14 @@ def _streams(count: int) -> list[Any]:
 
 
 @contextmanager
-def side_by_side() -> Iterator[list[Any]]:
-    """Yield the streams to spread the parts of a chunk over; meanwhile each stream's matmuls keep to one core."""
-    count = min(MAX_STREAMS, openblas_threads()) if mx.default_device().type == mx.DeviceType.cpu else 1
+def side_by_side(rows: int) -> Iterator[list[Any]]:
+    """Yield the streams to spread the parts of a chunk over; meanwhile each stream's matmuls keep to one core.
+
+    Args:
+        rows: what is going to be read (batch times tokens); too few for two parts go on one stream, with all cores.
+    """
+    is_cpu = mx.default_device().type == mx.DeviceType.cpu
+    count = min(MAX_STREAMS, openblas_threads(), rows // MIN_ROWS) if is_cpu else 1
     if count < 2:
         yield [generation_stream]
         return

@@ -13,7 +13,6 @@ from support.tiny import BASES, itself, llama, openelm, oracle_of, paired, prefi
 
 from kvp_mlx.arms import Arm, arm_prefill, parse_arm, parse_arms
 from kvp_mlx.baselines import (
-    attention_of,
     chunk_means,
     last_token_attention,
     lazy_prefill,
@@ -25,6 +24,7 @@ from kvp_mlx.baselines import (
 )
 from kvp_mlx.bundle import KVPModel, build_predictor
 from kvp_mlx.errors import InputError
+from kvp_mlx.families import attention_of
 from kvp_mlx.pipeline import base_prefill
 from kvp_mlx.presets import preset_parts
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from conftest import Kvp
 from kvp_mlx.bench import ttft
-from kvp_mlx.bench.cost import full_work, kvp_work, predictor_work, prefill_work, recompute_work, step_work
+from kvp_mlx.bench.cost import Work, full_work, kvp_work, predictor_work, prefill_work, recompute_work, step_work
 from kvp_mlx.bench.ttft import fresh_prompt, parse_bench_arms
 
 import kvp_mlx
@@ -83,11 +83,27 @@ def test_work_counted_by_hand(fitted: Path) -> None:
     assert step.weight_bytes == 4 * parameters
     assert full_work(model, read + 1, batch) == base + step
     assert kvp_work(model, read + 1, batch) == auxiliary + predictor + step
-    model.recompute = 0.5  # five tokens: one whole layer from where the prefix ends, and the last one's keys and values
-    above = recompute_work(model, read, batch)
-    spread = 4 * HEADS * HEAD_DIM * 5 * (read + 1) / 2
-    assert above.flops == batch * ((LAYERS - 1 - 2) * (2 * 5 * LAYER + spread) + 2 * 5 * KV)
-    assert kvp_work(model, read + 1, batch) == auxiliary + predictor + above + step
+    assert recompute_work(model, read, batch) == Work()
+
+
+def test_work_of_recomputation_counted_by_hand(fitted: Path) -> None:
+    model, batch = kvp_mlx.load(str(fitted)), 2
+
+    def above(tokens: int, pairs: float) -> float:  # one whole layer from where the prefix ends, the last one's K and V
+        return batch * (2 * tokens * LAYER + 4 * HEADS * HEAD_DIM * pairs + 2 * tokens * KV)
+
+    assert recompute_work(model, 40, batch, exact_tail=3).flops == above(3, 38 + 39 + 40)
+    model.recompute = 0.25  # ten tokens, too few to ask anything: the last ones
+    assert recompute_work(model, 40, batch).flops == above(10, sum(range(31, 41)))
+    model.recompute = 0.5  # twenty: the last 16 are read to ask, and again with four others
+    asking = sum(range(25, 41))
+    assert recompute_work(model, 40, batch).flops == above(16, asking) + above(20, asking + 4 * 12.5)
+    tail = recompute_work(model, 40, batch, exact_tail=20)  # and ten of the other twenty
+    assert tail.flops == above(16, asking) + above(30, sum(range(21, 41)) + 10 * 10.5)
+    alone = model.auxiliary, 40, batch
+    assert kvp_work(model, 41, batch, 20) == (
+        prefill_work(*alone) + predictor_work(model, 40, batch) + tail + step_work(model.base, 41, batch)
+    )
 
 
 def test_prompts_are_fresh_and_exact() -> None:

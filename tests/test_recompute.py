@@ -1,4 +1,4 @@
-"""Selective recomputation against the NumPy oracle, and the estimator that chooses the tokens."""
+"""Selective recomputation and the exact tail against the NumPy oracle, and what chooses the tokens."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from support.oracle import Entries
+from support.oracle import Entries, rotate, split_heads
 from support.tiny import assert_cache_equal, entries_of, llama, openelm, paired, prefixed, small_llama, token_ids
 
 from kvp_mlx import load
@@ -14,7 +14,7 @@ from kvp_mlx.arms import arm_prefill, parse_arm
 from kvp_mlx.errors import InputError
 from kvp_mlx.families import RawLayer, run_layers
 from kvp_mlx.pipeline import PrefillTimes, auxiliary_prefill, base_prefill, predict_base_cache
-from kvp_mlx.recompute import first_layer, worst_tokens
+from kvp_mlx.recompute import ASKED_LAYERS, ASKING_TOKENS, ATTENTION_WEIGHT, first_layer, largest
 from kvp_mlx.train.deviation import deviation, fit_deviation, with_estimator
 
 SETUPS = {
@@ -30,65 +30,90 @@ def repairing(name, ratio):
     model, oracle = SETUPS[name]()
     model = with_estimator(model)
     width = model.predictor.deviation.linear.weight.shape
-    model.predictor.deviation.linear.weight = mx.random.normal(width, key=mx.random.key(3))
+    model.predictor.deviation.linear.weight = 0.2 * mx.random.normal(width, key=mx.random.key(3))
     return replace(model, recompute=ratio), oracle
 
 
-def chosen_by_hand(model, ids):
-    """Return the positions of the worst tokens by the estimator's own numbers, in NumPy."""
-    inputs, _ = auxiliary_prefill(model, mx.array(ids), make_prompt_cache(model.auxiliary))
-    deviations = np.array(model.predictor.deviations(inputs))
-    count = round(model.recompute * ids.shape[1])
-    return [sorted(np.argsort(-row)[:count].tolist()) for row in deviations]
+def repaired_by_hand(model, oracle, ids, cache=None, auxiliary_cache=None, *, tail=0):
+    """Return the oracle's cache of one sequence, ids (1, T) after a cache, and the positions that the base reads."""
+    predicted, _ = oracle.prefill(ids[:, len(cache[0]) if cache else 0 :], cache, auxiliary_cache)
+    begin, end = len(cache[0]) if cache else 0, ids.shape[1]
+    wanted = tail + round(model.recompute * (end - begin - tail))
+    certain = max(tail, min(ASKING_TOKENS, wanted))
+    positions = np.arange(end - certain, end)
+    if wanted > certain:
+        asking = np.arange(end - ASKING_TOKENS, end)
+        predicted = oracle.base.rewrite(ids, predicted, asking, first_layer(model))
+        inputs, _ = auxiliary_prefill(model, mx.array(ids), make_prompt_cache(model.auxiliary))
+        told = np.array(model.predictor.deviations(inputs))[0, begin:]
+        asked = most_attention(model, oracle.base, ids, predicted, asking)[begin:]
+        harm = (told + ATTENTION_WEIGHT * np.log(asked + 1e-9))[: end - begin - certain]
+        chosen = begin + np.sort(np.argsort(-harm)[: wanted - certain])
+        positions = np.concatenate([chosen, positions])
+    return oracle.base.rewrite(ids, predicted, positions, first_layer(model)), positions
+
+
+def most_attention(model, base, ids, cache, asking):
+    """Return the largest attention (T,) of the asking tokens to each entry, over heads and a part of the layers."""
+    predicted = [layer for layer, sources in enumerate(model.config.predictor.layer_map) if sources is not None]
+    listened = range(predicted[-1], predicted[0] - 1, -ASKED_LAYERS)
+    x, most = base.weights[f"{base.inner}.{base.embedding}.weight"][ids[:, asking]], np.zeros(ids.shape[1])
+    for layer in range(base.depth):
+        queries, _, _ = base.project(layer, base.norm(layer, base.attention_norm, x))
+        queries = base.head_norm(layer, "q_norm", split_heads(queries, base.query_heads(layer)))
+        queries = rotate(queries, asking, base.rope_base)
+        keys = np.repeat(cache[layer].keys, queries.shape[1] // cache[layer].keys.shape[1], axis=1)
+        scores = queries @ keys.swapaxes(2, 3) / np.sqrt(queries.shape[-1])
+        weights = np.exp(np.where(np.arange(ids.shape[1]) <= asking[:, None], scores, -np.inf))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        if layer in listened:
+            most = np.maximum(most, weights.max(axis=(0, 1, 2)))
+        values = np.repeat(cache[layer].values, queries.shape[1] // cache[layer].values.shape[1], axis=1)
+        heads = (weights @ values).swapaxes(1, 2).reshape(1, len(asking), -1)
+        x = x + base.output(layer, heads)
+        x = x + base.ffn(layer, base.norm(layer, base.ffn_norm, x))
+    return most
 
 
 @pytest.mark.parametrize("name", SETUPS)
 @pytest.mark.parametrize("step_size", [2, 5, 100])
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_entries_of_the_worst_tokens_are_the_bases_own_reading_of_them(name, step_size, ratio):
+@pytest.mark.parametrize(("ratio", "tail"), [(0.2, 0), (0.6, 0), (0.5, 3), (0.3, 20), (0.0, 4)])
+def test_entries_of_the_chosen_tokens_are_the_bases_own_reading_of_them(name, step_size, ratio, tail):
     model, oracle = repairing(name, ratio)
-    ids, times = token_ids(13), PrefillTimes()
-    found = predict_base_cache(model, mx.array(ids), prefill_step_size=step_size, times=times)
-    predicted, _ = oracle.prefill(ids)
-    (positions,) = chosen_by_hand(model, ids)
-    expected = oracle.base.rewrite(ids, predicted, np.array(positions), first_layer(model))
+    ids, times = token_ids(40), PrefillTimes()
+    found = predict_base_cache(model, mx.array(ids), exact_tail=tail, prefill_step_size=step_size, times=times)
+    expected, positions = repaired_by_hand(model, oracle, ids, tail=tail)
     assert_cache_equal(found, expected)
-    assert times.recomputed_tokens == len(positions) == round(ratio * 13)
+    assert times.recomputed_tokens == len(positions) == tail + round(ratio * (40 - tail))
     assert times.recompute_ms > 0
 
 
 @pytest.mark.parametrize("name", ["openelm prefix", "openelm from llama"])
-def test_every_sequence_of_a_batch_has_its_own_worst_tokens(name):
-    model, oracle = repairing(name, 0.3)
-    ids = token_ids(11, batch=3)
+def test_every_sequence_of_a_batch_has_its_own_tokens(name):
+    model, oracle = repairing(name, 0.6)
+    ids = token_ids(40, batch=3)
     found = entries_of(predict_base_cache(model, mx.array(ids), prefill_step_size=4))
-    predicted, _ = oracle.prefill(ids)
-    chosen = chosen_by_hand(model, ids)
-    assert len({tuple(row) for row in chosen}) > 1
-    for row, positions in enumerate(chosen):
-        own = [Entries(e.keys[row : row + 1], e.values[row : row + 1], e.positions) for e in predicted]
-        expected = oracle.base.rewrite(ids[row : row + 1], own, np.array(positions), first_layer(model))
+    rows = [repaired_by_hand(model, oracle, ids[row : row + 1]) for row in range(3)]
+    assert len({tuple(positions) for _, positions in rows}) > 1
+    for row, (expected, _) in enumerate(rows):
         for entries, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(entries.keys[row : row + 1], wanted.keys, atol=1e-5)
             np.testing.assert_allclose(entries.values[row : row + 1], wanted.values, atol=1e-5)
 
 
 def test_on_top_of_a_cache_the_positions_count_on():
-    model, oracle = repairing("llama prefix", 0.4)
-    ids = token_ids(14)
-    cache = predict_base_cache(model, mx.array(ids[:, :6]))
+    model, oracle = repairing("llama prefix", 0.6)
+    ids = token_ids(70)
+    cache = predict_base_cache(model, mx.array(ids[:, :34]))
     before = entries_of(cache)
-    predict_base_cache(model, mx.array(ids[:, 6:]), cache)
-    (first,) = chosen_by_hand(model, ids[:, :6])
-    held = oracle.base.rewrite(ids[:, :6], oracle.prefill(ids[:, :6])[0], np.array(first), first_layer(model))
-    predicted, _ = oracle.prefill(ids[:, 6:], held, held)
-    inputs, _ = auxiliary_prefill(model, mx.array(ids), make_prompt_cache(model.auxiliary))
-    later = np.array(model.predictor.deviations(inputs))[0, 6:]
-    positions = 6 + np.sort(np.argsort(-later)[: round(0.4 * 8)])
-    assert_cache_equal(cache, oracle.base.rewrite(ids, predicted, positions, first_layer(model)))
+    predict_base_cache(model, mx.array(ids[:, 34:]), cache)
+    held, _ = repaired_by_hand(model, oracle, ids[:, :34])
+    expected, positions = repaired_by_hand(model, oracle, ids, held, held)
+    assert positions.min() >= 34
+    assert_cache_equal(cache, expected)
     for entries, old in zip(entries_of(cache), before, strict=True):
-        np.testing.assert_array_equal(entries.first(6).keys, old.keys)
-        np.testing.assert_array_equal(entries.first(6).values, old.values)
+        np.testing.assert_array_equal(entries.first(34).keys, old.keys)
+        np.testing.assert_array_equal(entries.first(34).values, old.values)
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -98,18 +123,27 @@ def test_recomputing_everything_is_full_prefill(name):
     assert_cache_equal(predict_base_cache(model, ids), entries_of(base_prefill(model, ids)))
 
 
-def test_worst_tokens_are_counted_per_sequence_and_rise():
-    deviations = mx.array([[0.0, 5.0, 1.0, 4.0], [9.0, 0.0, 8.0, 7.0]])
-    assert worst_tokens(deviations, 0.5).tolist() == [[1, 3], [0, 2]]
-    assert worst_tokens(deviations, 0.1).shape == (2, 0)
+def test_the_largest_are_found_per_sequence_and_rise():
+    numbers = mx.array([[0.0, 5.0, 1.0, 4.0], [9.0, 0.0, 8.0, 7.0]])
+    assert largest(numbers, 2).tolist() == [[1, 3], [0, 2]]
+    assert largest(numbers, 0).shape == (2, 0)
 
 
-def test_an_arm_sets_its_own_ratio():
+def test_what_the_end_attends_to_decides_where_all_deviate_alike():
+    model, _ = repairing("llama prefix", 0.6)
+    model.predictor.deviation.linear.weight = mx.zeros_like(model.predictor.deviation.linear.weight)
+    ids, entries = token_ids(40), []
+    for seed in (1, 2):
+        ids[:, -ASKING_TOKENS:] = token_ids(ASKING_TOKENS, seed=seed)
+        entries.append(entries_of(predict_base_cache(model, mx.array(ids)))[-1].keys[:, :, :-ASKING_TOKENS])
+    assert np.abs(entries[0] - entries[1]).max() > 1e-3
+
+
+def test_an_arm_sets_its_own_ratio_and_tail():
     model, _ = repairing("llama prefix", 0.0)
-    ids = mx.array(token_ids(12))
+    ids = mx.array(token_ids(40))
     _, found = arm_prefill(model, parse_arm("kvp-2-0.5"), ids)
-    expected = predict_base_cache(replace(model, recompute=0.5), ids[:, :9])
-    base_prefill(model, ids[:, 9:11], expected)
+    expected = predict_base_cache(replace(model, recompute=0.5), ids[:, :-1], exact_tail=2)
     assert_cache_equal(found, entries_of(expected))
     assert parse_arm("kvp-0-0").numbers == (0, 0.0)
 

@@ -99,9 +99,7 @@ class ContextMeasurement:
             run_layers(alone, right, cache)
             return token_losses(alone, cache, rest)
         ids = right if arm == "kvp" else other
-        head = ids.shape[1] - self.exact_tail
-        cache = predict_base_cache(model, ids[:, :head])
-        return token_losses(model.base, base_prefill(model, ids[:, head:], cache) if self.exact_tail else cache, rest)
+        return token_losses(model.base, predict_base_cache(model, ids, exact_tail=self.exact_tail), rest)
 
     def summary(self, losses: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return the JSON of losses (documents, continuation_tokens) by arm."""
