@@ -2,7 +2,7 @@
 
 full          the base reads all of the prompt
 kvp, kvp-N    the predicted cache; the base reads N more tokens itself, those before the last
-kvp-N-R       as kvp-N, and the base reads the share R whose prediction will be worst
+kvp-N-R       as kvp-N, and the base reads the share R whose prediction would do most harm
 auxiliary     the auxiliary answers alone (a prefix: its layers under the base's norm and head)
 layers-R      the base with a share R of its layers answers alone (0.75, 0.5 or 0.25)
 random-R      the base reads a random share R of the prompt

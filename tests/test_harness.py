@@ -48,7 +48,7 @@ def test_generation_agrees(trivia: Path, fitted: Path, base_dir: Path, tmp_path:
     items = triviaqa_items([str(trivia)], 0, 0)
     records = [{"question": item.prompt[10:-8], "answers": item.answers} for item in items]
     data = [str(in_their_order(tmp_path / "same.jsonl", items, records))]
-    ours = [measure_generation("triviaqa")(model, parse_arm("full"), item) for item in items]
+    ours = list(measure_generation("triviaqa")(model, [(parse_arm("full"), item) for item in items]))
     for lm in (KVPLM(model, "full"), mlx_lms_adapter(base_dir)):
         theirs = samples(run_harness(lm, ["kvp_triviaqa"], data=data, shots=0), "kvp_triviaqa")
         assert [sample["arguments"][0][0] for sample in theirs] == [item.prompt for item in items]
@@ -83,7 +83,7 @@ def test_likelihood_agrees(fitted: Path, base_dir: Path, tmp_path: Path) -> None
         "doc_to_choice": "{{choices}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    ours = [measure_choice("continuation")(model, parse_arm("full"), item) for item in items]
+    ours = list(measure_choice("continuation")(model, [(parse_arm("full"), item) for item in items]))
     for lm in (KVPLM(model, "full"), mlx_lms_adapter(base_dir)):
         theirs = samples(simple_evaluate(lm, tasks=[task], **how), "choices")
         assert [sample["acc"] for sample in theirs] == [row["metrics"]["accuracy"] for row in ours]
@@ -94,7 +94,7 @@ def test_likelihood_agrees(fitted: Path, base_dir: Path, tmp_path: Path) -> None
     for scoring in ("continuation", "predicted"):
         predicted = KVPLM(model, "kvp", scoring)
         theirs = samples(simple_evaluate(predicted, tasks=[task], **how), "choices")
-        mine = [measure_choice(scoring)(model, parse_arm("kvp"), item) for item in items]
+        mine = list(measure_choice(scoring)(model, [(parse_arm("kvp"), item) for item in items]))
         for sample, row in zip(theirs, mine, strict=True):
             found = [float(likelihood) for likelihood, _ in sample["filtered_resps"]]
             assert found == pytest.approx(row["likelihoods"], abs=1e-3)

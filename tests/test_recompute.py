@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from support.oracle import Entries, rotate, split_heads
+from support.oracle import rotate, split_heads
 from support.tiny import assert_cache_equal, entries_of, llama, openelm, paired, prefixed, small_llama, token_ids
 
 from kvp_mlx import load

@@ -14,11 +14,11 @@ from support.losses import log_softmax
 from support.tiny import chat_tokenizer, itself, llama, paired, prefixed, small_llama, token_ids
 
 import kvp_mlx
-from kvp_mlx.arms import parse_arm
+from kvp_mlx.arms import arm_prefill, parse_arm
 from kvp_mlx.errors import InputError
-from kvp_mlx.evaluate.answer import continuation_losses, generate, predicted_losses
+from kvp_mlx.evaluate.answer import Question, continuation_losses, generate, predicted_losses
 from kvp_mlx.evaluate.loop import run_items, summarise
-from kvp_mlx.evaluate.measures import measure_chat, measure_choice, split_choices
+from kvp_mlx.evaluate.measures import measure_chat, measure_choice, seeded_sampler, split_choices
 from kvp_mlx.evaluate.records import read_texts
 from kvp_mlx.evaluate.tasks import (
     Item,
@@ -208,18 +208,50 @@ def test_hidden_things_stand_where_the_grid_says(items: Any, fitted: Path) -> No
         assert len(tokenizer.encode(passage)) <= item.extra["length"] + 40
 
 
-def test_generate_is_mlx_lms(fitted: Path) -> None:
+def mlx_lms_tokens(model: Any, answering: Any, cache: Any, last: list[int], count: int) -> list[int]:
+    steps = generate_step(mx.array(last), answering, max_tokens=count, prompt_cache=cache)
+    tokens = []
+    for token, _ in steps:
+        tokens.append(int(token))
+        if token in model.text_tokenizer.eos_token_ids:
+            break
+    return tokens
+
+
+def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> None:
+    model = kvp_mlx.load(str(fitted))
+    encoded = [model.text_tokenizer.encode(TEXT[start : start + 60 + 9 * start]) for start in range(4)]
+    arms = [parse_arm(name) for name in ("full", "kvp-4", "auxiliary", "lazy-0.5-0.25")]
+    questions = [Question(arm, ids) for ids in encoded for arm in arms]
+    answers = generate(model, questions, max_tokens=8)
+    for question, (answer,) in zip(questions, answers, strict=True):
+        answering, cache = arm_prefill(model, question.arm, mx.array([question.ids]))
+        expected = mlx_lms_tokens(model, answering, cache, question.ids[-1:], 8)
+        assert answer.tokens == expected
+        assert answer.text == model.text_tokenizer.decode(expected)
+        assert answer.ttft_ms > 0
+    text = answers[0][0].text
+    mark = text[len(text) // 2 :][:2]
+    stopped = generate(model, questions, stop=[mark], max_tokens=8)
+    for (whole,), (cut,) in zip(answers, stopped, strict=True):
+        assert cut.text == whole.text.split(mark)[0]
+        assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    with pytest.raises(InputError, match="context window"):
+        generate(model, [Question(arms[0], encoded[0] * 40)], max_tokens=8)
+
+
+def test_samples_are_drawn_alike_in_any_batch(fitted: Path) -> None:
     model = kvp_mlx.load(str(fitted))
     ids = model.text_tokenizer.encode(TEXT[:80])
-    expected = [int(token) for token, _ in generate_step(mx.array(ids), model.base, max_tokens=8)]
-    answer = generate(model, parse_arm("full"), ids, max_tokens=8)
-    assert answer.tokens == expected
-    text = model.text_tokenizer.decode(expected)
-    assert answer.text == text
-    mark = text[len(text) // 2 :][:2]
-    assert generate(model, parse_arm("full"), ids, max_tokens=8, stop=[mark]).text == text[: text.find(mark)]
-    with pytest.raises(InputError, match="context window"):
-        generate(model, parse_arm("full"), ids * 40, max_tokens=8)
+
+    def drawn(numbers: list[int]) -> list[list[int]]:
+        samplers = tuple(seeded_sampler(0.9, number) for number in numbers)
+        (answers,) = generate(model, [Question(parse_arm("kvp"), ids, samplers)], max_tokens=8)
+        return [answer.tokens for answer in answers]
+
+    together = drawn([1, 2, 3])
+    assert [drawn([number])[0] for number in (1, 2, 3)] == together
+    assert len(set(map(tuple, together))) > 1
 
 
 @pytest.mark.parametrize("kind", ["prefix", "model"])
@@ -257,7 +289,7 @@ def test_the_likeliest_choice_wins() -> None:
     assert [len(choice) for choice in choices] == [2, 1, 3]
     sums = [-continuation_losses(model, parse_arm("full"), prompt, [choice])[0][0].sum() for choice in choices]
     for scoring in ("continuation", "predicted"):
-        row = measure_choice(scoring)(model, parse_arm("kvp"), item)
+        (row,) = measure_choice(scoring)(model, [(parse_arm("kvp"), item)])
         assert row["likelihoods"] == pytest.approx(sums, abs=1e-3)
         assert row["score"] == float(np.argmax(sums) == 1)
 

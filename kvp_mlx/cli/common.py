@@ -75,7 +75,7 @@ Recompute = Annotated[
         "--recompute",
         min=0.0,
         max=1.0,
-        help="Share of the prompt's tokens, the worst predicted, that the base reads itself (default: the bundle's).",
+        help="Share of the prompt's tokens that the base reads itself, where it matters most (default: the bundle's).",
     ),
 ]
 AllowMismatch = Annotated[

@@ -8,18 +8,27 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..arms import Arm, arm_prefill
 from ..bundle import KVPModel
 from ..errors import InputError
 from ..families import Cache, output_head, run_layers
-from ..first_token import stream_first_token_early
-from ..pipeline import check_context, default_step_size, predict_base_cache
+from ..pipeline import check_context, predict_base_cache
 from ..train.objectives import PredictedOnlyCache
 
 Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt to be answered by an arm, once per sampler (None: greedy)."""
+
+    arm: Arm
+    ids: list[int]
+    samplers: tuple[Sampler | None, ...] = (None,)
 
 
 @dataclass(frozen=True)
@@ -32,41 +41,106 @@ class Answer:
 
 
 def generate(
-    model: KVPModel,
-    arm: Arm,
-    ids: list[int],
-    *,
-    stop: Sequence[str] = (),
-    max_tokens: int,
-    sampler: Sampler | None = None,
-) -> Answer:
-    """Let an arm answer a prompt (greedy without a ``sampler``).
+    model: KVPModel, questions: Sequence[Question], *, stop: Sequence[str] = (), max_tokens: int
+) -> list[list[Answer]]:
+    """Let arms answer prompts: each reads alone, which is timed; then answers of one model are decoded side by side.
+
+    Args:
+        model: the bundle.
+        questions: what is asked; all their caches are in memory together.
+        stop: strings that end an answer.
+        max_tokens: of an answer, at most.
+
+    Returns:
+        For each question an answer per sampler.
 
     Raises:
-        InputError: the prompt does not fit the context window.
+        InputError: a prompt does not fit the context window.
     """
-    check_context(model, len(ids), max_tokens)
-    start, ttft_ms, text, tokens = time.perf_counter(), 0.0, "", []
-    answering, cache = arm_prefill(model, arm, mx.array([ids]))
-    options: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
-    is_cpu = mx.default_device().type == mx.DeviceType.cpu
-    stream = stream_first_token_early if is_cpu else stream_generate  # as ``pipeline.decode`` does
-    pieces = stream(
-        answering,
-        model.text_tokenizer,
-        mx.array(ids[-1:]),
-        max_tokens=max_tokens,
-        prompt_cache=cache,
-        prefill_step_size=default_step_size(),
-        **options,
+    for question in questions:
+        check_context(model, len(question.ids), max_tokens)
+    read = [timed_prefill(model, question.arm, question.ids) for question in questions]
+    groups: dict[Any, list[int]] = {}
+    for number, (question, (answering, cache, _)) in enumerate(zip(questions, read, strict=True)):
+        is_uneven = len({layer.offset for layer in cache}) > 1  # LazyLLM's, which no batch takes
+        key = number if is_uneven else "base" if answering is model.base else question.arm.name
+        groups.setdefault(key, []).append(number)
+    answers: list[list[Answer]] = [[] for _ in questions]
+    for key, numbers in groups.items():
+        decode = decode_alone if isinstance(key, int) else decode_together
+        asked = [(number, sampler) for number in numbers for sampler in questions[number].samplers]
+        replies = [Reply(questions[n].ids[-1], read[n][1], sampler, model.text_tokenizer, stop) for n, sampler in asked]
+        decode(read[numbers[0]][0], replies, max_tokens)
+        for (number, _), reply in zip(asked, replies, strict=True):
+            answers[number].append(Answer(before(reply.text, stop), reply.tokens, read[number][2]))
+    return answers
+
+
+class Reply:
+    """An answer as it is decoded.
+
+    Attributes:
+        last: the prompt's last token.
+        cache: holds the tokens before it; the answers to one question share it.
+        tokens: those generated so far.
+    """
+
+    def __init__(
+        self, last: int, cache: Cache, sampler: Sampler | None, tokenizer: TokenizerWrapper, stop: Sequence[str]
+    ):
+        self.last, self.cache, self.sampler = last, cache, sampler
+        self.tokens: list[int] = []
+        self._tokenizer, self._stop = tokenizer, stop
+        self._detokenizer = tokenizer.detokenizer
+
+    @property
+    def text(self) -> str:
+        """What the tokens say, an end mark aside."""
+        self._detokenizer.finalize()
+        return str(self._detokenizer.text)
+
+    def add(self, token: int) -> bool:
+        """Add a token; returns whether the answer goes on."""
+        self.tokens.append(token)
+        if token in self._tokenizer.eos_token_ids:
+            return False
+        self._detokenizer.add_token(token)
+        return not any(mark in self._detokenizer.text for mark in self._stop)
+
+
+def decode_together(answering: nn.Module, replies: Sequence[Reply], max_tokens: int) -> None:
+    """Decode replies in one batch; caches are left as they are."""
+    batch = BatchGenerator(answering, completion_batch_size=len(replies), prefill_batch_size=len(replies))
+    numbers = batch.insert(
+        [[reply.last] for reply in replies],
+        [max_tokens] * len(replies),
+        caches=[reply.cache for reply in replies],
+        samplers=[reply.sampler for reply in replies],
     )
-    for piece in pieces:
-        ttft_ms = ttft_ms or 1e3 * (time.perf_counter() - start)
-        text += piece.text
-        tokens.append(piece.token)
-        if any(mark in text for mark in stop):
-            break
-    return Answer(before(text, stop), tokens, ttft_ms)
+    by_number = dict(zip(numbers, replies, strict=True))
+    try:
+        while responses := batch.next_generated():
+            ended = [each.uid for each in responses if not by_number[each.uid].add(each.token)]
+            batch.remove([number for number in ended if number not in finished(responses)])
+    finally:
+        batch.close()
+
+
+def finished(responses: Sequence[Any]) -> set[int]:
+    """Return the numbers of the replies that a batch has let go itself."""
+    return {each.uid for each in responses if each.finish_reason is not None}
+
+
+def decode_alone(answering: nn.Module, replies: Sequence[Reply], max_tokens: int) -> None:
+    """Decode replies one after another; caches are left as they are."""
+    for reply in replies:
+        cache = repeated(answering, reply.cache, 1)
+        steps = generate_step(
+            mx.array([reply.last]), answering, max_tokens=max_tokens, prompt_cache=cache, sampler=reply.sampler
+        )
+        for token, _ in steps:
+            if not reply.add(int(token)):
+                break
 
 
 def before(text: str, stop: Sequence[str]) -> str:

@@ -67,7 +67,8 @@ def count_needles(model: KVPModel, needles: Sequence[Item]) -> dict[str, int]:
     """Return how many hidden numbers each arm says, and ``of`` how many."""
     measure, found = measure_generation("needle"), {"of": len(needles)}
     for name in NEEDLE_ARMS:
-        found[name] = sum(int(measure(model, parse_arm(name), item)["score"]) for item in needles)
+        rows = measure(model, [(parse_arm(name), item) for item in needles])
+        found[name] = sum(int(row["score"]) for row in rows)
     return found
 
 

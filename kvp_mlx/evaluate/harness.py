@@ -15,7 +15,7 @@ from ..bundle import KVPModel
 from ..errors import InputError
 from ..families import Cache
 from ..train.text import data_files
-from .answer import generate, predicted_losses
+from .answer import Question, generate, predicted_losses
 from .measures import split_choices
 
 try:
@@ -74,10 +74,9 @@ class KVPLM(MLXLM):
         for request in requests:
             prompt, options = request.args
             until = options.get("until", [])
-            answer = generate(
+            ((answer,),) = generate(
                 self.model,
-                self.arm,
-                self.tokenizer.encode(prompt),
+                [Question(self.arm, self.tokenizer.encode(prompt))],
                 stop=[until] if isinstance(until, str) else until,
                 max_tokens=options.get("max_gen_toks", MAX_TOKENS),
             )

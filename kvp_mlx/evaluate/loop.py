@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from .scores import bootstrap, bootstrap_ratio
 from .tasks import Item
 
 Row = dict[str, Any]
-Measure = Callable[[KVPModel, Arm, Item], Row]
+Asked = tuple[Arm, Item]
+Measure = Callable[[KVPModel, Sequence[Asked]], Iterable[Row]]
+"""What arms do with items, a row for each in order; generated answers come in batches."""
+BATCH = 32
+"""Rows that are asked for at once."""
 EQUAL_TTFT = 1.1
 """A token-pruning arm up to this much slower still counts as equally fast: the measurement's spread, at our expense."""
 
@@ -38,7 +42,7 @@ def run_items(
         model: the bundle.
         arms: ways to the first token; of one item they follow one another, so that a slow hour hits all alike.
         items: what is asked.
-        measure: what one arm does with one item.
+        measure: see ``Measure``.
         recipe: what the rows depend on besides; a log of another recipe is refused.
         log: JSONL, the recipe first, then a row per item and arm as soon as it is known.
         progress: called with (rows done, rows in all).
@@ -50,18 +54,29 @@ def run_items(
         InputError: the log is of another recipe or no log.
     """
     done = open_log(log, recipe) if log else {}
-    rows, total = [], len(items) * len(arms)
-    for item in items:
-        for arm in arms:
-            key = item.id, arm.name
-            if key not in done:
-                row = {"item": item.id, "arm": arm.name} | measure(model, arm, item)
-                if log:
-                    append_line(log, row)
-                done[key] = json.loads(json.dumps(row))
-            rows.append(done[key])
-            progress(len(rows), total)
-    return rows
+    asked = [(arm, item) for item in items for arm in arms]
+    missing = [(arm, item) for arm, item in asked if (item.id, arm.name) not in done]
+    known = len(asked) - len(missing)
+    progress(known, len(asked))
+    for start in range(0, len(missing), BATCH):
+        batch = missing[start : start + BATCH]
+        for number, ((arm, item), found) in enumerate(zip(batch, measure(model, batch), strict=True), 1):
+            row = {"item": item.id, "arm": arm.name} | found
+            if log:
+                append_line(log, row)
+            done[item.id, arm.name] = json.loads(json.dumps(row))
+            progress(known + start + number, len(asked))
+    return [done[item.id, arm.name] for arm, item in asked]
+
+
+def one_by_one(measure: Callable[[KVPModel, Arm, Item], Row]) -> Measure:
+    """Return how many are measured, given how one is."""
+
+    def measure_all(model: KVPModel, asked: Sequence[Asked]) -> Iterator[Row]:
+        for arm, item in asked:
+            yield measure(model, arm, item)
+
+    return measure_all
 
 
 def open_log(log: Path, recipe: dict[str, Any]) -> dict[tuple[str, str], Row]:

@@ -1,24 +1,24 @@
-"""How each task is measured: what one arm does with one item, as a row of the log (see ``loop``)."""
+"""How each task is measured: what arms do with items, as rows of the log (see ``loop``)."""
 
 import math
-import statistics
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import apply_top_p
 
 from ..arms import Arm
 from ..bundle import KVPModel
-from .answer import continuation_losses, generate, predicted_losses, reply_log_probabilities
-from .loop import Measure, Row
+from .answer import Question, Sampler, continuation_losses, generate, predicted_losses, reply_log_probabilities
+from .loop import BATCH, Asked, Measure, Row, one_by_one
 from .sandbox import passes
 from .scores import pass_at_k
 from .tasks import GENERATIONS, HUMANEVAL_MAX_TOKENS, HUMANEVAL_STOP, Item, humaneval_program
 
 CHAT_TOKENS = 16
+TOP_P = 0.95
 
 
 def encode_item(model: KVPModel, text: str, chat: bool) -> list[int]:
@@ -33,11 +33,13 @@ def measure_generation(task: str, max_tokens: int | None = None) -> Measure:
     """Return how a task with one greedy answer is measured."""
     form = GENERATIONS[task]
 
-    def measure(model: KVPModel, arm: Arm, item: Item) -> Row:
-        ids = encode_item(model, item.prompt, form.chat)
-        answer = generate(model, arm, ids, stop=form.stop, max_tokens=max_tokens or form.max_tokens)
-        metrics = form.score(item, answer.text)
-        return _row(next(iter(metrics.values())), metrics, answer.ttft_ms, len(ids), text=answer.text)
+    def measure(model: KVPModel, asked: Sequence[Asked]) -> Iterator[Row]:
+        questions = [Question(arm, encode_item(model, item.prompt, form.chat)) for arm, item in asked]
+        answers = generate(model, questions, stop=form.stop, max_tokens=max_tokens or form.max_tokens)
+        for question, (_, item), (answer,) in zip(questions, asked, answers, strict=True):
+            metrics = form.score(item, answer.text)
+            score = next(iter(metrics.values()))
+            yield _row(score, metrics, answer.ttft_ms, len(question.ids), text=answer.text)
 
     return measure
 
@@ -67,7 +69,7 @@ def measure_choice(scoring: str) -> Measure:
         }
         return _row(right["accuracy"], right, ttft_ms, len(prompt), likelihoods=likelihoods)
 
-    return measure
+    return one_by_one(measure)
 
 
 def split_choices(model: KVPModel, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -77,6 +79,7 @@ def split_choices(model: KVPModel, prompt: str, choices: Sequence[str]) -> tuple
     return ids, [encode(prompt + choice)[len(ids) :] for choice in choices]
 
 
+@one_by_one
 def measure_perplexity(model: KVPModel, arm: Arm, item: Item) -> Row:
     """Return an item's mean negative log-likelihood in nats per token; ``perplexity`` is the exponential of a mean."""
     prompt, rest = item.extra["prompt"], item.extra["rest"]
@@ -89,6 +92,7 @@ def perplexity(values: np.ndarray) -> float:
     return math.exp(values.mean())
 
 
+@one_by_one
 def measure_chat(model: KVPModel, arm: Arm, item: Item) -> Row:
     """Return how an arm agrees with the full model's greedy reply, both being led along that reply.
 
@@ -97,7 +101,8 @@ def measure_chat(model: KVPModel, arm: Arm, item: Item) -> Row:
     """
     ids = encode_item(model, item.prompt, chat=True)
     if "reply" not in item.extra:
-        item.extra["reply"] = generate(model, Arm("full", "full"), ids, max_tokens=CHAT_TOKENS).tokens
+        ((reply,),) = generate(model, [Question(Arm("full", "full"), ids)], max_tokens=CHAT_TOKENS)
+        item.extra["reply"] = reply.tokens
         item.extra["full"], _ = reply_log_probabilities(model, Arm("full", "full"), ids, item.extra["reply"])
     full, reply = item.extra["full"], item.extra["reply"]
     own, ttft_ms = reply_log_probabilities(model, arm, ids, reply)
@@ -111,26 +116,41 @@ def measure_humaneval(samples: int, temperature: float, seed: int) -> Measure:
     """Return how completions are measured: generated, and run in ``sandbox``.
 
     Args:
-        samples: completions per problem; one is greedy, more are drawn with top-p 0.95.
+        samples: completions per problem; one is greedy, more are drawn with top-p ``TOP_P``.
         temperature: of the drawing.
         seed: of the drawing, which every problem, arm and sample has its own of.
     """
 
-    def measure(model: KVPModel, arm: Arm, item: Item) -> Row:
-        ids, answers = encode_item(model, item.prompt, chat=False), []
-        sampler = make_sampler(temp=temperature, top_p=0.95) if samples > 1 else None
-        for number in range(samples):
-            mx.random.seed(hash_of(f"{seed} {item.id} {number}"))
-            answers.append(
-                generate(model, arm, ids, stop=HUMANEVAL_STOP, max_tokens=HUMANEVAL_MAX_TOKENS, sampler=sampler)
-            )
-        passed = [passes(humaneval_program(item, answer.text)) for answer in answers]
-        metrics = {f"pass@{k}": pass_at_k(samples, sum(passed), k) for k in (1, 10, 100) if k <= samples}
-        times = [answer.ttft_ms for answer in answers]
-        texts = [answer.text for answer in answers]
-        return _row(metrics["pass@1"], metrics, statistics.median(times), len(ids), passed=passed, texts=texts)
+    def measure(model: KVPModel, asked: Sequence[Asked]) -> Iterator[Row]:
+        for start in range(0, len(asked), step := max(1, BATCH // samples)):
+            batch = asked[start : start + step]
+            questions = [
+                Question(arm, encode_item(model, item.prompt, chat=False), samplers_of(item)) for arm, item in batch
+            ]
+            found = generate(model, questions, stop=HUMANEVAL_STOP, max_tokens=HUMANEVAL_MAX_TOKENS)
+            for question, (_, item), answers in zip(questions, batch, found, strict=True):
+                texts = [answer.text for answer in answers]
+                passed = [passes(humaneval_program(item, text)) for text in texts]
+                metrics = {f"pass@{k}": pass_at_k(samples, sum(passed), k) for k in (1, 10, 100) if k <= samples}
+                prompt_tokens, ttft_ms = len(question.ids), answers[0].ttft_ms
+                yield _row(metrics["pass@1"], metrics, ttft_ms, prompt_tokens, passed=passed, texts=texts)
+
+    def samplers_of(item: Item) -> tuple[Sampler | None, ...]:
+        seeds = [hash_of(f"{seed} {item.id} {number}") for number in range(samples)]
+        return tuple(seeded_sampler(temperature, each) for each in seeds) if samples > 1 else (None,)
 
     return measure
+
+
+def seeded_sampler(temperature: float, seed: int) -> Sampler:
+    """Return a sampler with top-p 0.95 and random numbers of its own, so that it draws alike in any batch."""
+    keys = [mx.random.key(seed)]
+
+    def sample(logprobs: mx.array) -> mx.array:
+        keys[0], key = mx.random.split(keys[0])
+        return mx.random.categorical(apply_top_p(logprobs, TOP_P) / temperature, key=key)
+
+    return sample
 
 
 def hash_of(text: str) -> int:

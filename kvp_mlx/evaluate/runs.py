@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..arms import Arm
 from ..bench.machine import describe_machine
 from ..blas import openblas_threads
@@ -28,7 +29,7 @@ class Run:
     Attributes:
         task: its name.
         items: returns what is asked, given the bundle; a larger limit extends what a smaller one asks.
-        measure: what one arm does with one item.
+        measure: what arms do with items.
         limit: items at most.
         seed: orders the items, and draws what is drawn.
         options: what the rows depend on besides.
@@ -69,8 +70,15 @@ def carry_out(
         The task's JSON document: ``summarise``'s, the grid of tasks that have one, the bundle and the recipe.
     """
     items = run.items(model)[: run.limit]
-    known = {"seed": run.seed, "first_prompt": measures.hash_of(items[0].prompt)}  # the wording is part of a task
-    recipe = {"task": run.task, **weights(model, name), "recompute": model.recompute, **known, **run.options}
+    recipe = {
+        "task": run.task,
+        "kvp_mlx": __version__,
+        **weights(model, name),
+        "recompute": model.recompute,
+        "seed": run.seed,
+        "first_prompt": measures.hash_of(items[0].prompt),  # the wording is part of a task
+        **run.options,
+    }
     rows = run_items(model, arms, items, run.measure, recipe=recipe, log=log, progress=progress)
     document = summarise(run.task, model, arms, rows, statistic=run.statistic)
     if run.has_grid:
