@@ -72,7 +72,7 @@ def generate(
         replies = [Reply(questions[n].ids[-1], read[n][1], sampler, model.text_tokenizer, stop) for n, sampler in asked]
         decode(read[numbers[0]][0], replies, max_tokens)
         for (number, _), reply in zip(asked, replies, strict=True):
-            answers[number].append(Answer(before(reply.text, stop), reply.tokens, read[number][2]))
+            answers[number].append(Answer(before(reply.whole_text(), stop), reply.tokens, read[number][2]))
     return answers
 
 
@@ -93,9 +93,8 @@ class Reply:
         self._tokenizer, self._stop = tokenizer, stop
         self._detokenizer = tokenizer.detokenizer
 
-    @property
-    def text(self) -> str:
-        """What the tokens say, an end mark aside."""
+    def whole_text(self) -> str:
+        """Return what the tokens say, an end mark aside; the last thing to be called."""
         self._detokenizer.finalize()
         return str(self._detokenizer.text)
 
