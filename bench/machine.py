@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import __version__
+
 MAX_SECONDS = 1.0
 
 
@@ -26,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
-        "kvp_mlx": version("kvp-mlx"),
+        "kvp_mlx": __version__,
         "commit": commit(),
         **(mac_details() if platform.system() == "Darwin" else {}),
     }

@@ -16,7 +16,7 @@ PAPER_POINTS = {
 PARTS = {
     "auxiliary_prefill_ms": "auxiliary prefill",
     "predict_ms": "prediction",
-    "recompute_ms": "recomputation",
+    "recompute_ms": "the base's own reading",
     "first_step_ms": "first step",
 }
 

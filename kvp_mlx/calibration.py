@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import __version__
 from .bundle import KVPModel
 from .files import cache_dir, write_json
 
@@ -43,7 +44,8 @@ def _read() -> dict[str, Any]:
 
 
 def _key(model: KVPModel) -> str:
-    """Return what a threshold holds for: this bundle's shapes on this device."""
+    """Return what a threshold holds for: this version's way of reading, this bundle's shapes, this device."""
     shapes = model.config.model_dump_json(include={"base", "auxiliary", "predictor"})
     device = mx.device_info().get("device_name", "")
-    return f"{mx.default_device().type.name} {device} {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(shapes.encode()).hexdigest()[:16]
+    return f"{__version__} {mx.default_device().type.name} {device} {digest}"

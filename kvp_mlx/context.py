@@ -69,13 +69,13 @@ class Context:
         exact_tail: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        """Bring the caches up to the last of ``ids`` (predicting: up to the exact tail); what they hold stays.
+        """Bring the caches up to the last of ``ids``; what they hold stays.
 
         Args:
             ids: token ids that begin with ``tokens``.
             path: ``full`` or ``kvp``.
             exact_head: predicting, the base itself reads this many of the first ``ids``.
-            exact_tail: predicting, this many before the last are left for the base.
+            exact_tail: predicting, the base itself reads this many before the last.
             progress: called with (tokens done, tokens to do) after every chunk; it may raise to stop the reading.
         """
         held = len(self.tokens)
@@ -90,6 +90,10 @@ class Context:
                 exact_tail=exact_tail,
                 progress=progress,
             )
+        except BaseException:
+            if path == "kvp":  # what was predicted still lacks what the base would have read of it
+                self.keep(max(held, exact_head))
+            raise
         finally:
             self.grown_to(ids, len(ids) if path == "full" else max(held, exact_head))
 

@@ -209,11 +209,13 @@ def predict_base_cache(
         One mlx-lm ``KVCache`` per base layer, evaluated, T positions longer.
 
     Raises:
-        InputError: the auxiliary has not read what the base's cache holds.
+        InputError: the auxiliary has not read what the base's cache holds, or a negative exact tail.
     """
     cache = make_prompt_cache(model.base) if cache is None else cache
     auxiliary_cache = auxiliary_cache_for(model, cache) if auxiliary_cache is None else auxiliary_cache
     times = PrefillTimes() if times is None else times
+    if exact_tail < 0:
+        raise InputError(f"exact_tail counts tokens, so it cannot be {exact_tail}.")
     if auxiliary_cache[0].offset != cache[0].offset:
         raise InputError(
             f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "

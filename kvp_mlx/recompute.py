@@ -61,6 +61,9 @@ def repair(
 ) -> int:
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
+    The share holds the last ``ASKING_TOKENS`` in any case, and beside these the tokens whose prediction would do most
+    harm. Only the T newest are chosen from: what an earlier turn left in the cache stays as it is.
+
     Args:
         model: the bundle; ``recompute`` is the share.
         x: what ``first_layer`` takes of the T newest tokens in the cache: the residual stream ``(B, T, hidden)``, or

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from support.mirror import Mirror, stop_reading
+from support.mirror import Mirror, StopReadingError, stop_reading
 from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, pruned, small_llama
 
 from kvp_mlx.context import Context, refine
@@ -47,6 +47,26 @@ def test_refinement_gives_the_cache_of_full_prefill(kind, chunk):
     refine(context, chunk_tokens=chunk)
     assert context.exact_tokens == len(context.tokens) == 32
     assert largest_difference(context, true) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_whose_reading_was_stopped_is_read_again_with_its_tail(kind):
+    model, _ = KINDS[kind]()
+    ids = np.random.default_rng(5).integers(5, 97, 40).tolist()
+    stopped, whole = Context(model), Context(model)
+    for context in (stopped, whole):
+        context.read(ids[:8], "full")
+
+    def stop_at_the_end(done, total):
+        if done == total:
+            raise StopReadingError
+
+    with pytest.raises(StopReadingError):
+        stopped.read(ids, "kvp", exact_tail=6, progress=stop_at_the_end)
+    assert len(stopped.tokens) == stopped.exact_tokens == 7
+    for context in (stopped, whole):
+        context.read(ids, "kvp", exact_tail=6)
+    assert largest_difference(stopped, entries_of(whole.cache)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -178,13 +178,15 @@ def test_predictions_count_on_from_what_the_cache_holds(name):
 def test_the_base_reads_an_exact_tail_on_top_of_the_prediction(name, tail):
     model, oracle = setup(name)
     ids = token_ids(10)
-    cache = predict_base_cache(model, mx.array(ids[:, : 9 - tail]))
+    cache = predict_base_cache(model, mx.array(ids[:, :9]), exact_tail=tail, prefill_step_size=4)
     (piece,) = decode(with_tokenizer(model), ids[0].tolist(), cache, max_tokens=1)
     expected = oracle.base.forward(ids[:, 9 - tail :], oracle.prefill(ids[:, : 9 - tail])[0])
     logits = expected.logits[0, -1]
     logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
     np.testing.assert_allclose(piece.logprobs, logprobs, atol=1e-4)
     assert_cache_equal([trimmed(layer, 10) for layer in cache], expected.cache)
+    with pytest.raises(InputError, match="-1"):
+        predict_base_cache(model, mx.array(ids), exact_tail=-1)
 
 
 @pytest.mark.parametrize("step_size", [1, 4, 100])

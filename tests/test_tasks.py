@@ -1,6 +1,7 @@
 """`kvp eval TASK` on tiny models: what is asked and scored, the JSON contract, and logs that survive a kill."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.tiny import chat_tokenizer, itself, llama, paired, prefixed, small_
 import kvp_mlx
 from kvp_mlx.arms import arm_prefill, parse_arm
 from kvp_mlx.errors import InputError
+from kvp_mlx.evaluate import answer
 from kvp_mlx.evaluate.answer import Question, continuation_losses, generate, predicted_losses
 from kvp_mlx.evaluate.loop import run_items, summarise
 from kvp_mlx.evaluate.measures import measure_chat, measure_choice, seeded_sampler, split_choices
@@ -32,6 +34,7 @@ from kvp_mlx.evaluate.tasks import (
     score_quote,
     triviaqa_items,
 )
+from kvp_mlx.train.deviation import with_estimator
 
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "triviaqa": [{"question": f"the old town {i}?", "answers": ["the lamp", "lamp"]} for i in range(4)],
@@ -224,31 +227,36 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
     arms = [parse_arm(name) for name in ("full", "kvp-4", "auxiliary", "lazy-0.5-0.25")]
     questions = [Question(arm, ids) for ids in encoded for arm in arms]
     answers = generate(model, questions, max_tokens=8)
-    for question, (answer,) in zip(questions, answers, strict=True):
+    for question, (found,) in zip(questions, answers, strict=True):
         answering, cache = arm_prefill(model, question.arm, mx.array([question.ids]))
         expected = mlx_lms_tokens(model, answering, cache, question.ids[-1:], 8)
-        assert answer.tokens == expected
-        assert answer.text == model.text_tokenizer.decode(expected)
-        assert answer.ttft_ms > 0
+        assert found.tokens == expected
+        assert found.text == model.text_tokenizer.decode(expected)
+        assert found.ttft_ms > 0
     text = answers[0][0].text
     mark = text[len(text) // 2 :][:2]
     stopped = generate(model, questions, stop=[mark], max_tokens=8)
+    lengths = []
     for (whole,), (cut,) in zip(answers, stopped, strict=True):
         assert cut.text == whole.text.split(mark)[0]
         assert cut.tokens == whole.tokens[: len(cut.tokens)]
+        lengths.append((len(cut.tokens), len(whole.tokens)))
+    assert lengths[0][0] < lengths[0][1]  # stopped, not cut afterwards
+    assert any(cut == whole for cut, whole in lengths)  # while others of its batch went on
     with pytest.raises(InputError, match="context window"):
         generate(model, [Question(arms[0], encoded[0] * 40)], max_tokens=8)
 
 
-def test_samples_are_drawn_alike_in_any_batch(fitted: Path) -> None:
+def test_samples_are_drawn_alike_in_any_batch(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kvp_mlx.load(str(fitted))
     ids = model.text_tokenizer.encode(TEXT[:80])
 
     def drawn(numbers: list[int]) -> list[list[int]]:
         samplers = tuple(seeded_sampler(0.9, number) for number in numbers)
         (answers,) = generate(model, [Question(parse_arm("kvp"), ids, samplers)], max_tokens=8)
-        return [answer.tokens for answer in answers]
+        return [each.tokens for each in answers]
 
+    monkeypatch.setattr(answer, "BATCH_TOKENS", 2 * (len(ids) + 8))  # two at a time, the others wait
     together = drawn([1, 2, 3])
     assert [drawn([number])[0] for number in (1, 2, 3)] == together
     assert len(set(map(tuple, together))) > 1
@@ -279,6 +287,8 @@ def test_continuations_are_scored_as_numpy_does(kind: str) -> None:
     everything, _ = oracle.prefill(np.array([prompt + rest]))
     rows = log_softmax(oracle.base.forward(np.array([prompt + rest]), only=everything).logits)[0, 19:-1]
     np.testing.assert_allclose(predicted_losses(model, prompt, rest), -rows[np.arange(len(rest)), rest], atol=1e-4)
+    repaired = replace(with_estimator(model), recompute=0.5)
+    np.testing.assert_array_equal(predicted_losses(repaired, prompt, rest), predicted_losses(model, prompt, rest))
 
 
 def test_the_likeliest_choice_wins() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +20,8 @@ from ..pipeline import check_context, predict_base_cache
 from ..train.objectives import PredictedOnlyCache
 
 Sampler = Callable[[mx.array], mx.array]
+BATCH_TOKENS = 16_384
+"""Entries per layer that the caches of one batch hold at most."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,10 @@ class Reply:
 
 
 def decode_together(answering: nn.Module, replies: Sequence[Reply], max_tokens: int) -> None:
-    """Decode replies in one batch; caches are left as they are."""
-    batch = BatchGenerator(answering, completion_batch_size=len(replies), prefill_batch_size=len(replies))
+    """Decode replies side by side, as many as ``BATCH_TOKENS`` allows; caches are left as they are."""
+    longest = max(reply.cache[0].offset for reply in replies) + max_tokens
+    size = max(1, min(len(replies), BATCH_TOKENS // longest))
+    batch = BatchGenerator(answering, completion_batch_size=size, prefill_batch_size=size)
     numbers = batch.insert(
         [[reply.last] for reply in replies],
         [max_tokens] * len(replies),
@@ -211,7 +215,7 @@ def predicted_losses(model: KVPModel, prompt: list[int], continuation: list[int]
     Each position sees the predicted pairs up to its own and none that the base computed, the continuation's too.
     """
     ids = mx.array([[*prompt, *continuation]])
-    cache = predict_base_cache(model, ids[:, :-1])
+    cache = predict_base_cache(replace(model, recompute=0.0), ids[:, :-1])
     hidden, _ = run_layers(model.base, ids[:, :-1], [PredictedOnlyCache(layer) for layer in cache])
     logits = output_head(model.base, hidden[:, len(prompt) - 1 :]).astype(mx.float32)
     chosen = mx.take_along_axis(logits, mx.array([continuation])[..., None], axis=-1)[..., 0]

@@ -44,7 +44,7 @@ def run_items(
         items: what is asked.
         measure: see ``Measure``.
         recipe: what the rows depend on besides; a log of another recipe is refused.
-        log: JSONL, the recipe first, then a row per item and arm as soon as it is known.
+        log: JSONL, the recipe first, then a row per item and arm as soon as it is known, at most ``BATCH`` at once.
         progress: called with (rows done, rows in all).
 
     Returns:
@@ -99,7 +99,7 @@ def open_log(log: Path, recipe: dict[str, Any]) -> dict[tuple[str, str], Row]:
         append_line(log, {"recipe": recipe})
         return {}
     if not isinstance(lines[0], dict) or lines[0].get("recipe") != json.loads(json.dumps(recipe)):
-        raise InputError(f"{log} was begun with another model, data or options; choose another --log.")
+        raise InputError(f"{log} was begun with another version, model, data or options; choose another --log.")
     return {(row["item"], row["arm"]): row for row in lines[1:]}
 
 

@@ -117,7 +117,7 @@ def measure_humaneval(samples: int, temperature: float, seed: int) -> Measure:
 
     Args:
         samples: completions per problem; one is greedy, more are drawn with top-p ``TOP_P``.
-        temperature: of the drawing.
+        temperature: of the drawing; 0 is greedy.
         seed: of the drawing, which every problem, arm and sample has its own of.
     """
 
@@ -136,8 +136,10 @@ def measure_humaneval(samples: int, temperature: float, seed: int) -> Measure:
                 yield _row(metrics["pass@1"], metrics, ttft_ms, prompt_tokens, passed=passed, texts=texts)
 
     def samplers_of(item: Item) -> tuple[Sampler | None, ...]:
+        if samples == 1 or temperature == 0:
+            return (None,) * samples
         seeds = [hash_of(f"{seed} {item.id} {number}") for number in range(samples)]
-        return tuple(seeded_sampler(temperature, each) for each in seeds) if samples > 1 else (None,)
+        return tuple(seeded_sampler(temperature, each) for each in seeds)
 
     return measure
 

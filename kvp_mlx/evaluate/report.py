@@ -154,6 +154,7 @@ def section(document: dict[str, Any]) -> list[str]:
     """Return one document's heading, recipe, table and grid."""
     recipe = document["recipe"]
     known = ", ".join(f"{name} {recipe[name][:19]}" for name in ("base", "predictor"))
+    version = recipe.get("kvp_mlx", "0.1.0")
     data = ", ".join(f"{name} ({digest[:8]})" for name, digest in recipe["data"].items())
     score = METRICS.get(document["task"], "score")
     unit = ", nats per token" if score == "perplexity" else ""
@@ -161,7 +162,7 @@ def section(document: dict[str, Any]) -> list[str]:
         f"## {title(document)}: {data}",
         "",
         f"`{document['file']}`: {document['model']}, n = {document['n']}, {document['prompt_tokens']} prompt tokens "
-        f"(median), seed {recipe['seed']}; {known}. {machine_line(document)}",
+        f"(median), seed {recipe['seed']}; kvp-mlx {version}, {known}. {machine_line(document)}",
         "",
         f"| arm | {score} | 95 % interval | of full | less the full model's{unit} | TTFT | work of prefill |",
         "|---|---|---|---|---|---|---|",

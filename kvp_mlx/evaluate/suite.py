@@ -1,8 +1,8 @@
 """All tasks on one bundle, in order, beside token pruning at equal TTFT.
 
 Resumable, and for any number of processes at once: a process takes the first task whose lock is free, so that two on
-one folder share the work between them; a killed process's locks are free again. Rows are kept under the predictor's
-hash: another bundle begins anew.
+one folder share the work between them; a killed process's locks are free again. Rows are kept under our
+version, the predictor's hash and the share that is recomputed: others begin anew.
 """
 
 import contextlib
