@@ -90,7 +90,7 @@ class Reply:
     def __init__(
         self, last: int, cache: Cache, sampler: Sampler | None, tokenizer: TokenizerWrapper, stop: Sequence[str]
     ):
-        self.last, self.cache, self.sampler = last, cache, sampler
+        self.last, self.cache, self.sampler = last, cache, sampler or greedy
         self.tokens: list[int] = []
         self._tokenizer, self._stop = tokenizer, stop
         self._detokenizer = tokenizer.detokenizer
@@ -107,6 +107,11 @@ class Reply:
             return False
         self._detokenizer.add_token(token)
         return not any(mark in self._detokenizer.text for mark in self._stop)
+
+
+def greedy(logprobs: mx.array) -> mx.array:
+    """Return the likeliest tokens (B,) of log-probabilities (B, vocabulary)."""
+    return mx.argmax(logprobs, axis=-1)
 
 
 def decode_together(answering: nn.Module, replies: Sequence[Reply], max_tokens: int) -> None:
