@@ -116,12 +116,15 @@ def test_wrong_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_demo_shows_both_paths(kvp: Kvp) -> None:
-    outcome = kvp("demo", "--max-tokens", 2)
-    assert outcome.code == 0
-    rows = [line for line in outcome.out.splitlines() if "prefill" in line or "kvp" in line]
-    times = [float(re.search(r"([\d.]+) s", row)[1]) for row in rows if " s " in row]
-    assert len(times) == 3
-    assert times[0] > 1.25 * times[1]  # a quarter of the prompt's tokens is recomputed
+    runs = []
+    for _ in range(2):  # the faster of two, of either path: other work slows single ones
+        outcome = kvp("demo", "--max-tokens", 2)
+        assert outcome.code == 0
+        rows = [line for line in outcome.out.splitlines() if "prefill" in line or "kvp" in line]
+        runs.append([float(re.search(r"([\d.]+) s", row)[1]) for row in rows if " s " in row])
+        assert len(runs[-1]) == 3
+    full, predicted, _ = map(min, zip(*runs, strict=True))
+    assert full > 1.25 * predicted  # a quarter of the prompt's tokens is recomputed
 
 
 def test_shipped_bundle_is_whole(tmp_path: Path, kvp: Kvp) -> None:
