@@ -20,6 +20,7 @@ from .families import Cache, LayerCache, early_exit, only_layers, run_layers, se
 from .layer_map import retained_layers
 from .pipeline import chunks
 from .positions import rope_at
+from .recompute import largest
 
 STATIC_DEPTH = 0.25
 LAZY_DEPTHS = (0.3, 0.9)
@@ -58,7 +59,7 @@ def static_prefill(model: nn.Module, ids: mx.array, retention: float, *, step_si
     """
     rows = last_token_attention(section(model, 0, static_layers(model)), ids, step_size)
     importance = mx.stack([row.mean(axis=1) for row in rows]).mean(axis=0)  # (B, query heads, N-1) -> (B, N-1)
-    return read_kept(model, ids, most_important(importance, kept_count(ids.shape[1] - 1, retention)), step_size)
+    return read_kept(model, ids, largest(importance, kept_count(ids.shape[1] - 1, retention)), step_size)
 
 
 def static_layers(model: nn.Module) -> int:
@@ -81,7 +82,7 @@ def spec_prefill(
     """
     rows = last_token_attention(model.auxiliary, ids, step_size)
     importance = mx.stack([row.max(axis=1) for row in rows]).max(axis=0)  # (B, query heads, N-1) -> (B, N-1)
-    kept = most_important(chunk_means(importance, chunk_tokens), kept_count(ids.shape[1] - 1, retention))
+    kept = largest(chunk_means(importance, chunk_tokens), kept_count(ids.shape[1] - 1, retention))
     return read_kept(model.base, ids, kept, step_size)
 
 
@@ -110,7 +111,7 @@ def lazy_prefill(model: nn.Module, ids: mx.array, first: float, last: float, *, 
             x, row = read_layer(model, layer, x, cache[layer], positions, step_size)
             if count < kept.shape[1] - 1:
                 end = mx.full((ids.shape[0], 1), kept.shape[1] - 1)
-                chosen = mx.concatenate([most_important(row.mean(axis=1), count), end], axis=1)
+                chosen = mx.concatenate([largest(row.mean(axis=1), count), end], axis=1)
                 x = mx.take_along_axis(x, chosen[..., None], axis=1)
                 kept = mx.take_along_axis(kept, chosen, axis=1)
         mx.eval([part.state for part in cache])
@@ -155,11 +156,6 @@ def read_kept(model: nn.Module, ids: mx.array, kept: mx.array, step_size: int | 
                 run_layers(model, chunk, cache)
             mx.eval([layer.state for layer in cache])
     return cache
-
-
-def most_important(importance: mx.array, count: int) -> mx.array:
-    """Return the positions of the ``count`` largest values of ``importance`` (B, T), rising."""
-    return mx.sort(mx.argsort(-importance, axis=1)[:, :count], axis=1)
 
 
 def last_token_attention(model: nn.Module, ids: mx.array, step_size: int | None = None) -> list[mx.array]:

@@ -22,7 +22,7 @@ ASKING_TOKENS = 16
 ASKED_LAYERS = 3
 """Every which of the predicted layers is asked, from the last one down: all of them tell no more, measured."""
 ATTENTION_WEIGHT = 0.4
-"""Of the logarithm of attention beside that of the squared error; chosen on training text (README, "Measured")."""
+"""Of the logarithm of attention beside that of the squared error; chosen on prompts that no evaluation uses."""
 
 
 def first_layer(model: KVPModel) -> int:

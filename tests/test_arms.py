@@ -17,7 +17,6 @@ from kvp_mlx.baselines import (
     last_token_attention,
     lazy_prefill,
     lazy_retention,
-    most_important,
     random_prefill,
     read_kept,
     static_prefill,
@@ -27,6 +26,7 @@ from kvp_mlx.errors import InputError
 from kvp_mlx.families import attention_of
 from kvp_mlx.pipeline import base_prefill
 from kvp_mlx.presets import preset_parts
+from kvp_mlx.recompute import largest
 
 PROMPT = 21
 FAMILIES = {"llama": llama, "openelm": openelm}
@@ -225,7 +225,7 @@ def test_a_prompt_of_one_token_has_nothing_to_read() -> None:
 
 
 def test_most_important_come_in_order() -> None:
-    assert most_important(mx.array([[0.1, 0.5, 0.2, 0.9]]), 3).tolist() == [[1, 2, 3]]
+    assert largest(mx.array([[0.1, 0.5, 0.2, 0.9]]), 3).tolist() == [[1, 2, 3]]
 
 
 def test_names() -> None:
