@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from ..bundle import KVPModel
 from ..families import family_of, kv_shapes, linear_size
-from ..recompute import ASKING_TOKENS, first_layer
+from ..recompute import ASKING_TOKENS, first_layer, is_asked
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def recompute_work(model: KVPModel, tokens: int, batch: int, exact_tail: int = 0
     before = tokens - last  # mean entries that a token sees: of those spread evenly, and of the last ones
     pairs = (wanted - last) * (before + 1) / 2 + last * (before + (last + 1) / 2)
     work = above_work(model, wanted, pairs, batch)
-    if wanted > last:
+    if is_asked(wanted, last):
         pairs = ASKING_TOKENS * (tokens - ASKING_TOKENS + (ASKING_TOKENS + 1) / 2)
         work += above_work(model, ASKING_TOKENS, pairs, batch)
     return work

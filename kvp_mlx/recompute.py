@@ -21,8 +21,10 @@ ASKING_TOKENS = 16
 """Tokens at the prompt's end that the base reads first, to see what they attend to."""
 ASKED_LAYERS = 3
 """Every which of the predicted layers is asked, from the last one down: all of them tell no more, measured."""
-ATTENTION_WEIGHT = 0.4
+ATTENTION_WEIGHT = 0.3
 """Of the logarithm of attention beside that of the squared error; chosen on prompts that no evaluation uses."""
+ATTENTION_REACH = 12
+"""Tokens after an attended one that count as attended too: an answer goes on from where the question points to."""
 
 
 def first_layer(model: KVPModel) -> int:
@@ -62,7 +64,8 @@ def repair(
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
     The share holds the last ``ASKING_TOKENS`` in any case, and beside these the tokens whose prediction would do most
-    harm. Only the T newest are chosen from: what an earlier turn left in the cache stays as it is.
+    harm: the estimated error, weighed by the attention that the end pays unless few are chosen. Only the T newest are
+    chosen from: what an earlier turn left in the cache stays as it is.
 
     Args:
         model: the bundle; ``recompute`` is the share.
@@ -81,8 +84,10 @@ def repair(
     last = max(exact_tail, min(ASKING_TOKENS, wanted))
     chosen = mx.broadcast_to(mx.arange(tokens - last, tokens), (batch, last))
     if wanted > last and deviations is not None:
-        attention = asked_for(model, x[:, -ASKING_TOKENS:], cache)[:, -tokens:]
-        harm = deviations + ATTENTION_WEIGHT * mx.log(attention + 1e-9)
+        harm = deviations
+        if is_asked(wanted, last):
+            attention = spread(asked_for(model, x[:, -ASKING_TOKENS:], cache))[:, -tokens:]
+            harm = harm + ATTENTION_WEIGHT * mx.log(attention + 1e-9)
         chosen = mx.concatenate([largest(harm[:, : tokens - last], wanted - last), chosen], axis=1)
     if wanted:
         places = chosen if x.ndim == 2 else chosen[..., None]
@@ -91,9 +96,28 @@ def repair(
     return wanted
 
 
+def is_asked(wanted: int, last: int) -> bool:
+    """Return whether the base reads the end first, given how many tokens it is to read and how many of them are last.
+
+    Asking reads ``ASKING_TOKENS``, so it is left out where fewer than that are to be chosen.
+    """
+    return wanted - last >= ASKING_TOKENS
+
+
 def largest(x: mx.array, count: int) -> mx.array:
     """Return the places (B, count), rising, of the largest numbers in ``x`` (B, T)."""
     return mx.sort(mx.argsort(-x, axis=1)[:, :count], axis=1).astype(mx.int32)
+
+
+def spread(attention: mx.array) -> mx.array:
+    """Return for each entry (B, S) the largest attention that it or one of the few before it gets.
+
+    What a question attends to is where an answer begins; the answer's later tokens need what stands after it. SnapKV
+    (arXiv 2404.14469) keeps the neighbours of attended entries for that reason.
+    """
+    entries = attention.shape[1]
+    padded = mx.pad(attention, [(0, 0), (ATTENTION_REACH, 0)])
+    return mx.stack([padded[:, start : start + entries] for start in range(ATTENTION_REACH + 1)]).max(axis=0)
 
 
 def asked_for(model: KVPModel, x: mx.array, cache: Cache) -> mx.array:

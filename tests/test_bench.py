@@ -95,11 +95,13 @@ def test_work_of_recomputation_counted_by_hand(fitted: Path) -> None:
     assert recompute_work(model, 40, batch, exact_tail=3).flops == above(3, 38 + 39 + 40)
     model.recompute = 0.25  # ten tokens, too few to ask anything: the last ones
     assert recompute_work(model, 40, batch).flops == above(10, sum(range(31, 41)))
-    model.recompute = 0.5  # twenty: the last 16 are read to ask, and again with four others
+    model.recompute = 0.5  # twenty: the last 16 and four others, too few to ask for
     asking = sum(range(25, 41))
-    assert recompute_work(model, 40, batch).flops == above(16, asking) + above(20, asking + 4 * 12.5)
-    tail = recompute_work(model, 40, batch, exact_tail=20)  # and ten of the other twenty
-    assert tail.flops == above(16, asking) + above(30, sum(range(21, 41)) + 10 * 10.5)
+    assert recompute_work(model, 40, batch).flops == above(20, asking + 4 * 12.5)
+    model.recompute = 0.8  # the last 16 are read to ask, and again with 16 others
+    assert recompute_work(model, 40, batch).flops == above(16, asking) + above(32, asking + 16 * 12.5)
+    tail = recompute_work(model, 40, batch, exact_tail=20)  # and 16 of the other twenty
+    assert tail.flops == above(16, asking) + above(36, sum(range(21, 41)) + 16 * 10.5)
     alone = model.auxiliary, 40, batch
     assert kvp_work(model, 41, batch, 20) == (
         prefill_work(*alone) + predictor_work(model, 40, batch) + tail + step_work(model.base, 41, batch)

@@ -14,7 +14,7 @@ from kvp_mlx.arms import arm_prefill, parse_arm
 from kvp_mlx.errors import InputError
 from kvp_mlx.families import RawLayer, run_layers
 from kvp_mlx.pipeline import PrefillTimes, auxiliary_prefill, base_prefill, predict_base_cache
-from kvp_mlx.recompute import ASKED_LAYERS, ASKING_TOKENS, ATTENTION_WEIGHT, first_layer, largest
+from kvp_mlx.recompute import ASKED_LAYERS, ASKING_TOKENS, ATTENTION_REACH, ATTENTION_WEIGHT, first_layer, largest, spread
 from kvp_mlx.train.deviation import deviation, fit_deviation, with_estimator
 
 SETUPS = {
@@ -42,13 +42,15 @@ def repaired_by_hand(model, oracle, ids, cache=None, auxiliary_cache=None, *, ta
     certain = max(tail, min(ASKING_TOKENS, wanted))
     positions = np.arange(end - certain, end)
     if wanted > certain:
-        asking = np.arange(end - ASKING_TOKENS, end)
-        predicted = oracle.base.rewrite(ids, predicted, asking, first_layer(model))
         inputs, _ = auxiliary_prefill(model, mx.array(ids), make_prompt_cache(model.auxiliary))
-        told = np.array(model.predictor.deviations(inputs))[0, begin:]
-        asked = most_attention(model, oracle.base, ids, predicted, asking)[begin:]
-        harm = (told + ATTENTION_WEIGHT * np.log(asked + 1e-9))[: end - begin - certain]
-        chosen = begin + np.sort(np.argsort(-harm)[: wanted - certain])
+        harm = np.array(model.predictor.deviations(inputs))[0, begin:]
+        if wanted - certain >= ASKING_TOKENS:
+            asking = np.arange(end - ASKING_TOKENS, end)
+            predicted = oracle.base.rewrite(ids, predicted, asking, first_layer(model))
+            asked = most_attention(model, oracle.base, ids, predicted, asking)
+            asked = np.array([asked[max(0, i - ATTENTION_REACH) : i + 1].max() for i in range(begin, end)])
+            harm = harm + ATTENTION_WEIGHT * np.log(asked + 1e-9)
+        chosen = begin + np.sort(np.argsort(-harm[: end - begin - certain])[: wanted - certain])
         positions = np.concatenate([chosen, positions])
     return oracle.base.rewrite(ids, predicted, positions, first_layer(model)), positions
 
@@ -77,21 +79,21 @@ def most_attention(model, base, ids, cache, asking):
 
 @pytest.mark.parametrize("name", SETUPS)
 @pytest.mark.parametrize("step_size", [2, 5, 100])
-@pytest.mark.parametrize(("ratio", "tail"), [(0.2, 0), (0.6, 0), (0.5, 3), (0.3, 20), (0.0, 4)])
+@pytest.mark.parametrize(("ratio", "tail"), [(0.2, 0), (0.4, 0), (0.6, 0), (0.6, 3), (0.5, 20), (0.0, 4)])
 def test_entries_of_the_chosen_tokens_are_the_bases_own_reading_of_them(name, step_size, ratio, tail):
     model, oracle = repairing(name, ratio)
-    ids, times = token_ids(40), PrefillTimes()
+    ids, times = token_ids(60), PrefillTimes()
     found = predict_base_cache(model, mx.array(ids), exact_tail=tail, prefill_step_size=step_size, times=times)
     expected, positions = repaired_by_hand(model, oracle, ids, tail=tail)
     assert_cache_equal(found, expected)
-    assert times.recomputed_tokens == len(positions) == tail + round(ratio * (40 - tail))
+    assert times.recomputed_tokens == len(positions) == tail + round(ratio * (60 - tail))
     assert times.recompute_ms > 0
 
 
 @pytest.mark.parametrize("name", ["openelm prefix", "openelm from llama"])
 def test_every_sequence_of_a_batch_has_its_own_tokens(name):
     model, oracle = repairing(name, 0.6)
-    ids = token_ids(40, batch=3)
+    ids = token_ids(54, batch=3)
     found = entries_of(predict_base_cache(model, mx.array(ids), prefill_step_size=4))
     rows = [repaired_by_hand(model, oracle, ids[row : row + 1]) for row in range(3)]
     assert len({tuple(positions) for _, positions in rows}) > 1
@@ -103,7 +105,7 @@ def test_every_sequence_of_a_batch_has_its_own_tokens(name):
 
 def test_on_top_of_a_cache_the_positions_count_on():
     model, oracle = repairing("llama prefix", 0.6)
-    ids = token_ids(70)
+    ids = token_ids(100)
     cache = predict_base_cache(model, mx.array(ids[:, :34]))
     before = entries_of(cache)
     predict_base_cache(model, mx.array(ids[:, 34:]), cache)
@@ -129,10 +131,19 @@ def test_the_largest_are_found_per_sequence_and_rise():
     assert largest(numbers, 0).shape == (2, 0)
 
 
+def test_what_stands_after_an_attended_token_counts_as_attended():
+    one = np.zeros((2, 20), dtype=np.float32)
+    one[0, 7], one[1, 18], one[1, 0] = 0.5, 0.9, 0.1
+    found = np.array(spread(mx.array(one)))
+    assert np.flatnonzero(found[0]).tolist() == list(range(7, 7 + ATTENTION_REACH + 1))
+    assert found[1].nonzero()[0].tolist() == [*range(ATTENTION_REACH + 1), 18, 19]
+    assert found[1, 19] == np.float32(0.9)
+
+
 def test_what_the_end_attends_to_decides_where_all_deviate_alike():
     model, _ = repairing("llama prefix", 0.6)
     model.predictor.deviation.linear.weight = mx.zeros_like(model.predictor.deviation.linear.weight)
-    ids, entries = token_ids(40), []
+    ids, entries = token_ids(60), []
     for seed in (1, 2):
         ids[:, -ASKING_TOKENS:] = token_ids(ASKING_TOKENS, seed=seed)
         entries.append(entries_of(predict_base_cache(model, mx.array(ids)))[-1].keys[:, :, :-ASKING_TOKENS])
