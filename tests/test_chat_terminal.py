@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 import time
 
@@ -126,6 +127,18 @@ def test_refinement_goes_on_while_nothing_is_typed(chat, bundle):
     saved, _ = load_cache(kvp_mlx.load(str(bundle)), "chat-refined")
     assert saved.is_exact
     check_saved(bundle, "refined")
+
+
+def test_a_signal_before_the_editor_is_ready_or_after_it_is_ignored(chat):
+    terminal = chat()
+    for _ in range(20):
+        terminal.process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    terminal.read(0.5)
+    terminal.enter("/stats")
+    terminal.send("\x04")
+    assert terminal.wait() == 0, terminal.text[-2000:]
+    assert "Exception" not in terminal.text
 
 
 def test_ctrl_c_while_a_prompt_is_read_leaves_the_conversation_as_it_was(chat):

@@ -66,7 +66,8 @@ class Editor:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C.
         """
-        return self._session.prompt("> ", default=default, prompt_continuation="  ")
+        # Ctrl-C is a key here. As a signal it comes only between two prompts, where prompt_toolkit would stumble over it.
+        return self._session.prompt("> ", default=default, prompt_continuation="  ", handle_sigint=False)
 
 
 def _prompt_session(history: Path, status: Callable[[], str]) -> "PromptSession[str]":
