@@ -14,7 +14,15 @@ from kvp_mlx.arms import arm_prefill, parse_arm
 from kvp_mlx.errors import InputError
 from kvp_mlx.families import RawLayer, run_layers
 from kvp_mlx.pipeline import PrefillTimes, auxiliary_prefill, base_prefill, predict_base_cache
-from kvp_mlx.recompute import ASKED_LAYERS, ASKING_TOKENS, ATTENTION_REACH, ATTENTION_WEIGHT, first_layer, largest, spread
+from kvp_mlx.recompute import (
+    ASKED_LAYERS,
+    ASKING_TOKENS,
+    ATTENTION_REACH,
+    ATTENTION_WEIGHT,
+    first_layer,
+    largest,
+    spread,
+)
 from kvp_mlx.train.deviation import deviation, fit_deviation, with_estimator
 
 SETUPS = {

@@ -134,7 +134,8 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     assert documents.keys() == {"squad", "piqa"}
     squad = documents["squad"]
     assert list(squad["arms"])[:4] == ["full", "kvp", "kvp-64", "auxiliary"]
-    assert set(squad["arms"]) == {*list(squad["arms"])[:4], *(row["arm"] for row in squad["matched"] if row["arm"])}
+    matched = {row["arm"] for row in squad["matched"] if row["arm"]}
+    assert set(squad["arms"]) == {*list(squad["arms"])[:4], *matched, *squad["dials"]}
     assert {row["kind"] for row in squad["matched"]} == set(KINDS)
     assert squad["machine"]["blas_threads"] >= 1
     (log,) = (results / "records").glob("*/squad.jsonl")
@@ -154,6 +155,8 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     assert json.loads((results / "piqa.json").read_text()) == elsewhere  # nothing new, so nothing is written
     text = page(read_results(results))
     assert all(f"| {name} | " in text for name in squad["arms"])
+    assert squad["dials"]
+    assert not any(f"| {name} (of full)" in text for name in squad["dials"])
     assert summary(read_results(results)).count("\n| ") == 2 + ("multiple choice" in text)
 
 

@@ -66,7 +66,7 @@ class Editor:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C.
         """
-        # Ctrl-C is a key here. As a signal it comes only between two prompts, where prompt_toolkit would stumble over it.
+        # Ctrl-C is a key here. A signal comes only between two prompts, where prompt_toolkit would stumble over it.
         return self._session.prompt("> ", default=default, prompt_continuation="  ", handle_sigint=False)
 
 

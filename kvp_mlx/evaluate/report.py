@@ -64,7 +64,8 @@ def summary(documents: Sequence[dict[str, Any]]) -> str:
 def summary_lines(documents: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of ``summary``, and the average difference over multiple-choice tasks."""
     ordered = sorted(documents, key=lambda each: ORDER.index(title(each)) if title(each) in ORDER else len(ORDER))
-    predicted = list(dict.fromkeys(arm for each in ordered for arm in each["arms"] if arm.startswith("kvp")))
+    arms = (arm for each in ordered for arm in each["arms"] if arm not in each.get("dials", []))
+    predicted = list(dict.fromkeys(arm for arm in arms if arm.startswith("kvp")))
     columns = [part for arm in predicted for part in (f"{arm} (of full)", f"best as fast as {arm}")]
     lines = ["| task | n | full | " + " | ".join(columns) + " | auxiliary alone |", "|---" * (4 + len(columns)) + "|"]
     for each in ordered:

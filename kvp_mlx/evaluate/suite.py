@@ -39,11 +39,19 @@ LENGTHS, DEPTHS = [256, 512, 1024], [0.0, 0.25, 0.5, 0.75, 1.0]
 
 @dataclass(frozen=True)
 class Entry:
-    """One task of the suite: the name of its files, its run, and whether token pruning is measured beside it."""
+    """One task of the suite.
+
+    Attributes:
+        name: of its files.
+        run: the task on its data.
+        is_matched: whether token pruning is measured beside it.
+        dials: further arms of the bundle, for the picture of ``kvp eval pareto``.
+    """
 
     name: str
     run: Run
     is_matched: bool = True
+    dials: tuple[str, ...] = ()
 
 
 def plan(data: Path, limit: int | None = None) -> list[Entry]:
@@ -60,16 +68,16 @@ def plan(data: Path, limit: int | None = None) -> list[Entry]:
         return [str(data / name)]
 
     entries = [
-        Entry("squad", runs.squad(file("squad_dev_half.jsonl.gz"), None, 500, 0)),
+        Entry("squad", runs.squad(file("squad_dev_half.jsonl.gz"), None, 500, 0), dials=("kvp-0-0", "kvp-0-0.5")),
         Entry("needle", runs.needle(None, LENGTHS, DEPTHS, 60, 0)),
         Entry("chat", runs.chat(file("mt_bench_questions.jsonl.gz"), 80, 0)),
         Entry("arc_easy", runs.mcq(file("arc_easy.jsonl.gz"), "continuation", 500, 0)),
         Entry("piqa", runs.mcq(file("piqa.jsonl.gz"), "continuation", 500, 0)),
         Entry("triviaqa", runs.triviaqa(file("triviaqa_validation.jsonl.gz"), 1, None, 500, 0)),
         Entry("humaneval", runs.humaneval(file("humaneval.jsonl.gz"), 1, 0.0, 164, 0), is_matched=False),
+        Entry("perplexity", runs.perplexity(file("wikitext2_test_raw.txt.gz"), 384, 128, 60, 0)),
         Entry("quote", runs.quote(None, LENGTHS, DEPTHS, 30, 0)),
         Entry("gsm8k", runs.gsm8k(file("gsm8k_test.jsonl.gz"), 1, None, 500, 0), is_matched=False),
-        Entry("perplexity", runs.perplexity(file("wikitext2_test_raw.txt.gz"), 384, 128, 60, 0)),
     ]
     if limit is None:
         return entries
@@ -112,10 +120,11 @@ def run_suite(
                 continue
             say(f"{entry.name}: begins")
             matched = matched_arms(entry, model, folder)
-            arms = arms_of(matched)
+            arms = arms_of(entry, matched)
             log = folder / f"{entry.name}.jsonl"
             document = carry_out(entry.run, model, name, arms, log=log, progress=progress)
-            write_unless_known(results / f"{entry.name}.json", document | {"matched": matched})
+            document |= {"matched": matched, "dials": list(entry.dials)}
+            write_unless_known(results / f"{entry.name}.json", document)
             say(f"{entry.name}: {document['n']} items, {results / f'{entry.name}.json'}")
             done.append(entry.name)
     return done
@@ -168,9 +177,9 @@ def gaining_targets(entry: Entry, model: KVPModel, prompts: Sequence[list[int]])
     return [target for target in targets if arm_work(model, target, tokens).flops < NO_GAIN * full]
 
 
-def arms_of(matched: Sequence[dict[str, Any]]) -> list[Arm]:
-    """Return the bundle's own arms and those matched to them."""
-    return parse_arms(",".join([ARMS, *(row["arm"] for row in matched if row["arm"])]))
+def arms_of(entry: Entry, matched: Sequence[dict[str, Any]]) -> list[Arm]:
+    """Return the bundle's own arms, those matched to them, and the entry's dials."""
+    return parse_arms(",".join([ARMS, *(row["arm"] for row in matched if row["arm"]), *entry.dials]))
 
 
 def typical_prompts(entry: Entry, model: KVPModel) -> list[list[int]]:
@@ -205,7 +214,7 @@ def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path
             targets = gaining_targets(entry, model, prompts)
             matched = [row for target in targets for row in match_by_work(model, target, len(prompts[0]))]
         spread = items[:: max(1, len(items) // TIMED_ITEMS)][:TIMED_ITEMS]
-        seconds = {arm.name: timed(entry.run, model, arm, spread) / len(spread) for arm in arms_of(matched)}
+        seconds = {arm.name: timed(entry.run, model, arm, spread) / len(spread) for arm in arms_of(entry, matched)}
         yield {
             "name": entry.name,
             "n": len(items),
