@@ -79,10 +79,10 @@ def plan_blocks(
 
 
 class DeviationEstimator(nn.Module):
-    """Tells how wrong a token's predicted entries will be, from what the predictor reads of it.
+    """Tells how far what follows will stray because a token's entries are predicted, from what the predictor reads.
 
-    The deviation of a token is the natural logarithm of its values' squared error, summed over the predicted layers,
-    each relative to the mean square of that layer's values. Training the maps leaves the estimator alone.
+    The deviation of a token is the natural logarithm of that divergence in nats, to first order (``train.deviation``),
+    up to a constant of the text: it ranks the tokens of one text. Training the maps leaves the estimator alone.
     """
 
     def __init__(self, in_width: int):
@@ -100,7 +100,7 @@ class Predictor(nn.Module):
     """All maps of a bundle; parameters are ``maps.<block>.weight`` (out, in) and ``maps.<block>.bias``.
 
     Attributes:
-        deviation: tells where the maps will be wrong, from the last map's input; only there if asked for.
+        deviation: tells which tokens' prediction does harm, from the last map's input; only there if asked for.
     """
 
     def __init__(self, blocks: Iterable[Block], *, has_deviation: bool = False):
@@ -130,7 +130,7 @@ class Predictor(nn.Module):
         return {block.name: block.gather(heard) for block in self._blocks}
 
     def deviations(self, inputs: dict[str, mx.array]) -> mx.array:
-        """Return how wrong the prediction of each token (B, T) is expected to be; see ``DeviationEstimator``."""
+        """Return how far each token's prediction (B, T) is expected to lead astray; see ``DeviationEstimator``."""
         deviations: mx.array = self.deviation(inputs[self._blocks[-1].name])
         return deviations
 

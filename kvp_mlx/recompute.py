@@ -2,8 +2,8 @@
 
 Prediction fails on few tokens, and badly (names, figures, rare words). CacheBlend (arXiv 2405.16444) repairs a cache
 that it reused by computing the entries anew of those tokens that deviate most; the share of them is its "recompute
-ratio". Here the predictor tells from what it is given by how much it will be wrong, and the end of the prompt, where a
-question stands, tells what is going to be looked at.
+ratio". Here the predictor tells from what it is given how much harm its errors will do to what follows, and the end of
+the prompt, where a question stands, tells what is going to be looked at.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ ASKING_TOKENS = 16
 """Tokens at the prompt's end that the base reads first, to see what they attend to."""
 ASKED_LAYERS = 3
 """Every which of the predicted layers is asked, from the last one down: all of them tell no more, measured."""
-ATTENTION_WEIGHT = 0.3
-"""Of the logarithm of attention beside that of the squared error; chosen on prompts that no evaluation uses."""
+ATTENTION_WEIGHT = 0.5
+"""Of the logarithm of attention beside the estimated deviation; chosen on prompts that no evaluation uses."""
 ATTENTION_REACH = 12
 """Tokens after an attended one that count as attended too: an answer goes on from where the question points to."""
 
@@ -64,14 +64,14 @@ def repair(
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
     The share holds the last ``ASKING_TOKENS`` in any case, and beside these the tokens whose prediction would do most
-    harm: the estimated error, weighed by the attention that the end pays unless few are chosen. Only the T newest are
-    chosen from: what an earlier turn left in the cache stays as it is.
+    harm: as estimated, weighed by the attention that the end pays unless few are chosen. Only the T newest are chosen
+    from: what an earlier turn left in the cache stays as it is.
 
     Args:
         model: the bundle; ``recompute`` is the share.
         x: what ``first_layer`` takes of the T newest tokens in the cache: the residual stream ``(B, T, hidden)``, or
             token ids ``(B, T)`` for layer 0.
-        deviations: how wrong each of them ``(B, T)`` is expected to be; only needed for a share above 0.
+        deviations: what each of them ``(B, T)`` is expected to do to what follows; only needed for a share above 0.
         cache: the base's cache, evaluated afterwards.
         exact_tail: how many of the newest tokens are read in any case.
         step_size: tokens per chunk.

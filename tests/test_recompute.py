@@ -1,5 +1,6 @@
 """Selective recomputation and the exact tail against the NumPy oracle, and what chooses the tokens."""
 
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,7 +13,6 @@ from support.tiny import assert_cache_equal, entries_of, llama, openelm, paired,
 from kvp_mlx import load
 from kvp_mlx.arms import arm_prefill, parse_arm
 from kvp_mlx.errors import InputError
-from kvp_mlx.families import RawLayer, run_layers
 from kvp_mlx.pipeline import PrefillTimes, auxiliary_prefill, base_prefill, predict_base_cache
 from kvp_mlx.recompute import (
     ASKED_LAYERS,
@@ -23,7 +23,8 @@ from kvp_mlx.recompute import (
     largest,
     spread,
 )
-from kvp_mlx.train.deviation import deviation, fit_deviation, with_estimator
+from kvp_mlx.train.deviation import PENALTY, deviation, fit_deviation, with_estimator
+from kvp_mlx.train.teacher import make_batch, read, teach
 
 SETUPS = {
     "llama prefix": lambda: prefixed(llama(), 1),
@@ -173,42 +174,72 @@ def test_a_bad_arm_is_named(name):
         parse_arm(name)
 
 
-def test_deviation_is_the_log_of_relative_value_errors():
-    rng = np.random.default_rng(0)
-    true = {layer: rng.normal(size=(1, 5, 4)) * (layer + 1) for layer in (2, 3)}
-    wrong = {layer: values + rng.normal(size=values.shape) for layer, values in true.items()}
-    pairs = [
-        {layer: {"keys": mx.zeros((1, 5, 4)), "values": mx.array(values)} for layer, values in arrays.items()}
-        for arrays in (wrong, true)
-    ]
-    expected = sum(((wrong[n] - true[n]) ** 2).sum(-1) / (true[n] ** 2).sum(-1).mean() for n in true)
-    np.testing.assert_allclose(np.array(deviation(*pairs)), np.log(expected), rtol=1e-4)
+@pytest.mark.parametrize(
+    "make", [SETUPS["llama prefix"], lambda: paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)))]
+)
+def test_deviation_is_the_slope_of_the_divergence_times_the_error(make):
+    model, _ = make()  # without k_norm, so that halfway is the same before it and after it
+    ids, split, step = mx.array(token_ids(12)), 8, 0.02  # no k_norm: halfway before it were not halfway after it
+    teacher = teach(model, make_batch(ids.tolist()))
+    reading = teacher.reading or read(model, ids)
+    found = np.exp(np.array(deviation(model, teacher, reading, split)))[0]
+    true = [(layer.keys, layer.values) for layer in entries_of(base_prefill(model, ids))]
+    wrong = [(layer.keys, layer.values) for layer in entries_of(predict_base_cache(model, ids[:, :split]))]
+    logits = np.array(model.base(ids))[0, split:]
+
+    def strays(shares):  # how far the base strays on a cache between the true (0) and the predicted entries (1)
+        cache = make_prompt_cache(model.base)
+        for layer, one, other, share in zip(cache, true, wrong, shares, strict=True):
+            pair = (
+                a[:, :, :split] + s[..., None] * (b - a[:, :, :split])
+                for a, b, s in zip(one, other, share, strict=True)
+            )
+            layer.update_and_fetch(*(mx.array(part.astype(np.float32)) for part in pair))
+        return divergence(logits, np.array(model.base(ids[:, split:], cache=cache))[0])
+
+    for token in (1, 4, 7):
+        expected = 0.0
+        for layer, kind in itertools.product(range(len(true)), range(2)):
+            shares = np.full((len(true), 2, split), 0.5)
+            shares[layer, kind, token] += step
+            above = strays(shares)
+            shares[layer, kind, token] -= 2 * step
+            expected += abs(above - strays(shares)) / (2 * step)
+        assert found[token] == pytest.approx(expected, rel=0.02, abs=1e-6)
 
 
-def test_the_estimator_is_the_least_squares_fit(fitted):
+def divergence(true, other):
+    """Return KL(true, other) of logits (T, vocabulary), summed over tokens, in float64."""
+    true, other = (
+        x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=-1)[:, None] for x in (true, other)
+    )
+    return (np.exp(true) * (true - other)).sum()
+
+
+def test_the_estimator_is_the_ridge_fit_of_centred_deviations(fitted):
     model = load(str(fitted))
     windows = [token_ids(64, seed=seed)[0].tolist() for seed in range(8)]
-    explained = fit_deviation(model, windows)
+    explained = fit_deviation(model, [*windows, [1, 2, 3]])  # the last one is too short to tell anything
     assert 0 < explained <= 1
-    told, true = [], []
+    x, y = [], []
     for window in windows:
-        ids = mx.array([window])
-        _, raw = run_layers(model.base, ids, make_prompt_cache(model.base), range(len(model.base.layers)))
-        inputs, _ = auxiliary_prefill(model, ids, make_prompt_cache(model.auxiliary))
-        told.append(np.array(model.predictor.deviations(inputs))[0, 1:])
-        true.append(by_hand(model.predictor(inputs), raw)[1:])
-    told, true = np.concatenate(told), np.concatenate(true)
-    assert told.mean() == pytest.approx(true.mean(), abs=1e-3)
-    assert 1 - np.square(told - true).mean() / true.var() == pytest.approx(explained, abs=1e-3)
+        teacher = teach(model, make_batch([window]))
+        centred = np.array(deviation(model, teacher, teacher.reading, 48), dtype=np.float64)[0, 1:-ASKING_TOKENS]
+        y.append(centred - centred.mean())
+        inputs, _ = auxiliary_prefill(model, mx.array([window]), make_prompt_cache(model.auxiliary))
+        x.append(np.array(inputs[model.predictor.blocks[-1].name], dtype=np.float64)[0, 1 : 48 - ASKING_TOKENS])
+        told = np.array(model.predictor.deviations(inputs))[0, 1 : 48 - ASKING_TOKENS]
+        x[-1] = np.concatenate([x[-1], told[:, None]], axis=1)
+    x, y = np.concatenate(x), np.concatenate(y)
+    x, told = x[:, :-1] - x[:, :-1].mean(axis=0), x[:, -1]
+    assert 1 - np.square(told - y).mean() / y.var() == pytest.approx(explained, abs=1e-3)
+    penalty = PENALTY * np.square(x).sum() / x.shape[1]
+    weight = np.array(model.predictor.deviation.linear.weight)[0]
+    np.testing.assert_allclose(x.T @ (y - x @ weight), penalty * weight, atol=1e-3 * np.abs(penalty * weight).max())
 
 
-def by_hand(predicted, raw: dict[int, RawLayer]):
-    """Return the deviations (T,) of one sequence in NumPy."""
-    total = 0.0
-    for layer, pair in predicted.items():
-        values = np.array(raw[layer].values)[0]
-        total = total + np.square(np.array(pair["values"])[0] - values).sum(-1) / np.square(values).sum(-1).mean()
-    return np.log(total)
+def test_windows_too_short_to_judge_fit_nothing(fitted):
+    assert fit_deviation(load(str(fitted)), [[1, 2, 3]] * 3) is None
 
 
 def test_a_fitted_bundle_can_recompute_and_does_not_unless_asked(fitted):

@@ -1,20 +1,24 @@
-"""Fitting the estimator that tells which tokens prediction gets wrong."""
+"""Fitting the estimator that tells which tokens' prediction does harm to what follows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from ..bundle import KVPModel
 from ..errors import KVPError
-from ..families import RawPair
-from .objectives import predict
-from .teacher import Reading, make_batch, read, teach
+from ..families import RawPair, output_head, run_streams
+from ..recompute import ASKING_TOKENS
+from .objectives import kl_divergence, predict, student_cache
+from .teacher import Reading, Teacher, exact_layers, make_batch, read, teach
 
 DEVIATION_TOKENS = 8192
 """Tokens that the estimator is fitted on."""
-PENALTY = 1e-2
+PREDICTED_SHARE = 0.75
+"""Of a window: prediction of these tokens is judged by what it does to the others."""
+PENALTY = 1.0
 """Of the ridge regression, relative to the mean variance of its inputs."""
 
 
@@ -30,28 +34,35 @@ def with_estimator(model: KVPModel) -> KVPModel:
 def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None:
     """Set the predictor's estimator of deviation by ridge regression, for the maps as they are now.
 
+    What counts is which of a text's tokens do more harm than its others, so each window's deviations are centred.
+
     Args:
         model: the bundle.
-        windows: token ids; the first token of each, which attends to nothing but itself, is left out.
+        windows: token ids; the first token of each, which attends to nothing but itself, is left out, and so are those
+            that are recomputed in any case.
 
     Returns:
         The share of the deviation's variance that the estimator explains on these windows (R squared), or None where
-        nothing is predicted.
+        nothing is predicted or no window is long enough.
 
     Raises:
         KVPError: the deviations are not finite (a broken model).
     """
-    if not model.predictor.blocks:
-        return None
     inputs, deviations = [], []
-    for window in windows:
+    for window in windows if model.predictor.blocks else []:
+        split = round(PREDICTED_SHARE * len(window))
+        if split <= ASKING_TOKENS + 2:
+            continue
         batch = make_batch([window])
         teacher = teach(model, batch)
         reading = teacher.reading or read(model, batch.ids)
-        inputs.append(np.array(estimator_input(model, reading)[0, 1:], dtype=np.float64))
-        deviations.append(np.array(deviation(predict(model, teacher, reading, len(window)), teacher.raw)[0, 1:]))
+        found = np.array(deviation(model, teacher, reading, split)[0, 1:-ASKING_TOKENS], dtype=np.float64)
+        inputs.append(np.array(estimator_input(model, reading)[0, 1 : split - ASKING_TOKENS], dtype=np.float64))
+        deviations.append(found - found.mean())
         mx.clear_cache()
-    x, y = np.concatenate(inputs), np.concatenate(deviations).astype(np.float64)
+    if not inputs:
+        return None
+    x, y = np.concatenate(inputs), np.concatenate(deviations)
     if not np.isfinite(y).all():
         raise KVPError("the maps' errors are not finite; does the base model work at all?")
     centre = x.mean(axis=0)
@@ -70,11 +81,25 @@ def estimator_input(model: KVPModel, reading: Reading) -> mx.array:
     return reading.inputs[model.predictor.blocks[-1].name].astype(mx.float32)
 
 
-def deviation(predicted: dict[int, RawPair], true: dict[int, RawPair]) -> mx.array:
-    """Return each token's deviation (B, T), see ``DeviationEstimator``."""
-    total = mx.array(0.0)
-    for layer, pair in predicted.items():
-        values = true[layer]["values"].astype(mx.float32)
-        error = mx.square(pair["values"].astype(mx.float32) - values).sum(axis=-1)
-        total = total + error / mx.square(values).sum(axis=-1).mean()
+def deviation(model: KVPModel, teacher: Teacher, reading: Reading, split: int) -> mx.array:
+    """Return how far what follows strays because of each token's prediction (B, split), see ``DeviationEstimator``.
+
+    That is the divergence KL(true, predicted) of all tokens from ``split`` on, to first order: its gradient with
+    respect to a token's keys and values, halfway between the true and the predicted ones, times their error; the
+    absolute values are summed over layers, keys and values.
+    """
+    start = exact_layers(model)
+    predicted = predict(model, teacher, reading, split)
+    true = {layer: {kind: x[:, :split] for kind, x in teacher.raw[layer].items()} for layer in predicted}
+    logits = output_head(model.base, teacher.streams[-1][:, split:])
+
+    def divergence(pairs: dict[int, RawPair]) -> mx.array:
+        cache = student_cache(model, reading, pairs, split)
+        streams, _ = run_streams(model.base, teacher.streams[0][:, split:], cache, start)
+        return kl_divergence(logits, output_head(model.base, streams[-1])).sum()
+
+    middle = tree_map(lambda one, other: (one + other) / 2, predicted, true)
+    slopes = mx.grad(divergence)(middle)
+    effects = tree_map(lambda slope, one, other: mx.abs((slope * (one - other)).sum(axis=-1)), slopes, predicted, true)
+    total = sum((effect.astype(mx.float32) for _, effect in tree_flatten(effects)), mx.array(0.0))
     return mx.log(total + 1e-12)
