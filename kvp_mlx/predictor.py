@@ -79,15 +79,17 @@ def plan_blocks(
 
 
 class DeviationEstimator(nn.Module):
-    """Tells how far what follows will stray because a token's entries are predicted, from what the predictor reads.
+    """Tells which of a text's tokens the base had better read itself, from what the predictor reads.
 
-    The deviation of a token is the natural logarithm of that divergence in nats, to first order (``train.deviation``),
-    up to a constant of the text: it ranks the tokens of one text. Training the maps leaves the estimator alone.
+    The deviation of a token is the natural logarithm of its predicted values' error plus half that of the harm which
+    the error does to what follows (``train.deviation``), up to a constant of the text. Training the maps leaves the
+    estimator alone.
     """
 
     def __init__(self, in_width: int):
         super().__init__()
         self.linear = nn.Linear(in_width, 1)
+        self.linear.weight = mx.zeros_like(self.linear.weight)  # until it is fitted all tokens are alike
         self.freeze()
 
     def __call__(self, inputs: mx.array) -> mx.array:
@@ -100,7 +102,7 @@ class Predictor(nn.Module):
     """All maps of a bundle; parameters are ``maps.<block>.weight`` (out, in) and ``maps.<block>.bias``.
 
     Attributes:
-        deviation: tells which tokens' prediction does harm, from the last map's input; only there if asked for.
+        deviation: tells which tokens to recompute, from the last map's input; only there if asked for.
     """
 
     def __init__(self, blocks: Iterable[Block], *, has_deviation: bool = False):
@@ -130,7 +132,7 @@ class Predictor(nn.Module):
         return {block.name: block.gather(heard) for block in self._blocks}
 
     def deviations(self, inputs: dict[str, mx.array]) -> mx.array:
-        """Return how far each token's prediction (B, T) is expected to lead astray; see ``DeviationEstimator``."""
+        """Return the expected deviation of each token's prediction (B, T); see ``DeviationEstimator``."""
         deviations: mx.array = self.deviation(inputs[self._blocks[-1].name])
         return deviations
 

@@ -2,7 +2,7 @@
 
 Prediction fails on few tokens, and badly (names, figures, rare words). CacheBlend (arXiv 2405.16444) repairs a cache
 that it reused by computing the entries anew of those tokens that deviate most; the share of them is its "recompute
-ratio". Here the predictor tells from what it is given how much harm its errors will do to what follows, and the end of
+ratio". Here the predictor tells from what it is given how wrong it will be and what harm that will do, and the end of
 the prompt, where a question stands, tells what is going to be looked at.
 """
 
@@ -64,14 +64,14 @@ def repair(
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
     The share holds the last ``ASKING_TOKENS`` in any case, and beside these the tokens whose prediction would do most
-    harm: as estimated, weighed by the attention that the end pays unless few are chosen. Only the T newest are chosen
-    from: what an earlier turn left in the cache stays as it is.
+    harm: the largest deviation, weighed by the attention that the end pays unless few are chosen. Only the T newest are
+    chosen from: what an earlier turn left in the cache stays as it is.
 
     Args:
         model: the bundle; ``recompute`` is the share.
         x: what ``first_layer`` takes of the T newest tokens in the cache: the residual stream ``(B, T, hidden)``, or
             token ids ``(B, T)`` for layer 0.
-        deviations: what each of them ``(B, T)`` is expected to do to what follows; only needed for a share above 0.
+        deviations: see ``Predictor.deviations``, of each of them ``(B, T)``; only needed for a share above 0.
         cache: the base's cache, evaluated afterwards.
         exact_tail: how many of the newest tokens are read in any case.
         step_size: tokens per chunk.

@@ -23,7 +23,8 @@ from kvp_mlx.recompute import (
     largest,
     spread,
 )
-from kvp_mlx.train.deviation import PENALTY, deviation, fit_deviation, with_estimator
+from kvp_mlx.train.deviation import PENALTY, deviation, fit_deviation, harm, with_estimator
+from kvp_mlx.train.objectives import predict
 from kvp_mlx.train.teacher import make_batch, read, teach
 
 SETUPS = {
@@ -177,12 +178,19 @@ def test_a_bad_arm_is_named(name):
 @pytest.mark.parametrize(
     "make", [SETUPS["llama prefix"], lambda: paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)))]
 )
-def test_deviation_is_the_slope_of_the_divergence_times_the_error(make):
+def test_harm_is_the_slope_of_the_divergence_times_the_error(make):
     model, _ = make()  # without k_norm, so that halfway is the same before it and after it
     ids, split, step = mx.array(token_ids(12)), 8, 0.02  # no k_norm: halfway before it were not halfway after it
     teacher = teach(model, make_batch(ids.tolist()))
     reading = teacher.reading or read(model, ids)
-    found = np.exp(np.array(deviation(model, teacher, reading, split)))[0]
+    predicted, pairs = predict(model, teacher, reading, split), first(teacher.raw, split)
+    found = np.array(harm(model, teacher, reading, predicted, pairs))[0]
+    error = 0.0
+    for layer, pair in predicted.items():
+        values = np.array(pairs[layer]["values"])[0]
+        error = error + np.square(np.array(pair["values"])[0] - values).sum(-1) / np.square(values).sum(-1).mean()
+    told = np.array(deviation(model, teacher, reading, split))[0]
+    np.testing.assert_allclose(told, np.log(error) + 0.5 * np.log(found), atol=1e-4)
     true = [(layer.keys, layer.values) for layer in entries_of(base_prefill(model, ids))]
     wrong = [(layer.keys, layer.values) for layer in entries_of(predict_base_cache(model, ids[:, :split]))]
     logits = np.array(model.base(ids))[0, split:]
@@ -206,6 +214,11 @@ def test_deviation_is_the_slope_of_the_divergence_times_the_error(make):
             shares[layer, kind, token] -= 2 * step
             expected += abs(above - strays(shares)) / (2 * step)
         assert found[token] == pytest.approx(expected, rel=0.02, abs=1e-6)
+
+
+def first(raw, tokens):
+    """Return raw pairs of the first tokens."""
+    return {layer: {kind: x[:, :tokens] for kind, x in pair.items()} for layer, pair in raw.items()}
 
 
 def divergence(true, other):

@@ -1,4 +1,4 @@
-"""Fitting the estimator that tells which tokens' prediction does harm to what follows."""
+"""Fitting the estimator that tells which tokens the base had better read itself."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ DEVIATION_TOKENS = 8192
 """Tokens that the estimator is fitted on."""
 PREDICTED_SHARE = 0.75
 """Of a window: prediction of these tokens is judged by what it does to the others."""
-PENALTY = 1.0
+PENALTY = 0.1
 """Of the ridge regression, relative to the mean variance of its inputs."""
 
 
@@ -34,7 +34,7 @@ def with_estimator(model: KVPModel) -> KVPModel:
 def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None:
     """Set the predictor's estimator of deviation by ridge regression, for the maps as they are now.
 
-    What counts is which of a text's tokens do more harm than its others, so each window's deviations are centred.
+    What counts is how a text's tokens compare with one another, so each window's deviations are centred.
 
     Args:
         model: the bundle.
@@ -82,15 +82,38 @@ def estimator_input(model: KVPModel, reading: Reading) -> mx.array:
 
 
 def deviation(model: KVPModel, teacher: Teacher, reading: Reading, split: int) -> mx.array:
-    """Return how far what follows strays because of each token's prediction (B, split), see ``DeviationEstimator``.
+    """Return each token's deviation (B, split): the logarithm of its error plus half that of its harm.
 
-    That is the divergence KL(true, predicted) of all tokens from ``split`` on, to first order: its gradient with
-    respect to a token's keys and values, halfway between the true and the predicted ones, times their error; the
-    absolute values are summed over layers, keys and values.
+    Error is the squared one of its predicted values, relative to the mean square of a layer's values, summed over
+    layers: what is far off may be asked for. See ``harm`` for what the text itself goes on to need.
     """
-    start = exact_layers(model)
     predicted = predict(model, teacher, reading, split)
     true = {layer: {kind: x[:, :split] for kind, x in teacher.raw[layer].items()} for layer in predicted}
+    error = mx.array(0.0)
+    for layer, pair in predicted.items():
+        values = true[layer]["values"].astype(mx.float32)
+        apart = mx.square(pair["values"].astype(mx.float32) - values).sum(axis=-1)
+        error = error + apart / mx.square(values).sum(axis=-1).mean()
+    return mx.log(error + 1e-12) + 0.5 * mx.log(harm(model, teacher, reading, predicted, true) + 1e-12)
+
+
+def harm(
+    model: KVPModel, teacher: Teacher, reading: Reading, predicted: dict[int, RawPair], true: dict[int, RawPair]
+) -> mx.array:
+    """Return how far what follows strays because of each token's prediction (B, split), in nats, to first order.
+
+    What strays is the base's distribution of all tokens from ``split`` on, by KL(true, predicted): its gradient with
+    respect to a token's keys and values, halfway between the true and the predicted ones, times their error; the
+    absolute values are summed over layers, keys and values.
+
+    Args:
+        model: the bundle.
+        teacher: the base's reading of the text.
+        reading: the auxiliary's.
+        predicted: raw pairs of the first ``split`` tokens.
+        true: the base's own.
+    """
+    start, split = exact_layers(model), next(iter(true.values()))["keys"].shape[1]
     logits = output_head(model.base, teacher.streams[-1][:, split:])
 
     def divergence(pairs: dict[int, RawPair]) -> mx.array:
@@ -101,5 +124,4 @@ def deviation(model: KVPModel, teacher: Teacher, reading: Reading, split: int) -
     middle = tree_map(lambda one, other: (one + other) / 2, predicted, true)
     slopes = mx.grad(divergence)(middle)
     effects = tree_map(lambda slope, one, other: mx.abs((slope * (one - other)).sum(axis=-1)), slopes, predicted, true)
-    total = sum((effect.astype(mx.float32) for _, effect in tree_flatten(effects)), mx.array(0.0))
-    return mx.log(total + 1e-12)
+    return sum((effect.astype(mx.float32) for _, effect in tree_flatten(effects)), mx.array(0.0))
