@@ -68,12 +68,12 @@ def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None
     centre = x.mean(axis=0)
     gram = (x - centre).T @ (x - centre)
     ridge = (PENALTY * np.trace(gram) / len(gram) + 1e-9) * np.eye(len(gram))
-    weight = np.linalg.solve(gram + ridge, (x - centre).T @ (y - y.mean()))
+    weight = np.linalg.solve(gram + ridge, (x - centre).T @ y)
     estimator = model.predictor.deviation
     estimator.linear.weight = mx.array(weight[None].astype(np.float32))
-    estimator.linear.bias = mx.array([y.mean() - centre @ weight]).astype(mx.float32)
+    estimator.linear.bias = mx.array([-centre @ weight]).astype(mx.float32)
     mx.eval(estimator.parameters())
-    return float(1 - np.square(y - y.mean() - (x - centre) @ weight).mean() / max(y.var(), 1e-12))
+    return float(1 - np.square(y - (x - centre) @ weight).mean() / max(y.var(), 1e-12))
 
 
 def estimator_input(model: KVPModel, reading: Reading) -> mx.array:
