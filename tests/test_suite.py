@@ -19,7 +19,7 @@ from kvp_mlx.evaluate.loop import EQUAL_TTFT, compare_at_equal_ttft
 from kvp_mlx.evaluate.match import KINDS, LEAST, MOST, match, match_by_work, matching_share
 from kvp_mlx.evaluate.report import page, read_results, summary
 from kvp_mlx.evaluate.scores import bootstrap_ratio
-from kvp_mlx.evaluate.suite import claimed, plan
+from kvp_mlx.evaluate.suite import arms_of, claimed, plan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHOICES = [{"query": f"Question: the {i}?", "choices": ["the lamp", "x"], "gold": i % 2} for i in range(6)]
@@ -158,6 +158,14 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     assert squad["dials"]
     assert not any(f"| {name} (of full)" in text for name in squad["dials"])
     assert summary(read_results(results)).count("\n| ") == 2 + ("multiple choice" in text)
+
+
+def test_a_bundle_that_cannot_recompute_has_no_dials(data: Path) -> None:
+    model, _ = prefixed(llama(), 1)
+    assert model.config.predictor.recompute is None
+    entry = plan(data)[0]
+    assert entry.dials
+    assert [arm.name for arm in arms_of(entry, model, [])] == ["full", "kvp", "kvp-64", "auxiliary"]
 
 
 def test_the_plan_names_times_and_refuses(data: Path, fitted: Path, tmp_path: Path, kvp: Kvp) -> None:

@@ -120,10 +120,10 @@ def run_suite(
                 continue
             say(f"{entry.name}: begins")
             matched = matched_arms(entry, model, folder)
-            arms = arms_of(entry, matched)
+            arms = arms_of(entry, model, matched)
             log = folder / f"{entry.name}.jsonl"
             document = carry_out(entry.run, model, name, arms, log=log, progress=progress)
-            document |= {"matched": matched, "dials": list(entry.dials)}
+            document |= {"matched": matched, "dials": [arm.name for arm in arms if arm.name in entry.dials]}
             write_unless_known(results / f"{entry.name}.json", document)
             say(f"{entry.name}: {document['n']} items, {results / f'{entry.name}.json'}")
             done.append(entry.name)
@@ -177,9 +177,10 @@ def gaining_targets(entry: Entry, model: KVPModel, prompts: Sequence[list[int]])
     return [target for target in targets if arm_work(model, target, tokens).flops < NO_GAIN * full]
 
 
-def arms_of(entry: Entry, matched: Sequence[dict[str, Any]]) -> list[Arm]:
-    """Return the bundle's own arms, those matched to them, and the entry's dials."""
-    return parse_arms(",".join([ARMS, *(row["arm"] for row in matched if row["arm"]), *entry.dials]))
+def arms_of(entry: Entry, model: KVPModel, matched: Sequence[dict[str, Any]]) -> list[Arm]:
+    """Return the bundle's own arms, those matched to them, and the entry's dials if the bundle can recompute."""
+    dials = () if model.config.predictor.recompute is None else entry.dials
+    return parse_arms(",".join([ARMS, *(row["arm"] for row in matched if row["arm"]), *dials]))
 
 
 def typical_prompts(entry: Entry, model: KVPModel) -> list[list[int]]:
@@ -214,7 +215,9 @@ def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path
             targets = gaining_targets(entry, model, prompts)
             matched = [row for target in targets for row in match_by_work(model, target, len(prompts[0]))]
         spread = items[:: max(1, len(items) // TIMED_ITEMS)][:TIMED_ITEMS]
-        seconds = {arm.name: timed(entry.run, model, arm, spread) / len(spread) for arm in arms_of(entry, matched)}
+        seconds = {
+            arm.name: timed(entry.run, model, arm, spread) / len(spread) for arm in arms_of(entry, model, matched)
+        }
         yield {
             "name": entry.name,
             "n": len(items),
