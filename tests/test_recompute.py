@@ -179,7 +179,7 @@ def test_a_bad_arm_is_named(name):
     "make", [SETUPS["llama prefix"], lambda: paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)))]
 )
 def test_harm_is_the_slope_of_the_divergence_times_the_error(make):
-    model, _ = make()  # without k_norm, so that halfway is the same before it and after it
+    model, _ = make()
     ids, split, step = mx.array(token_ids(12)), 8, 0.02  # no k_norm: halfway before it were not halfway after it
     teacher = teach(model, make_batch(ids.tolist()))
     reading = teacher.reading or read(model, ids)
@@ -249,6 +249,12 @@ def test_the_estimator_is_the_ridge_fit_of_centred_deviations(fitted):
     penalty = PENALTY * np.square(x).sum() / x.shape[1]
     weight = np.array(model.predictor.deviation.linear.weight)[0]
     np.testing.assert_allclose(x.T @ (y - x @ weight), penalty * weight, atol=1e-3 * np.abs(penalty * weight).max())
+
+
+def test_an_estimator_that_is_not_fitted_takes_all_tokens_for_alike():
+    model = with_estimator(SETUPS["llama prefix"]()[0])
+    inputs, _ = auxiliary_prefill(model, mx.array(token_ids(12)), make_prompt_cache(model.auxiliary))
+    assert np.ptp(np.array(model.predictor.deviations(inputs))) == 0
 
 
 def test_windows_too_short_to_judge_fit_nothing(fitted):
