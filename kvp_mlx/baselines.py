@@ -18,9 +18,9 @@ from .attention import last_attention
 from .bundle import KVPModel
 from .families import Cache, LayerCache, early_exit, only_layers, run_layers, section
 from .layer_map import retained_layers
-from .pipeline import chunks
 from .positions import rope_at
 from .recompute import largest
+from .streams import chunks
 
 STATIC_DEPTH = 0.25
 LAZY_DEPTHS = (0.3, 0.9)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, GenerationResponse, wired_limit
+from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -21,12 +21,10 @@ from .errors import InputError
 from .families import Cache, append_raw, room_for, run_layers, section
 from .first_token import stream_first_token_early
 from .recompute import repair
-from .streams import parts, side_by_side
+from .streams import chunks, default_step_size, parts, release_buffers, side_by_side
 
 Prefill = Literal["kvp", "full", "auto"]
 Progress = Callable[[int, int], None]
-
-MAX_FREED_BYTES = 2**28
 
 
 @dataclass
@@ -222,29 +220,16 @@ def predict_base_cache(
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
     is_repaired = bool(model.predictor.blocks) and (model.recompute > 0 or exact_tail > 0)
-    deviations, below = [], []
+    below: list[mx.array] = []
+    deviations: list[mx.array] = []
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
         with side_by_side(ids.size) as streams:
             for chunk, done in chunks(ids, prefill_step_size):
-                start = time.perf_counter()
-                readings = []
-                for stream, part in parts(chunk, streams):
-                    with mx.stream(stream):
-                        readings.append((stream, *auxiliary_prefill(model, part, auxiliary_cache)))
-                mx.eval(_state(auxiliary_cache), [reading[1:] for reading in readings])
-                done_reading = time.perf_counter()
-                for stream, inputs, stopped_at in readings:
-                    with mx.stream(stream):
-                        write_predicted(model, inputs, cache)
-                        if is_repaired:
-                            below.append(stopped_at)
-                        if is_repaired and model.recompute:
-                            deviations.append(model.predictor.deviations(inputs))
-                mx.eval(_state(cache), deviations)
-                times.auxiliary_prefill_ms += 1e3 * (done_reading - start)
-                times.predict_ms += 1e3 * (time.perf_counter() - done_reading)
-                del readings, inputs, stopped_at
-                _release_buffers()
+                stopped_at, deviating = predict_chunk(model, chunk, streams, cache, auxiliary_cache, times)
+                if is_repaired:
+                    below += stopped_at
+                    deviations += deviating
+                release_buffers()
                 if progress:
                     progress(done, ids.shape[1])
         if is_repaired:
@@ -254,6 +239,33 @@ def predict_base_cache(
             times.recomputed_tokens += repair(model, mx.concatenate(below, axis=1), told, cache, tail, step_size)
             times.recompute_ms += 1e3 * (time.perf_counter() - start)
     return cache
+
+
+def predict_chunk(
+    model: KVPModel, chunk: mx.array, streams: list[Any], cache: Cache, auxiliary_cache: Cache, times: PrefillTimes
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Read a chunk (B, T), part by part, and append its prediction to the base's ``cache``, evaluated.
+
+    Returns of each part what ``repair`` takes: where the base goes on from, and the estimated deviations (none where
+    nothing is to be recomputed).
+    """
+    start = time.perf_counter()
+    readings = []
+    for stream, part in parts(chunk, streams):
+        with mx.stream(stream):
+            readings.append((stream, *auxiliary_prefill(model, part, auxiliary_cache)))
+    mx.eval(_state(auxiliary_cache), [reading[1:] for reading in readings])
+    done_reading = time.perf_counter()
+    deviations = []
+    for stream, inputs, _ in readings:
+        with mx.stream(stream):
+            write_predicted(model, inputs, cache)
+            if model.recompute and model.predictor.blocks:
+                deviations.append(model.predictor.deviations(inputs))
+    mx.eval(_state(cache), deviations)
+    times.auxiliary_prefill_ms += 1e3 * (done_reading - start)
+    times.predict_ms += 1e3 * (time.perf_counter() - done_reading)
+    return [stopped_at for _, _, stopped_at in readings], deviations
 
 
 def catch_up_auxiliary(model: KVPModel, ids: mx.array, auxiliary_cache: Cache) -> None:
@@ -293,7 +305,7 @@ def read_prompt(
                 with mx.stream(stream):
                     run_layers(model, part, cache)
             mx.eval(_state(cache))
-            _release_buffers()
+            release_buffers()
             if progress:
                 progress(done, ids.shape[1])
 
@@ -331,29 +343,6 @@ def fill_cache(
     if lag < held:
         catch_up_auxiliary(model, mx.array([ids[lag:held]]), auxiliary_cache)
     predict_base_cache(model, mx.array([ids[held:end]]), cache, auxiliary_cache, exact_tail=exact_tail, **report)
-
-
-def default_step_size() -> int:
-    """Return the chunk length that suits the device.
-
-    GPUs take mlx-lm's default. mlx computes the whole score matrix on CPU and masks it afterwards, so there
-    short chunks save up to half of attention.
-    """
-    return 256 if mx.default_device().type == mx.DeviceType.cpu else DEFAULT_PREFILL_STEP_SIZE
-
-
-def _release_buffers() -> None:
-    """Give freed buffers back once they pile up; below that, the next chunk runs faster on them."""
-    if mx.get_cache_memory() > MAX_FREED_BYTES:
-        mx.clear_cache()
-
-
-def chunks(ids: mx.array, size: int | None) -> Iterator[tuple[mx.array, int]]:
-    """Cut ``ids`` (B, T) along T; yields each chunk with the number of tokens up to its end."""
-    size = size or default_step_size()
-    for start in range(0, ids.shape[1], size):
-        chunk = ids[:, start : start + size]
-        yield chunk, start + chunk.shape[1]
 
 
 def _state(cache: Cache) -> list[Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.directories import TEXT, write_llama
+from support.directories import TEXT, prose, write_llama
 
 from kvp_mlx.cli.main import main
 
@@ -81,3 +81,24 @@ def bundle(fitted: Path, tmp_path: Path) -> Path:
     config["base"]["path"] = "base"
     (copy / "kvp.json").write_text(json.dumps(config))
     return copy
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two files without a repetition."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, seed in (("a.txt", 1), ("b.txt", 2)):
+        (folder / name).write_text(prose(2500, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starts(base_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A ridge bundle of each kind to start from."""
+    from kvp_mlx.train.fit import FitOptions, fit_bundle
+
+    kinds = {"prefix": {"layers": 1}, "pruned": {"prune": 0.5}}
+    out = tmp_path_factory.mktemp("starts")
+    for name, kind in kinds.items():
+        fit_bundle(str(base_dir), [str(texts)], out / name, FitOptions(tokens=256, window=64, **kind))
+    return {name: out / name for name in kinds}

@@ -100,7 +100,7 @@ def ttft(
     from ..bench.plot import draw_ttft
     from ..bench.report import TTFT
     from ..bench.ttft import Sweep, measure_ttft, parse_bench_arms
-    from ..pipeline import default_step_size
+    from ..streams import default_step_size
 
     sweep = Sweep(lengths, batch_size, parse_bench_arms(arms), rounds, prefill_step_size or default_step_size())
     has_llama_cpp = any(arm.kind == "llama.cpp" for arm in sweep.arms)
@@ -143,7 +143,7 @@ def decode(
     from ..bench.decode import measure_decode
     from ..bench.report import DECODE
     from ..bench.ttft import Sweep
-    from ..pipeline import default_step_size
+    from ..streams import default_step_size
 
     sweep = Sweep(lengths, 1, parse_arms(arms), rounds, prefill_step_size or default_step_size())
     with clean_stdout(json), progress_bar("measuring") as progress:
@@ -176,7 +176,7 @@ def memory(
     from ..bench.memory import measure_memory
     from ..bench.report import MEMORY
     from ..bench.ttft import Sweep
-    from ..pipeline import default_step_size
+    from ..streams import default_step_size
 
     sweep = Sweep(lengths, batch_size, parse_arms(arms), 1, prefill_step_size or default_step_size())
     with clean_stdout(json), progress_bar("measuring") as progress:

@@ -1,0 +1,116 @@
+"""``kvp train`` names bad data, bad options and too little memory in one line, and leaves nothing behind."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Kvp
+from support.directories import TEXT, prose
+from support.training import train_args
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+BAD_DATA = {
+    "missing": (lambda d: d / "no.txt", "does not exist"),
+    "pattern of nothing": (lambda d: d / "*.txt", "does not exist"),
+    "wrong suffix": (lambda d: write(d / "a.pdf", b"%PDF"), "a.pdf"),
+    "empty folder": (lambda d: d, "no .txt"),
+    "not gzip": (lambda d: write(d / "a.txt.gz", TEXT * 20), "a.txt.gz"),
+    "gzip cut short": (lambda d: write(d / "a.txt.gz", gzip.compress(prose(3000, 0).encode())[:-40]), "a.txt.gz"),
+    "not JSON": (lambda d: write(d / "a.jsonl", '{"text": "' + prose(3000, 0) + '"}\nnonsense\n'), "line 2"),
+    "not UTF-8": (lambda d: write(d / "a.txt", b"caf\xe9 " * 5000), "UTF-8"),
+    "too little": (lambda d: write(d / "a.txt", prose(60, 0)), "--data"),
+    "empty": (lambda d: write(d / "a.txt", ""), "0 passages of 64 tokens"),
+    "dataset of no such name": (lambda d: "hub:not a name", "not a name"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_one_line_and_nothing_is_left(
+    name: str, starts: dict[str, Path], base_dir: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    make, named = BAD_DATA[name]
+    data = tmp_path / "data"
+    data.mkdir()
+    common = ("train", base_dir, "--start", starts["prefix"], "--window", 64, "--right", 16, "--tokens", 6400)
+    outcome = kvp(*common, "--data", make(data), "--out", tmp_path / "out")
+    assert outcome.code == 2, outcome.err
+    assert named in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_dataset_without_network_is_one_line(tmp_path: Path) -> None:
+    """Offline, as huggingface_hub reads it at import: a process of its own."""
+    code = "import sys; sys.argv[0] = 'kvp'; from kvp_mlx.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "train", "nowhere/at-all", "--layers", "1", "--data", "hub:nobody/nothing"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "nobody/nothing" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--window", 16), "--window"),
+        (("--tokens", 640, "--minutes", 1), "--tokens"),
+        (("--learning-rate", 0), "--learning-rate"),
+        (("--learning-rate", "nan"), "--learning-rate"),
+        (("--batch-size", 0), "--batch-size"),
+        (("--splits", 0), "--splits"),
+        (("--right", -3), "--right"),
+        (("--lora-rank", 0), "--lora-rank"),
+        (("--accumulate", 0), "--accumulate"),
+        (("--minutes", -1), "--minutes"),
+        (("--auxiliary-weight", 1), "--auxiliary-weight"),
+        (("--train-auxiliary",), "--lora-rank"),
+        (("--continuation-weight", 0), "weight 0"),
+        (("--base-weight", -1), "negative"),
+        (("--base-weight", "nan"), "weight"),
+        (("--weight-decay", "nan"), "--weight-decay"),
+        (("--weight-decay", -1), "--weight-decay"),
+        (("--validate-every", "nan"), "--validate-every"),
+        (("--lora-rank", 2, "--train-auxiliary"), "--train-auxiliary"),
+        (("--start", "/nowhere"), "nowhere"),
+    ],
+)
+def test_bad_options_are_named(
+    options: tuple, named: str, starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    budget = () if {"--tokens", "--minutes"} & set(options) else ("--tokens", 128)
+    common = train_args(starts["prefix"], base_dir, texts, *budget)
+    outcome = kvp(*common, *options, "--out", tmp_path / "out")
+    assert outcome.code == 2, outcome.err
+    assert named in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_prefix_with_nothing_to_predict_is_refused(base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp) -> None:
+    """All layers but the last: every entry is exact, there are no maps to train."""
+    common = ("train", base_dir, "--layers", 3, "--data", texts, "--window", 64, "--right", 16, "--tokens", 128)
+    outcome = kvp(*common, "--fit-tokens", 64, "--out", tmp_path / "out")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_too_little_memory_is_said_before_training(
+    starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvp_mlx.train.memory.free_bytes", lambda: 10_000)
+    outcome = kvp(*train_args(starts["prefix"], base_dir, texts, "--tokens", 640, "--out", tmp_path / "out"))
+    assert outcome.code == 2
+    assert all(flag in outcome.err for flag in ("--window", "--right", "--batch-size", "--checkpoint"))
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
