@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from ..bundle import KVPModel
 from ..families import family_of, kv_shapes, linear_size
-from ..recompute import ASKING_TOKENS, first_layer, is_asked
+from ..recompute import ASKING_TOKENS, Span, is_asked, spans
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,36 @@ def recompute_work(model: KVPModel, tokens: int, batch: int, exact_tail: int = 0
 
     What is chosen beside the tokens at the end is taken to be spread evenly.
     """
-    wanted = exact_tail + round(model.recompute * (tokens - exact_tail))
-    last = max(exact_tail, min(ASKING_TOKENS, wanted))
-    if not wanted:
+    lower, upper = spans(model, tokens, exact_tail)
+    if not lower.tokens:
         return Work()
+    last = min(lower.tokens, max(exact_tail, ASKING_TOKENS))
     before = tokens - last  # mean entries that a token sees: of those spread evenly, and of the last ones
-    pairs = (wanted - last) * (before + 1) / 2 + last * (before + (last + 1) / 2)
-    work = above_work(model, wanted, pairs, batch)
-    if is_asked(wanted, last):
+    own = last * (before + (last + 1) / 2)
+    work = Work()
+    for span in (lower, upper):
+        work += span_work(model, span, own + (span.tokens - last) * (before + 1) / 2, batch)
+    if is_asked(lower.tokens, last):
         pairs = ASKING_TOKENS * (tokens - ASKING_TOKENS + (ASKING_TOKENS + 1) / 2)
-        work += above_work(model, ASKING_TOKENS, pairs, batch)
+        work += span_work(model, lower._replace(tokens=ASKING_TOKENS), pairs, batch)
     return work
 
 
-def above_work(model: KVPModel, tokens: int, pairs: float, batch: int) -> Work:
-    """Return the work of the base's reading of ``tokens`` positions from where recomputation begins.
+def span_work(model: KVPModel, span: Span, pairs: float, batch: int) -> Work:
+    """Return the work of a span's reading; the model's last layer only projects K and V.
 
     Args:
         model: the bundle.
-        tokens: positions that are read.
+        span: layers, and the positions that they read.
         pairs: of such a position and an entry that it sees.
         batch: sequences.
     """
-    last = len(model.base.layers) - 1
-    work = kv_work(model.base, last, tokens, batch)
-    for layer in range(first_layer(model), last):
+    work, last = Work(), len(model.base.layers) - 1
+    for layer in range(span.first, min(span.last, last)):
         module = model.base.layers[layer]
         width = module[family_of(model.base).attention].n_heads * kv_shapes(model.base)[layer].head_dim
-        work += Work(2.0 * batch * tokens * linear_size(module) + 4.0 * batch * width * pairs, _bytes(module))
-    return work
+        work += Work(2.0 * batch * span.tokens * linear_size(module) + 4.0 * batch * width * pairs, _bytes(module))
+    return work + kv_work(model.base, last, span.tokens, batch) if span.last > last else work
 
 
 def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:

@@ -3,10 +3,11 @@
 Prediction fails on few tokens, and badly (names, figures, rare words). CacheBlend (arXiv 2405.16444) repairs a cache
 that it reused by computing the entries anew of those tokens that deviate most; the share of them is its "recompute
 ratio". Here the predictor tells from what it is given how wrong it will be and what harm that will do, and the end of
-the prompt, where a question stands, tells what is going to be looked at.
+the prompt, where a question stands, tells what is going to be looked at. The last third of the layers is left
+out: the same work, spent on more tokens in the lower ones, brings the answer closer to full prefill's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -19,17 +20,39 @@ from .streams import parts, side_by_side
 
 ASKING_TOKENS = 16
 """Tokens at the prompt's end that the base reads first, to see what they attend to."""
-ASKED_LAYERS = 3
-"""Every which of the predicted layers is asked, from the last one down: all of them tell no more, measured."""
 ATTENTION_WEIGHT = 0.5
 """Of the logarithm of attention beside the estimated deviation; chosen on prompts that no evaluation uses."""
 ATTENTION_REACH = 12
 """Tokens after an attended one that count as attended too: an answer goes on from where the question points to."""
+LOWER_LAYERS = 2 / 3
+"""Of the layers from ``first_layer`` on: those whose entries count most. The others read little but the end."""
 
 
 def first_layer(model: KVPModel) -> int:
     """Return the base's layer at which recomputation begins: where an exact prefix ends, else its first."""
     return model.config.auxiliary.layers if model.has_exact_prefix else 0
+
+
+class Span(NamedTuple):
+    """How many tokens the base reads again in layers ``first`` to ``last - 1``."""
+
+    first: int
+    last: int
+    tokens: int
+
+
+def spans(model: KVPModel, tokens: int, exact_tail: int) -> list[Span]:
+    """Return what recomputation reads of ``tokens`` positions, in the lower layers and in the ones above.
+
+    The mean over layers of their tokens is the exact tail and the model's share of the others: the lower layers read
+    what this allows, the layers above read more than the last tokens only where the lower ones read all.
+    """
+    first, end = first_layer(model), len(model.base.layers)
+    middle = first + round(LOWER_LAYERS * (end - first))
+    lower = min(1.0, model.recompute / LOWER_LAYERS)
+    upper = (model.recompute - LOWER_LAYERS * lower) / (1 - LOWER_LAYERS)
+    most, least = (exact_tail + round(share * (tokens - exact_tail)) for share in (lower, upper))
+    return [Span(first, middle, most), Span(middle, end, max(least, min(most, ASKING_TOKENS)))]
 
 
 class RewrittenCache:
@@ -64,8 +87,8 @@ def repair(
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
     The share holds the last ``ASKING_TOKENS`` in any case, and beside these the tokens whose prediction would do most
-    harm: the largest deviation, weighed by the attention that the end pays unless few are chosen. Only the T newest are
-    chosen from: what an earlier turn left in the cache stays as it is.
+    harm: the largest deviation, weighed by the attention that the end pays unless few are chosen. See ``spans`` for how
+    many and in which layers. Only the T newest are chosen from: what an earlier turn left in the cache stays as it is.
 
     Args:
         model: the bundle; ``recompute`` is the share.
@@ -77,23 +100,25 @@ def repair(
         step_size: tokens per chunk.
 
     Returns:
-        How many tokens of each sequence were read.
+        How many tokens of each sequence were read, in some layers at least.
     """
     batch, tokens = x.shape[:2]
-    wanted = exact_tail + round(model.recompute * (tokens - exact_tail))
-    last = max(exact_tail, min(ASKING_TOKENS, wanted))
-    chosen = mx.broadcast_to(mx.arange(tokens - last, tokens), (batch, last))
-    if wanted > last and deviations is not None:
-        harm = deviations
-        if is_asked(wanted, last):
-            attention = spread(asked_for(model, x[:, -ASKING_TOKENS:], cache))[:, -tokens:]
-            harm = harm + ATTENTION_WEIGHT * mx.log(attention + 1e-9)
-        chosen = mx.concatenate([largest(harm[:, : tokens - last], wanted - last), chosen], axis=1)
-    if wanted:
-        places = chosen if x.ndim == 2 else chosen[..., None]
-        positions = cache[0].offset - tokens + chosen
-        read_again(model, mx.take_along_axis(x, places, axis=1), positions, cache, step_size)
-    return wanted
+    lower, upper = spans(model, tokens, exact_tail)
+    if not lower.tokens:
+        return 0
+    last = min(lower.tokens, max(exact_tail, ASKING_TOKENS))
+    harm = mx.zeros((batch, tokens)) if deviations is None else deviations
+    if is_asked(lower.tokens, last):
+        attention = spread(asked_for(model, x[:, -ASKING_TOKENS:], cache, lower))[:, -tokens:]
+        harm = harm + ATTENTION_WEIGHT * mx.log(attention + 1e-9)
+    harm = mx.where(mx.arange(tokens) < tokens - last, harm, mx.inf)
+    positions = mx.broadcast_to(mx.arange(cache[0].offset - tokens, cache[0].offset), (batch, tokens))
+    for span in (lower, upper):
+        kept = largest(harm, span.tokens)
+        harm, positions = (mx.take_along_axis(numbers, kept, axis=1) for numbers in (harm, positions))
+        x = mx.take_along_axis(x, kept if x.ndim == 2 else kept[..., None], axis=1)
+        x = read_again(model, x, positions, cache, span, step_size)
+    return lower.tokens
 
 
 def is_asked(wanted: int, last: int) -> bool:
@@ -120,48 +145,50 @@ def spread(attention: mx.array) -> mx.array:
     return mx.stack([padded[:, start : start + entries] for start in range(ATTENTION_REACH + 1)]).max(axis=0)
 
 
-def asked_for(model: KVPModel, x: mx.array, cache: Cache) -> mx.array:
-    """Let the base read the newest tokens; returns the most attention (B, S) that one of them pays to each entry.
+def asked_for(model: KVPModel, x: mx.array, cache: Cache, span: Span) -> mx.array:
+    """Let the base read the newest tokens in a span; returns the most attention (B, S) that one pays to each entry.
 
-    That is the largest over heads, tokens and a part of the layers whose entries are predicted. The tokens' own
-    entries are replaced.
+    That is the largest over heads, tokens and layers. The tokens' own entries are replaced.
     """
-    start, tokens = first_layer(model), x.shape[1]
-    predicted = [number for number, sources in enumerate(model.config.predictor.layer_map) if sources is not None]
-    listened = predicted[::-ASKED_LAYERS]
-    for layer in cache[start:]:
+    tokens, entries = x.shape[1], cache[span.first : span.last]
+    for layer in entries:
         layer.trim(tokens)
     with mx.stream(generation_stream):
-        above = section(model.base, start, len(model.base.layers))
-        _, heard = run_layers(above, x, cache[start:], [number - start for number in listened])
+        _, heard = run_layers(section(model.base, span.first, span.last), x, entries, range(len(entries)))
         most = mx.array(0.0)
-        for number in listened:
-            keys, _ = cache[number].keys_and_values()
-            row = last_attention(model.base, number, heard[number - start].hidden, keys, tokens)
+        for number, layer in enumerate(entries):
+            keys, _ = layer.keys_and_values()
+            row = last_attention(model.base, span.first + number, heard[number].hidden, keys, tokens)
             most = mx.maximum(most, row.max(axis=(1, 2)))  # (B, query heads, tokens, S) -> (B, S)
         return most
 
 
-def read_again(model: KVPModel, x: mx.array, positions: mx.array, cache: Cache, step_size: int) -> None:
-    """Let the base read some of the tokens that its cache holds, and replace their entries.
+def read_again(model: KVPModel, x: mx.array, positions: mx.array, cache: Cache, span: Span, step_size: int) -> mx.array:
+    """Let some of the base's layers read tokens that its cache holds, and replace their entries.
 
     Args:
         model: the bundle.
-        x: what ``first_layer`` takes of these tokens, ``(B, n, hidden)`` or ids ``(B, n)``.
+        x: what layer ``span.first`` takes of these tokens, ``(B, n, hidden)`` or ids ``(B, n)``.
         positions: their positions ``(B, n)`` in the cache, rising.
-        cache: the base's cache, evaluated afterwards.
+        cache: the base's cache, whose layers of the span are evaluated afterwards.
+        span: the layers.
         step_size: tokens per chunk.
+
+    Returns:
+        What the layer after the span takes ``(B, n, hidden)``; lazy behind the last layer.
     """
-    start = first_layer(model)
-    above = section(model.base, start, len(model.base.layers))
+    layers, entries = section(model.base, span.first, span.last), cache[span.first : span.last]
+    is_last = span.last == len(model.base.layers)
     seen: Any = (positions.max(axis=0) + 1).tolist()  # entries up to each token
+    outputs = []
     with side_by_side(positions.size) as streams:
         for begin in range(0, positions.shape[1], step_size):
             done = begin
             for stream, part in parts(x[:, begin : begin + step_size], streams):
                 these = positions[:, done : done + part.shape[1]]
                 done += part.shape[1]
-                with mx.stream(stream), rope_at(above, these):
-                    rewritten: Any = [RewrittenCache(layer, these, seen[done - 1]) for layer in cache[start:]]
-                    run_layers(above, part, rewritten)
-            mx.eval([layer.state for layer in cache])
+                with mx.stream(stream), rope_at(layers, these):
+                    rewritten: Any = [RewrittenCache(layer, these, seen[done - 1]) for layer in entries]
+                    outputs.append(run_layers(layers, part, rewritten)[0])
+            mx.eval([layer.state for layer in entries], [] if is_last else outputs)
+    return mx.concatenate(outputs, axis=1)

@@ -89,19 +89,23 @@ def test_work_counted_by_hand(fitted: Path) -> None:
 def test_work_of_recomputation_counted_by_hand(fitted: Path) -> None:
     model, batch = kvp_mlx.load(str(fitted)), 2
 
-    def above(tokens: int, pairs: float) -> float:  # one whole layer from where the prefix ends, the last one's K and V
-        return batch * (2 * tokens * LAYER + 4 * HEADS * HEAD_DIM * pairs + 2 * tokens * KV)
+    def lower(tokens: int, pairs: float) -> float:  # one whole layer from where the prefix ends
+        return batch * (2 * tokens * LAYER + 4 * HEADS * HEAD_DIM * pairs)
 
-    assert recompute_work(model, 40, batch, exact_tail=3).flops == above(3, 38 + 39 + 40)
-    model.recompute = 0.25  # ten tokens, too few to ask anything: the last ones
-    assert recompute_work(model, 40, batch).flops == above(10, sum(range(31, 41)))
-    model.recompute = 0.5  # twenty: the last 16 and four others, too few to ask for
+    def upper(tokens: int) -> float:  # the last layer's K and V
+        return batch * 2 * tokens * KV
+
+    assert recompute_work(model, 40, batch, exact_tail=3).flops == lower(3, 38 + 39 + 40) + upper(3)
+    model.recompute = 0.2  # twelve tokens in the lower layer, too few to ask anything: the last ones
+    assert recompute_work(model, 40, batch).flops == lower(12, sum(range(29, 41))) + upper(12)
+    model.recompute = 1 / 3  # twenty: the last 16, which the upper layer reads too, and four others, too few to ask for
     asking = sum(range(25, 41))
-    assert recompute_work(model, 40, batch).flops == above(20, asking + 4 * 12.5)
-    model.recompute = 0.8  # the last 16 are read to ask, and again with 16 others
-    assert recompute_work(model, 40, batch).flops == above(16, asking) + above(32, asking + 16 * 12.5)
+    assert recompute_work(model, 40, batch).flops == lower(20, asking + 4 * 12.5) + upper(16)
+    model.recompute = 0.55  # the last 16 are read to ask, and again with 17 others
+    expected = lower(16, asking) + lower(33, asking + 17 * 12.5) + upper(16)
+    assert recompute_work(model, 40, batch).flops == expected
     tail = recompute_work(model, 40, batch, exact_tail=20)  # and 16 of the other twenty
-    assert tail.flops == above(16, asking) + above(36, sum(range(21, 41)) + 16 * 10.5)
+    assert tail.flops == lower(16, asking) + lower(36, sum(range(21, 41)) + 16 * 10.5) + upper(20)
     alone = model.auxiliary, 40, batch
     assert kvp_work(model, 41, batch, 20) == (
         prefill_work(*alone) + predictor_work(model, 40, batch) + tail + step_work(model.base, 41, batch)

@@ -173,14 +173,22 @@ class Transformer:
         tied = self.weights[f"{self.inner}.{self.embedding}.weight"]
         return Pass(x @ self.weights.get("lm_head.weight", tied).T, entries, readings, streams)
 
-    def rewrite(self, ids: np.ndarray, cache: Sequence[Entries], positions: np.ndarray, first: int) -> list[Entries]:
-        """Read the tokens at some positions (n,) of ids (B, T), replacing their entries from layer ``first`` on.
+    def rewrite(self, ids: np.ndarray, cache: Sequence[Entries], read: dict[int, np.ndarray]) -> list[Entries]:
+        """Read tokens of ids (B, T), replacing their entries.
 
-        Layers below ``first`` are run over them as well, on entries that are true already.
+        Args:
+            ids: all tokens.
+            cache: entries of all of them.
+            read: from which layer on the tokens at which positions (n,) are read; fewer from layer to layer. Below the
+                first of these layers, they are run over entries that are true already.
         """
+        first = min(read)
+        positions = read[first]
         x = self.weights[f"{self.inner}.{self.embedding}.weight"][ids[:, positions]]
         cache = list(cache)
         for layer in range(self.depth):
+            is_kept = np.isin(positions, read.get(layer, positions))
+            x, positions = x[:, is_kept], positions[is_kept]
             hidden = self.norm(layer, self.attention_norm, x)
             queries, keys, values = self.project(layer, hidden)
             if layer >= first:
