@@ -34,7 +34,7 @@ class KVPModel:
         tokenizer: mlx-lm's tokeniser, or None where the base brings none.
         config: kvp.json.
         base_config: the base's config.json.
-        recompute: share of a prompt's tokens that the base reads itself, see ``recompute.repair``.
+        recompute: share of a prompt's tokens that the base reads itself, on average over layers; ``recompute.spans``.
     """
 
     base: nn.Module

@@ -60,8 +60,8 @@ class AuxiliaryConfig(_Part):
 class PredictorConfig(_Part):
     """What the maps read, and for each base layer which auxiliary layers' (null: the entries are exact).
 
-    ``recompute`` is the share of a prompt's tokens that the base reads itself unless told otherwise; null: the
-    predictor cannot tell which.
+    ``recompute`` is the share of a prompt's tokens that the base reads itself, on average over its layers, unless told
+    otherwise; null: the predictor cannot tell which.
     """
 
     input: Literal["hidden_state", "keys_values"]

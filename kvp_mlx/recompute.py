@@ -3,8 +3,8 @@
 Prediction fails on few tokens, and badly (names, figures, rare words). CacheBlend (arXiv 2405.16444) repairs a cache
 that it reused by computing the entries anew of those tokens that deviate most; the share of them is its "recompute
 ratio". Here the predictor tells from what it is given how wrong it will be and what harm that will do, and the end of
-the prompt, where a question stands, tells what is going to be looked at. The last third of the layers is left
-out: the same work, spent on more tokens in the lower ones, brings the answer closer to full prefill's.
+the prompt, where a question stands, tells what is going to be looked at. In the last third of the layers it reads
+fewer: the same work, spent on more tokens in the lower ones, brings the answer closer to full prefill's.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,9 @@ ATTENTION_WEIGHT = 0.5
 ATTENTION_REACH = 12
 """Tokens after an attended one that count as attended too: an answer goes on from where the question points to."""
 LOWER_LAYERS = 2 / 3
-"""Of the layers from ``first_layer`` on: those whose entries count most. The others read little but the end."""
+"""Of the layers from ``first_layer`` on: those whose entries count most."""
+UPPER_FROM = 0.25
+"""Share to recompute from which on the layers above these read more than the prompt's end (all of it at 1)."""
 
 
 def first_layer(model: KVPModel) -> int:
@@ -44,13 +46,12 @@ class Span(NamedTuple):
 def spans(model: KVPModel, tokens: int, exact_tail: int) -> list[Span]:
     """Return what recomputation reads of ``tokens`` positions, in the lower layers and in the ones above.
 
-    The mean over layers of their tokens is the exact tail and the model's share of the others: the lower layers read
-    what this allows, the layers above read more than the last tokens only where the lower ones read all.
+    The mean over layers of their tokens is the exact tail and the model's share of the others.
     """
     first, end = first_layer(model), len(model.base.layers)
     middle = first + round(LOWER_LAYERS * (end - first))
-    lower = min(1.0, model.recompute / LOWER_LAYERS)
-    upper = (model.recompute - LOWER_LAYERS * lower) / (1 - LOWER_LAYERS)
+    upper = max(0.0, model.recompute - UPPER_FROM) / (1 - UPPER_FROM)
+    lower = (model.recompute - (1 - LOWER_LAYERS) * upper) / LOWER_LAYERS
     most, least = (exact_tail + round(share * (tokens - exact_tail)) for share in (lower, upper))
     return [Span(first, middle, most), Span(middle, end, max(least, min(most, ASKING_TOKENS)))]
 

@@ -98,14 +98,16 @@ def test_work_of_recomputation_counted_by_hand(fitted: Path) -> None:
     assert recompute_work(model, 40, batch, exact_tail=3).flops == lower(3, 38 + 39 + 40) + upper(3)
     model.recompute = 0.2  # twelve tokens in the lower layer, too few to ask anything: the last ones
     assert recompute_work(model, 40, batch).flops == lower(12, sum(range(29, 41))) + upper(12)
-    model.recompute = 1 / 3  # twenty: the last 16, which the upper layer reads too, and four others, too few to ask for
+    model.recompute = 0.4  # twenty: the last 16, which the upper layer reads too, and four others, too few to ask for
     asking = sum(range(25, 41))
     assert recompute_work(model, 40, batch).flops == lower(20, asking + 4 * 12.5) + upper(16)
-    model.recompute = 0.55  # the last 16 are read to ask, and again with 17 others
-    expected = lower(16, asking) + lower(33, asking + 17 * 12.5) + upper(16)
+    model.recompute = (
+        0.76  # the last 16 are read to ask, and again with 16 others; eleven of these in the upper layer too
+    )
+    expected = lower(16, asking) + lower(32, asking + 16 * 12.5) + upper(27)
     assert recompute_work(model, 40, batch).flops == expected
-    tail = recompute_work(model, 40, batch, exact_tail=20)  # and 16 of the other twenty
-    assert tail.flops == lower(16, asking) + lower(36, sum(range(21, 41)) + 16 * 10.5) + upper(20)
+    tail = recompute_work(model, 40, batch, exact_tail=20)  # and 16 and 14 of the other twenty
+    assert tail.flops == lower(16, asking) + lower(36, sum(range(21, 41)) + 16 * 10.5) + upper(34)
     alone = model.auxiliary, 40, batch
     assert kvp_work(model, 41, batch, 20) == (
         prefill_work(*alone) + predictor_work(model, 40, batch) + tail + step_work(model.base, 41, batch)

@@ -50,8 +50,8 @@ def repaired_by_hand(model, oracle, ids, cache=None, auxiliary_cache=None, *, ta
     start, depth = first_layer(model), oracle.base.depth
     middle = start + round(2 / 3 * (depth - start))
     others = end - begin - tail
-    wanted = tail + round(min(1, 1.5 * model.recompute) * others)
-    above = tail + round(max(0, 3 * model.recompute - 2) * others)
+    wanted = tail + read_below(model.recompute, others)
+    above = tail + round(max(0, 4 * model.recompute - 1) / 3 * others)
     certain = max(tail, min(ASKING_TOKENS, wanted))
     harm = np.zeros(end - begin)
     if wanted > certain:
@@ -66,6 +66,11 @@ def repaired_by_hand(model, oracle, ids, cache=None, auxiliary_cache=None, *, ta
     order = begin + np.concatenate([np.arange(end - begin)[-certain:], np.argsort(-harm[:-certain])])
     positions, few = np.sort(order[:wanted]), np.sort(order[: max(above, certain)])
     return oracle.base.rewrite(ids, predicted, {start: positions, middle: few}), positions
+
+
+def read_below(ratio, others):
+    """Return how many of the other tokens the lower layers read: half as many again up to a quarter, then less so."""
+    return round((1.5 * ratio if ratio <= 0.25 else 1 / 6 + ratio * 5 / 6) * others)
 
 
 def most_attention(base, ids, cache, asking, listened):
@@ -97,7 +102,7 @@ def test_entries_of_the_chosen_tokens_are_the_bases_own_reading_of_them(name, st
     found = predict_base_cache(model, mx.array(ids), exact_tail=tail, prefill_step_size=step_size, times=times)
     expected, positions = repaired_by_hand(model, oracle, ids, tail=tail)
     assert_cache_equal(found, expected)
-    assert times.recomputed_tokens == len(positions) == tail + round(min(1, 1.5 * ratio) * (60 - tail))
+    assert times.recomputed_tokens == len(positions) == tail + read_below(ratio, 60 - tail)
     assert times.recompute_ms > 0
 
 
@@ -152,7 +157,7 @@ def test_what_stands_after_an_attended_token_counts_as_attended():
 
 
 def test_what_the_end_attends_to_decides_where_all_deviate_alike():
-    model, _ = repairing("llama prefix", 0.4)
+    model, _ = repairing("llama prefix", 0.5)
     model.predictor.deviation.linear.weight = mx.zeros_like(model.predictor.deviation.linear.weight)
     ids, entries = token_ids(60), []
     for seed in (1, 2):

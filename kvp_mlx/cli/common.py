@@ -75,7 +75,8 @@ Recompute = Annotated[
         "--recompute",
         min=0.0,
         max=1.0,
-        help="Share of the prompt's tokens that the base reads itself, where it matters most (default: the bundle's).",
+        help="Share of the prompt's tokens that the base reads itself, on average over layers, where it matters most "
+        "(default: the bundle's).",
     ),
 ]
 AllowMismatch = Annotated[
