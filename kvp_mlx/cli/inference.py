@@ -43,7 +43,7 @@ DEMO_ARMS = {
 }
 DEMO_DOCUMENT = Path(__file__).parents[1] / "data" / "demo.md"
 WARM_UP_CHARACTERS = 1000
-DEMO_QUESTION = "What destroyed the second tower?"
+DEMO_QUESTION = "Who designed the third tower?"
 
 
 def generate(
