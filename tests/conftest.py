@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.directories import TEXT, prose, write_llama
+from support.training import training
 
 from kvp_mlx.cli.main import main
 
@@ -102,3 +103,25 @@ def starts(base_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
     for name, kind in kinds.items():
         fit_bundle(str(base_dir), [str(texts)], out / name, FitOptions(tokens=256, window=64, **kind))
     return {name: out / name for name in kinds}
+
+
+@pytest.fixture(scope="session")
+def finished(
+    starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A run of a few steps and the folder of its data; do not change either."""
+    from kvp_mlx.train.loop import TrainOptions
+    from kvp_mlx.train.train import train_bundle
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    options = TrainOptions(minutes=None, tokens=64 * 4, window=64, right=16)
+    train_bundle(str(starts["prefix"]), [str(texts)], out, options)
+    return out, texts
+
+
+@pytest.fixture
+def run(finished: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    shutil.copytree(training(finished[0]), training(tmp_path / "out"))
+    return tmp_path / "out"

@@ -73,6 +73,16 @@ def test_gradient_in_every_map_is_the_slope(name: str) -> None:
                 assert slope == pytest.approx(expected[loss], rel=1e-2, abs=1e-3 * scale + 1e-7), (loss, target, part)
 
 
+def assert_slopes(
+    found: dict[str, dict[str, np.ndarray]], weight: str, direction: np.ndarray, expected: dict[str, float]
+) -> None:
+    """Check each loss's gradient in a weight along a direction."""
+    for loss, gradients in found.items():
+        scale = np.linalg.norm(gradients[weight])
+        slope = (gradients[weight] * direction).sum()
+        assert slope == pytest.approx(expected[loss], rel=1e-2, abs=1e-3 * scale), (loss, weight)
+
+
 AUXILIARY_WEIGHTS = {
     "model": (
         "model.embed_tokens",
@@ -109,13 +119,7 @@ def test_gradient_in_the_auxiliary_is_the_slope(name: str) -> None:
                 oracle.auxiliary.weights[key] = kept
 
         expected = slopes(moved)
-        for loss, gradients in found.items():
-            gradient = gradients[f"auxiliary.{weight}.weight"]
-            scale = np.linalg.norm(gradient)
-            assert (gradient * direction).sum() == pytest.approx(expected[loss], rel=1e-2, abs=1e-3 * scale), (
-                loss,
-                weight,
-            )
+        assert_slopes(found, f"auxiliary.{weight}.weight", direction, expected)
 
 
 def test_gradient_in_the_updates_is_the_slope() -> None:
@@ -136,13 +140,7 @@ def test_gradient_in_the_updates_is_the_slope() -> None:
                 return plain_losses(plain.with_updates(plain_prefix, changed, SCALE), ids)
 
             expected = slopes(moved)
-            for loss, gradients in found.items():
-                gradient = gradients[f"auxiliary.{name}"]
-                scale = np.linalg.norm(gradient)
-                assert (gradient * direction).sum() == pytest.approx(expected[loss], rel=1e-2, abs=1e-3 * scale), (
-                    loss,
-                    name,
-                )
+            assert_slopes(found, f"auxiliary.{name}", direction, expected)
 
 
 OPTIONS = {
