@@ -8,6 +8,7 @@ import kvp_mlx  # noqa: F401 - before all that imports mlx: it puts the fast BLA
 import io
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from support.directories import TEXT, prose, write_llama
 from support.training import training
 
 from kvp_mlx.cli.main import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Undo what a shell does to background jobs: they, and what the tests start, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
