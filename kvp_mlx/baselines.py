@@ -2,12 +2,16 @@
 
 All take a whole prompt ``ids`` (B, N) and return caches for its first N-1 tokens, so that the answering model goes
 on with the last one, as after ``predict_base_cache``; ``step_size`` is the number of tokens per chunk (default:
-``default_step_size()``). Most leave tokens out. RoPE knows only distances, so instead
-of leaving gaps, what is kept is moved up to the prompt's end: with d tokens dropped, token p stands at p - d. All
-distances are those of the whole prompt, a cache's offset is its length, and mlx-lm decodes on it as on any other.
-Sources: arXiv 2410.08391 section 4 (random and static pruning, layer pruning), 2407.14057 (LazyLLM), 2502.02789
-(SpecPrefill).
+``default_step_size()``), whose parts run side by side on CPU as in prediction. Most leave tokens out. RoPE knows only
+distances, so instead of leaving gaps, what is kept is moved up to the prompt's end: with d tokens dropped, token p
+stands at p - d. All distances are those of the whole prompt, a cache's offset is its length, and mlx-lm decodes on it
+as on any other. Sources: arXiv 2410.08391 section 4 (random and static pruning, layer pruning), 2407.14057
+(LazyLLM), 2502.02789 (SpecPrefill).
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,11 +20,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .attention import last_attention
 from .bundle import KVPModel
-from .families import Cache, LayerCache, early_exit, only_layers, run_layers, section
+from .families import Cache, LayerCache, early_exit, only_layers, room_for, run_layers, section
 from .layer_map import retained_layers
 from .positions import rope_at
 from .recompute import largest
-from .streams import chunks
+from .streams import chunks, parts, side_by_side
 
 STATIC_DEPTH = 0.25
 LAZY_DEPTHS = (0.3, 0.9)
@@ -104,11 +108,11 @@ def lazy_prefill(model: nn.Module, ids: mx.array, first: float, last: float, *, 
     tokens, depth = ids.shape[1] - 1, len(model.layers)
     kept = mx.broadcast_to(mx.arange(tokens + 1), ids.shape)  # positions in the prompt, the last token's included
     cache, x = make_prompt_cache(model), ids
-    with wired_limit(model), mx.stream(generation_stream):
+    with reading(model, ids, cache) as streams:
         for layer in range(depth):
             positions = kept - (tokens + 1 - kept.shape[1])
             count = kept_count(tokens, lazy_retention(layer + 1, depth, first, last)) if layer + 1 < depth else tokens
-            x, row = read_layer(model, layer, x, cache[layer], positions, step_size)
+            x, row = read_layer(model, layer, x, cache[layer], positions, streams, step_size)
             if count < kept.shape[1] - 1:
                 end = mx.full((ids.shape[0], 1), kept.shape[1] - 1)
                 chosen = mx.concatenate([largest(row.mean(axis=1), count), end], axis=1)
@@ -130,7 +134,13 @@ def lazy_retention(layer: int, depth: int, first: float, last: float) -> float:
 
 
 def read_layer(
-    model: nn.Module, layer: int, x: mx.array, cache: LayerCache, positions: mx.array, step_size: int | None
+    model: nn.Module,
+    layer: int,
+    x: mx.array,
+    cache: LayerCache,
+    positions: mx.array,
+    streams: list[Any],
+    step_size: int | None,
 ) -> tuple[mx.array, mx.array]:
     """Run one layer over ``x`` (B, T, hidden), or ids for layer 0, at ``positions`` (B, T); lazy.
 
@@ -138,10 +148,10 @@ def read_layer(
     """
     alone, outputs = section(model, layer, layer + 1), []
     for chunk, end in chunks(x, step_size):
-        place = positions[:, end - chunk.shape[1] : end]
-        with rope_at(alone, place):
-            output, heard = run_layers(alone, chunk, [cache], [0])
-        outputs.append(output)
+        for stream, part, place in placed_parts(chunk, end, streams):
+            with mx.stream(stream), rope_at(alone, positions[:, place]):
+                output, heard = run_layers(alone, part, [cache], [0])
+            outputs.append(output)
     return mx.concatenate(outputs, axis=1), to_others(alone, 0, heard[0].hidden, cache)
 
 
@@ -150,12 +160,32 @@ def read_kept(model: nn.Module, ids: mx.array, kept: mx.array, step_size: int | 
     cache, dropped = make_prompt_cache(model), ids.shape[1] - 1 - kept.shape[1]
     tokens = mx.take_along_axis(ids, kept, axis=1)
     positions = kept.astype(mx.int32) - dropped  # sorting yields unsigned numbers, and these may fall below 0
-    with wired_limit(model), mx.stream(generation_stream):
+    with reading(model, tokens, cache) as streams:
         for chunk, end in chunks(tokens, step_size):
-            with rope_at(model, positions[:, end - chunk.shape[1] : end]):
-                run_layers(model, chunk, cache)
+            for stream, part, place in placed_parts(chunk, end, streams):
+                with mx.stream(stream), rope_at(model, positions[:, place]):
+                    run_layers(model, part, cache)
             mx.eval([layer.state for layer in cache])
     return cache
+
+
+@contextmanager
+def reading(model: nn.Module, ids: mx.array, cache: Cache) -> Iterator[list[Any]]:
+    """Prepare for a model to read ``ids`` (B, T) into a cache; yields the streams for ``parts``."""
+    with (
+        wired_limit(model),
+        room_for(ids.shape[1], cache),
+        side_by_side(ids.size) as streams,
+        mx.stream(generation_stream),
+    ):
+        yield streams
+
+
+def placed_parts(chunk: mx.array, end: int, streams: list[Any]) -> Iterator[tuple[Any, mx.array, slice]]:
+    """Cut a chunk (B, T) that ends before token ``end`` into ``parts``; yields with each where it stands."""
+    start = end - chunk.shape[1]
+    for stream, part in parts(chunk, streams):
+        yield stream, part, slice(start, start := start + part.shape[1])
 
 
 def last_token_attention(model: nn.Module, ids: mx.array, step_size: int | None = None) -> list[mx.array]:
@@ -164,10 +194,11 @@ def last_token_attention(model: nn.Module, ids: mx.array, step_size: int | None 
     Of the last layer only the projections of keys and values and one query are computed.
     """
     cache, layers = make_prompt_cache(model), range(len(model.layers))
-    with wired_limit(model), mx.stream(generation_stream):
-        for chunk, end in chunks(ids, step_size):
-            is_last = end == ids.shape[1]
-            _, heard = run_layers(model, chunk, cache, layers if is_last else ())
+    with reading(model, ids, cache) as streams:
+        for chunk, _ in chunks(ids, step_size):
+            for stream, part in parts(chunk, streams):
+                with mx.stream(stream):
+                    _, heard = run_layers(model, part, cache, layers)  # lazy: only the last part's are computed
             mx.eval([layer.state for layer in cache])
         rows = [to_others(model, layer, heard[layer].hidden, cache[layer]) for layer in layers]
         mx.eval(rows)

@@ -11,6 +11,7 @@ from mlx_lm.models import llama as mlx_lm_llama
 from support.oracle import Entries, Transformer, attend, rms_norm, rotate, split_heads
 from support.tiny import BASES, itself, llama, openelm, oracle_of, paired, prefixed, small_llama, token_ids
 
+from kvp_mlx import baselines, streams
 from kvp_mlx.arms import Arm, arm_prefill, parse_arm, parse_arms
 from kvp_mlx.baselines import (
     chunk_means,
@@ -185,6 +186,24 @@ def test_a_batch_is_its_rows() -> None:
         together = last_logits(model, read(mx.array(ids)), ids)
         alone = [last_logits(model, read(mx.array(row[None])), row[None])[0] for row in ids]
         np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["random-0.6", "static-0.6", "lazy-0.8-0.4", "spec-0.6"])
+def test_parts_side_by_side_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mx.default_device().type != mx.DeviceType.cpu:
+        pytest.skip("GPUs run one stream")
+    model, ids = prefixed(llama(), 2)[0], token_ids(29)
+    _, whole = arm_prefill(model, parse_arm(name), mx.array(ids), step_size=10)
+    monkeypatch.setattr(streams, "MIN_ROWS", 4)
+    monkeypatch.setattr(streams, "openblas_threads", lambda: 3)
+    used = []
+    monkeypatch.setattr(
+        baselines, "parts", lambda *args: used.append(len(streams.parts(*args))) or streams.parts(*args)
+    )
+    _, apart = arm_prefill(model, parse_arm(name), mx.array(ids), step_size=10)
+    assert max(used) == 2
+    for one, other in zip(whole, apart, strict=True):
+        np.testing.assert_allclose(*(np.array(layer.keys_and_values()) for layer in (one, other)), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["full", "kvp", "kvp-5", "kvp-99", "random-1", "static-1", "lazy-1-1", "spec-1"])
