@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import write_json, write_text
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
@@ -134,8 +134,8 @@ def write_result(path: Path, result: dict[str, Any], columns: Columns) -> None:
     """Write a result as its name asks: ``.csv``, ``.md``, anything else JSON."""
     match path.suffix:
         case ".csv":
-            path.write_text(csv_text(result["rows"]), encoding="utf-8")
+            write_text(path, csv_text(result["rows"]))
         case ".md":
-            path.write_text(markdown(columns, result["rows"]), encoding="utf-8")
+            write_text(path, markdown(columns, result["rows"]))
         case _:
             write_json(path, result)

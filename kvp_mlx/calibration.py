@@ -25,7 +25,6 @@ def auto_min_tokens(model: KVPModel) -> int:
 def store_auto_min(model: KVPModel, tokens: int | None) -> Path:
     """Keep a bundle's threshold in the user's cache (None: prediction never paid); returns the file."""
     path = calibration_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, _read() | {_key(model): NEVER if tokens is None else tokens})
     return path
 

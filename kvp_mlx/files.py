@@ -103,22 +103,38 @@ def sha256_of(path: Path) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as indented JSON with a final newline."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write ``data`` as indented JSON with a final newline; see ``write_text``."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def replace_json(path: Path, data: Any) -> None:
-    """Write ``data`` as JSON to a temporary sibling that then takes the place of ``path``.
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, and its folder where that is missing.
 
     Raises:
         InputError: the place cannot be written.
     """
-    work = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    place = Path(os.path.realpath(path))
+    is_device = place.exists() and not place.is_file()  # /dev/stdout
+    work = place if is_device else place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(work, data)
-        work.replace(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work.write_text(text, encoding="utf-8")
+        if not is_device:
+            work.replace(place)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place (KVP_CACHE_DIR).") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place.") from error
     finally:
-        work.unlink(missing_ok=True)
+        if not is_device:
+            with contextlib.suppress(OSError):
+                work.unlink()
+
+
+def check_writable(*files: Path | None) -> None:
+    """Refuse a file that could not be written, before any work is done.
+
+    Raises:
+        InputError: a folder, or a file in no folder.
+    """
+    for file in files:
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise InputError(f"{file} is a folder or lies in none; name a file.")

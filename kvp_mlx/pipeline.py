@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .bundle import KVPModel
 from .calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens
@@ -207,7 +207,8 @@ def predict_base_cache(
         One mlx-lm ``KVCache`` per base layer, evaluated, T positions longer.
 
     Raises:
-        InputError: the auxiliary has not read what the base's cache holds, or a negative exact tail.
+        InputError: the auxiliary has not read what the base's cache holds, a negative exact tail, or a quantised cache
+            where the base is to read on top of the prediction.
     """
     cache = make_prompt_cache(model.base) if cache is None else cache
     auxiliary_cache = auxiliary_cache_for(model, cache) if auxiliary_cache is None else auxiliary_cache
@@ -220,6 +221,10 @@ def predict_base_cache(
             "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
         )
     is_repaired = bool(model.predictor.blocks) and (model.recompute > 0 or exact_tail > 0)
+    if is_repaired and not all(isinstance(layer, KVCache) for layer in cache):
+        raise InputError(
+            "a quantised cache takes predictions only; leave out kv_bits, or recomputation and exact tail."
+        )
     below: list[mx.array] = []
     deviations: list[mx.array] = []
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):

@@ -28,7 +28,7 @@ from .bundle import KVPModel
 from .context import Context
 from .errors import BundleError, InputError
 from .families import Cache, kv_shapes
-from .files import atomic_directory, cache_dir, replace_json, sha256_of
+from .files import atomic_directory, cache_dir, sha256_of, write_json
 from .pipeline import Progress, check_context, check_text
 
 FORMAT_VERSION = 1
@@ -272,7 +272,7 @@ def _head_name(model: KVPModel, ids: list[int]) -> str:
 
 def save_conversation(name: str, messages: list[Message], first: int) -> None:
     """Write a transcript, in place of what may be there, whole or not at all."""
-    replace_json(_transcript(name), {"format_version": FORMAT_VERSION, "messages": messages, "first": first})
+    write_json(_transcript(name), {"format_version": FORMAT_VERSION, "messages": messages, "first": first})
 
 
 def load_conversation(name: str) -> tuple[list[Message], int]:

@@ -230,6 +230,13 @@ def test_a_cache_that_mlx_lm_quantised_is_carried_on(kind):
             np.testing.assert_allclose(values, expected.values, atol=0.3)
 
 
+def test_a_quantised_cache_is_not_read_on_top_of():
+    chat = Chat(next(iter(QUANTISABLE)))
+    chat.say("w1 w2 w3", prefill="kvp", kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    with pytest.raises(InputError, match="kv_bits"):
+        chat.say("w4 w5", prefill="kvp", exact_tail=2)
+
+
 def test_a_summary_names_the_path_and_the_counts():
     chat = Chat("prefix")
     assert chat.say("w1 w2", prefill="kvp").summary().startswith("5 new tokens on 0 cached, 4 of them predicted, ")

@@ -111,6 +111,9 @@ def test_the_commands(bundle, kvp, tmp_path):
     dial = kvp("eval", "dial", bundle, "--data", tmp_path / "text.txt", *options)
     assert dial.code == 0, dial.err
     assert dial.out.count("recovery") == 3
+    nowhere = tmp_path / "no" / "x.json"
+    for command in (("turns", bundle, *common), ("dial", bundle, "--data", tmp_path / "text.txt", *options)):
+        assert "name a file" in kvp("eval", *command, "--out", nowhere).err
 
 
 @pytest.mark.parametrize("content", ["not json\n", '{"text": "a"}\n', ""])

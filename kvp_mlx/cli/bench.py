@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, KVPError
+from ..files import check_writable
 from .common import (
     DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
@@ -326,17 +327,6 @@ def use_device(device: Device | None) -> None:
     if not mx.is_available(wanted):
         raise InputError(f"this machine has no {device.value} that mlx can use; leave out --device.")
     mx.set_default_device(wanted)
-
-
-def check_writable(*files: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured.
-
-    Raises:
-        InputError: a folder, or a file in no folder.
-    """
-    for file in files:
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise InputError(f"{file} is a folder or lies in none; name a file.")
 
 
 def report(

@@ -8,11 +8,9 @@ import typer
 
 from ..errors import InputError
 from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, parse_numbers, print_json, progress_bar
+from .tasks import ModelArgument, Out
 
 MAX_TURNS = 10
-
-Out = Annotated[Path | None, typer.Option(help="Also write the JSON document here.")]
-ModelArgument = Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")]
 
 
 def turns(
@@ -36,16 +34,18 @@ def turns(
     from ..bench.machine import describe_machine
     from ..bundle import load
     from ..evaluate.turns import measure_turns, message_scripts, synthetic_scripts, yield_times_ms
-    from ..files import write_json
+    from ..files import check_writable, write_json
 
-    records = {path: read_records(Path(path)) for path in data or []}
+    check_writable(out)
+    records = {path: read_conversations(path) for path in data or []}
     with clean_stdout(json), progress_bar("conversations") as progress:
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         scripts = {"synthetic": synthetic_scripts(limit, seed)}
         for path, lines in records.items():
             length = 2 if "turns" in lines[0] else MAX_TURNS
-            scripts[Path(path).name] = message_scripts(lines, length, limit)
-            if not scripts[Path(path).name]:
+            name = path if Path(path).name in scripts else Path(path).name
+            scripts[name] = message_scripts(lines, length, limit)
+            if not scripts[name]:
                 raise InputError(f"{path} has no conversation of {length} turns; name another file.")
         result: dict[str, Any] = {
             "model": model,
@@ -68,21 +68,16 @@ def turns(
         print_turns(result)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines that are conversations.
+def read_conversations(path: str) -> list[dict[str, Any]]:
+    """Read a file of conversations.
 
     Raises:
         InputError: unreadable, or something else.
     """
-    import gzip
-    import json
+    from ..evaluate.records import read_records
 
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        records = [json.loads(line) for line in content.decode("utf-8").splitlines() if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON lines ({error}); name another file.") from error
-    if not records or not all(isinstance(r, dict) and ("messages" in r or "turns" in r) for r in records):
+    records = read_records([path], {})
+    if not all("messages" in record or "turns" in record for record in records):
         raise InputError(f"{path} holds records without 'messages' or 'turns'; name another file.")
     return records
 
@@ -130,9 +125,10 @@ def dial(
     from ..bench.machine import describe_machine
     from ..bundle import load
     from ..evaluate.dial import measure_dial, settings
-    from ..files import write_json
+    from ..files import check_writable, write_json
     from ..train.text import data_files, token_windows
 
+    check_writable(out)
     choices = settings(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"))
     if max(choice.exact_head + choice.exact_tail for choice in choices) > prompt_tokens - 2:
         raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
