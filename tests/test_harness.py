@@ -9,6 +9,7 @@ from conftest import Kvp
 
 import kvp_mlx
 from kvp_mlx.arms import parse_arm
+from kvp_mlx.errors import InputError
 from kvp_mlx.evaluate.measures import measure_choice, measure_generation
 from kvp_mlx.evaluate.tasks import choice_items, triviaqa_items
 
@@ -100,6 +101,19 @@ def test_likelihood_agrees(fitted: Path, base_dir: Path, tmp_path: Path) -> None
             assert found == pytest.approx(row["likelihoods"], abs=1e-3)
 
 
+def test_likelihoods_without_a_prompt_are_refused(fitted: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from kvp_mlx.evaluate.harness import KVPLM
+
+    model = kvp_mlx.load(str(fitted))
+    asked = [Instance("loglikelihood_rolling", {}, ("the old harbour",), 0)]
+    assert KVPLM(model, "full").loglikelihood_rolling(asked)[0] < 0
+    for arm in ("kvp", "random-0.5"):
+        with pytest.raises(InputError, match="eval perplexity"):
+            KVPLM(model, arm).loglikelihood_rolling(asked)
+
+
 def test_the_command(trivia: Path, fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
     problems = tmp_path / "problems.jsonl"
     problem = {"task_id": "t/0", "prompt": "def f():\n", "canonical_solution": "    pass\n", "entry_point": "f"}
@@ -115,6 +129,7 @@ def test_the_command(trivia: Path, fitted: Path, tmp_path: Path, kvp: Kvp) -> No
     outcome = kvp(*command, "--allow-code-execution")
     assert outcome.code == 0, outcome.err
     assert outcome.json()["arms"]["full"]["kvp_humaneval"]["pass@1,none"] in (0, 1)
+    assert "name a file" in kvp(*command, "--out", tmp_path / "no" / "x.json").err
     refused = kvp("eval", "lm-eval", fitted, "--tasks", "no_such_task")
     assert refused.code == 2
     assert "no_such_task" in refused.err

@@ -23,6 +23,7 @@ def result(model: str, arms: dict[str, tuple[float, float, float]], task: str = 
         "task": task,
         "n": 10,
         "model": model,
+        "recipe": {"data": {"a.jsonl": "1"}, "seed": 0, "base": "sha256:1"},
         "arms": {
             name: {"score": score, "interval": [score, score], "ttft_ms": ttft, "flops_ratio": ratio}
             for name, (score, ttft, ratio) in arms.items()
@@ -59,9 +60,18 @@ def test_the_command_draws_and_refuses(tmp_path: Path, kvp: Kvp) -> None:
     assert "k12: kvp" in kvp("eval", "pareto", *paths).out
     paths[1].write_text(json.dumps(SECOND | {"task": "mcq"}))
     assert "one task" in kvp("eval", "pareto", *paths).err
-    paths[1].write_text("{}")
-    assert kvp("eval", "pareto", *paths).code == 2
+    for changed in ({"n": 11}, *({"recipe": SECOND["recipe"] | {key: "other"}} for key in ("data", "seed", "base"))):
+        paths[1].write_text(json.dumps(SECOND | changed))
+        assert kvp("eval", "pareto", *paths).err.startswith("kvp: pareto compares results of"), changed
+    assert "measure kvp" in kvp("eval", "pareto", paths[0], paths[0]).err  # which of them should be shown?
+    for content in ("{}", "[]"):
+        paths[1].write_text(content)
+        assert kvp("eval", "pareto", *paths).code == 2
     assert kvp("eval", "pareto", tmp_path / "none.json").code == 2
+    for option, name in (("--plot", "p.odd"), ("--plot", "no/p.png"), ("--out", "no/points.json")):
+        outcome = kvp("eval", "pareto", paths[0], option, tmp_path / name)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert not (tmp_path / name).exists()
 
 
 def test_an_exact_bundle_has_nothing_to_swap() -> None:

@@ -191,15 +191,25 @@ def test_the_summary_shows_rivals_and_the_average() -> None:
     def document(name: str, task: str, kvp_score: float) -> dict[str, Any]:
         difference = {"mean": kvp_score - 0.6, "interval": [kvp_score - 0.63, kvp_score - 0.57]}
         arm = {"score": kvp_score, "difference": difference, "retention": {"mean": 0.5, "interval": [0.4, 0.6]}}
-        rival = {"arm": "kvp", "other": "lazy-0.3-0.1", "difference": {"mean": -0.1, "interval": [-0.2, 0.0]}}
-        arms = {"full": {"score": 0.6}, "kvp": arm, "lazy-0.3-0.1": {"score": 0.4}}
-        return {"file": f"{name}.json", "task": task, "n": 9, "arms": arms, "equal_ttft": [rival]}
+        arm["flops_ratio"] = 1.6
+        apart = {"difference": {"mean": -0.1, "interval": [-0.2, 0.0]}, "ttft_ratio": 0.93}
+        rivals = [{"arm": own, "other": "lazy-0.3-0.1"} | apart for own in ("kvp", "kvp-64")]
+        arms = {
+            "full": {"score": 0.6},
+            "kvp": arm,
+            "kvp-64": arm | {"flops_ratio": 1.0},
+            "lazy-0.3-0.1": {"score": 0.4},
+        }
+        if name == "squad":
+            arms["kvp-8"] = arm  # no other task has it
+        return {"file": f"{name}.json", "task": task, "n": 9, "arms": arms, "equal_ttft": rivals}
 
     text = summary([document("piqa", "mcq", 0.5), document("arc_easy", "mcq", 0.4), document("squad", "squad", 0.3)])
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row.split(",")[0] for row in rows] == ["| squad", "| arc_easy", "| piqa"]
-    assert "| 0.300 (50%, 40% to 60%) | lazy-0.3-0.1 0.400; kvp -0.100 [-0.200, +0.000] |" in rows[0]
-    assert "mean difference from full over arc_easy, piqa: kvp -0.150 [-0.171, -0.129]" in text
+    rival = "lazy-0.3-0.1 0.400 at 0.93 of its time; kvp -0.100 [-0.200, +0.000]"
+    assert f"| 0.300 (50%, 40% to 60%) | {rival} | 0.300 (no work saved) |  |" in rows[0]
+    assert text.endswith("mean difference from full over arc_easy, piqa: kvp -0.150 [-0.171, -0.129].\n")
 
 
 def test_the_page_and_the_readme_are_current() -> None:

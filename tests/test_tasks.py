@@ -15,13 +15,14 @@ from support.losses import log_softmax
 from support.tiny import chat_tokenizer, itself, llama, paired, prefixed, small_llama, token_ids
 
 import kvp_mlx
-from kvp_mlx.arms import arm_prefill, parse_arm
+from kvp_mlx.arms import arm_prefill, parse_arm, parse_arms
 from kvp_mlx.errors import InputError
 from kvp_mlx.evaluate import answer
 from kvp_mlx.evaluate.answer import Question, continuation_losses, generate, predicted_losses
 from kvp_mlx.evaluate.loop import run_items, summarise
 from kvp_mlx.evaluate.measures import measure_chat, measure_choice, seeded_sampler, split_choices
 from kvp_mlx.evaluate.records import read_texts
+from kvp_mlx.evaluate.runs import all_predicted
 from kvp_mlx.evaluate.tasks import (
     Item,
     choice_items,
@@ -103,8 +104,21 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
     outcome = kvp("eval", "mcq", fitted, "--data", data["mcq"], "--limit", 1, "--scoring", "predicted")
     assert outcome.code == 0
     assert "full" in outcome.out and "TTFT" in outcome.out
+    odd = {
+        "hub": {"context": TEXT, "question": "what?", "answers": {"text": ["the harbour"], "answer_start": [4]}},
+        "bare": {"question": "who?", "answers": "the keeper"},
+        "letter": {"query": "who?", "choices": ["a", "b"], "gold": "B"},
+        "beyond": {"query": "who?", "choices": ["a", "b"], "gold": 2},
+        "unanswerable": {"context": TEXT, "question": "what?", "answers": []},
+        "list": [1],
+        "empty": {"turns": []},
+    }
+    for name, record in odd.items():
+        data[name] = tmp_path / f"{name}.jsonl"
+        data[name].write_text(json.dumps(record) + "\n\n")
     text = tmp_path / "text.txt"
     text.write_text("words")
+    (tmp_path / "short.txt").write_text(TEXT)
     refused = {
         "psychic": ("mcq", "--data", data["mcq"], "--arms", "psychic"),
         "'query'": ("mcq", "--data", data["chat"]),
@@ -115,6 +129,15 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
         "--prompt-tokens": ("quote", "--prompt-tokens", "many"),
         "name a file": ("mcq", "--data", data["mcq"], "--out", tmp_path),
         "examples": ("triviaqa", "--data", data["triviaqa"], "--shots", "4"),
+        "'answers' is not a list of texts": ("squad", "--data", data["hub"]),
+        "line 1: 'answers'": ("triviaqa", "--data", data["bare"]),
+        "'gold' is not a whole number": ("mcq", "--data", data["letter"]),
+        "'gold' is 2 where there are 2 choices": ("mcq", "--data", data["beyond"]),
+        "nothing that squad could ask": ("squad", "--data", data["unanswerable"]),
+        "nothing that perplexity could ask": ("perplexity", "--data", tmp_path / "short.txt"),
+        "no JSON object": ("chat", "--data", data["list"]),
+        "needs 'turns'": ("chat", "--data", data["empty"]),
+        "kvp-8 is no arm of it": ("mcq", "--data", data["mcq"], "--scoring", "predicted", "--arms", "full,kvp-8"),
     }
     for named, arguments in refused.items():
         task, *rest = arguments
@@ -247,6 +270,16 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
         generate(model, [Question(arms[0], encoded[0] * 40)], max_tokens=8)
 
 
+def test_answers_end_where_the_window_does() -> None:
+    config = {"max_position_embeddings": 24}
+    model, _ = prefixed(llama(), 1, tokenizer=chat_tokenizer(), base_config=config)
+    questions = [Question(parse_arm(arm), list(range(3, 23))) for arm in ("full", "kvp", "lazy-0.5-0.25")]
+    assert [len(found.tokens) for (found,) in generate(model, questions, max_tokens=8)] == [4, 4, 4]
+    continuation_losses(model, parse_arm("full"), list(range(3, 23)), [[3, 4, 5, 6]])
+    with pytest.raises(InputError, match="context window"):
+        continuation_losses(model, parse_arm("full"), list(range(3, 23)), [[3, 4, 5, 6, 7]])
+
+
 def test_samples_are_drawn_alike_in_any_batch(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kvp_mlx.load(str(fitted))
     ids = model.text_tokenizer.encode(TEXT[:80])
@@ -286,9 +319,22 @@ def test_continuations_are_scored_as_numpy_does(kind: str) -> None:
     rest = continuations[1]
     everything, _ = oracle.prefill(np.array([prompt + rest]))
     rows = log_softmax(oracle.base.forward(np.array([prompt + rest]), only=everything).logits)[0, 19:-1]
-    np.testing.assert_allclose(predicted_losses(model, prompt, rest), -rows[np.arange(len(rest)), rest], atol=1e-4)
+    losses, is_greedy = predicted_losses(model, prompt, rest)
+    np.testing.assert_allclose(losses, -rows[np.arange(len(rest)), rest], atol=1e-4)
+    assert not is_greedy
+    assert predicted_losses(model, prompt, [int(rows[0].argmax())])[1]
     repaired = replace(with_estimator(model), recompute=0.5)
-    np.testing.assert_array_equal(predicted_losses(repaired, prompt, rest), predicted_losses(model, prompt, rest))
+    np.testing.assert_array_equal(predicted_losses(repaired, prompt, rest)[0], losses)
+    with pytest.raises(InputError, match="at least one token"):
+        predicted_losses(model, [], rest)
+
+
+def test_the_papers_scoring_predicts_everything() -> None:
+    model = replace(with_estimator(prefixed(llama(), 1)[0]), recompute=0.5)
+    assert all_predicted(model, parse_arms("full,kvp,kvp-0-0")).recompute == 0
+    for arm in ("kvp-4", "kvp-0-0.5"):
+        with pytest.raises(InputError, match=arm):
+            all_predicted(model, parse_arms(f"full,{arm}"))
 
 
 def test_the_likeliest_choice_wins() -> None:

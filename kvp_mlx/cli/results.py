@@ -32,8 +32,9 @@ def lm_eval(
     from ..arms import parse_arms
     from ..bundle import load
     from ..evaluate.harness import KVPLM, run_harness
-    from ..files import write_json
+    from ..files import check_writable, write_json
 
+    check_writable(out)
     chosen, names = parse_arms(arms), [name.strip() for name in tasks.split(",")]
     with clean_stdout(True):
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
@@ -66,8 +67,9 @@ def pareto(
     from json import loads
 
     from ..evaluate.pareto import draw, points
-    from ..files import write_json
+    from ..files import check_writable, write_json
 
+    check_writable(out, plot)
     documents = []
     for path in results:
         try:
@@ -198,5 +200,7 @@ def report(
 ) -> None:
     """Write the page of results from their JSON documents."""
     from ..evaluate.report import page, read_results
+    from ..files import check_writable, write_text
 
-    out.write_text(page(read_results(folder)), encoding="utf-8")
+    check_writable(out)
+    write_text(out, page(read_results(folder)))

@@ -73,12 +73,10 @@ def measure_and_print(
     from ..arms import parse_arms
     from ..bundle import load
     from ..evaluate.runs import carry_out
-    from ..files import write_json
+    from ..files import check_writable, write_json
 
     chosen = parse_arms(arms)
-    for path in (out, log):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InputError(f"{path} is a folder or lies in none; name a file.")
+    check_writable(out, log)
     with clean_stdout(json), progress_bar(run.task) as progress:
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         result = carry_out(run, loaded, model, chosen, log=log, progress=progress)

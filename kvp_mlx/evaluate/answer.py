@@ -1,5 +1,6 @@
 """What an arm says: a generated text, or the log-likelihood of given ones."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ def generate(
         model: the bundle.
         questions: what is asked; all their caches are in memory together.
         stop: strings that end an answer.
-        max_tokens: of an answer, at most.
+        max_tokens: of an answer, at most; fewer where the context window ends before.
 
     Returns:
         For each question an answer per sampler.
@@ -61,6 +62,8 @@ def generate(
     """
     for question in questions:
         check_context(model, len(question.ids), max_tokens)
+    window = model.context_length or sys.maxsize
+    rooms = [min(max_tokens, window - len(question.ids)) for question in questions]
     read = [timed_prefill(model, question.arm, question.ids) for question in questions]
     groups: dict[Any, list[int]] = {}
     for number, (question, (answering, cache, _)) in enumerate(zip(questions, read, strict=True)):
@@ -71,8 +74,11 @@ def generate(
     for key, numbers in groups.items():
         decode = decode_alone if isinstance(key, int) else decode_together
         asked = [(number, sampler) for number in numbers for sampler in questions[number].samplers]
-        replies = [Reply(questions[n].ids[-1], read[n][1], sampler, model.text_tokenizer, stop) for n, sampler in asked]
-        decode(read[numbers[0]][0], replies, max_tokens)
+        replies = [
+            Reply(questions[n].ids[-1], read[n][1], sampler, model.text_tokenizer, stop, rooms[n])
+            for n, sampler in asked
+        ]
+        decode(read[numbers[0]][0], replies)
         for (number, _), reply in zip(asked, replies, strict=True):
             answers[number].append(Answer(before(reply.whole_text(), stop), reply.tokens, read[number][2]))
     return answers
@@ -84,13 +90,20 @@ class Reply:
     Attributes:
         last: the prompt's last token.
         cache: holds the tokens before it; the answers to one question share it.
+        max_tokens: how many are generated at most.
         tokens: those generated so far.
     """
 
     def __init__(
-        self, last: int, cache: Cache, sampler: Sampler | None, tokenizer: TokenizerWrapper, stop: Sequence[str]
+        self,
+        last: int,
+        cache: Cache,
+        sampler: Sampler | None,
+        tokenizer: TokenizerWrapper,
+        stop: Sequence[str],
+        max_tokens: int,
     ):
-        self.last, self.cache, self.sampler = last, cache, sampler or greedy
+        self.last, self.cache, self.sampler, self.max_tokens = last, cache, sampler or greedy, max_tokens
         self.tokens: list[int] = []
         self._tokenizer, self._stop = tokenizer, stop
         self._detokenizer = tokenizer.detokenizer
@@ -114,14 +127,14 @@ def greedy(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
 
 
-def decode_together(answering: nn.Module, replies: Sequence[Reply], max_tokens: int) -> None:
+def decode_together(answering: nn.Module, replies: Sequence[Reply]) -> None:
     """Decode replies side by side, as many as ``BATCH_TOKENS`` allows; caches are left as they are."""
-    longest = max(reply.cache[0].offset for reply in replies) + max_tokens
+    longest = max(reply.cache[0].offset + reply.max_tokens for reply in replies)
     size = max(1, min(len(replies), BATCH_TOKENS // longest))
     batch = BatchGenerator(answering, completion_batch_size=size, prefill_batch_size=size)
     numbers = batch.insert(
         [[reply.last] for reply in replies],
-        [max_tokens] * len(replies),
+        [reply.max_tokens for reply in replies],
         caches=[reply.cache for reply in replies],
         samplers=[reply.sampler for reply in replies],
     )
@@ -139,12 +152,12 @@ def finished(responses: Sequence[Any]) -> set[int]:
     return {each.uid for each in responses if each.finish_reason is not None}
 
 
-def decode_alone(answering: nn.Module, replies: Sequence[Reply], max_tokens: int) -> None:
+def decode_alone(answering: nn.Module, replies: Sequence[Reply]) -> None:
     """Decode replies one after another; caches are left as they are."""
     for reply in replies:
         cache = repeated(answering, reply.cache, 1)
         steps = generate_step(
-            mx.array([reply.last]), answering, max_tokens=max_tokens, prompt_cache=cache, sampler=reply.sampler
+            mx.array([reply.last]), answering, max_tokens=reply.max_tokens, prompt_cache=cache, sampler=reply.sampler
         )
         for token, _ in steps:
             if not reply.add(int(token)):
@@ -164,13 +177,10 @@ def continuation_losses(
     The arm reads the prompt, the answering model goes on from its last token: what decoding sees.
 
     Raises:
-        InputError: the longest does not fit the context window, or there is no prompt.
+        InputError: see ``check_continuations``.
     """
-    if not prompt or not all(continuations):
-        raise InputError("prompt and continuation need at least one token each.")
-    check_context(model, len(prompt) + max(map(len, continuations)))
+    longest = check_continuations(model, prompt, continuations)
     answering, cache, ttft_ms = timed_prefill(model, arm, prompt)
-    longest = max(map(len, continuations))
     inputs = mx.array([[prompt[-1], *c[:-1], *[0] * (longest - len(c))] for c in continuations])  # (B, T), padded
     targets = mx.array([[*c, *[0] * (longest - len(c))] for c in continuations])
     hidden, _ = run_layers(answering, inputs, repeated(answering, cache, len(continuations)))
@@ -178,6 +188,19 @@ def continuation_losses(
     chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # (B, T, vocab) -> (B, T)
     losses = np.array(mx.logsumexp(logits, axis=-1) - chosen)
     return [row[: len(c)] for row, c in zip(losses, continuations, strict=True)], ttft_ms
+
+
+def check_continuations(model: KVPModel, prompt: list[int], continuations: Sequence[list[int]]) -> int:
+    """Return the length of the longest continuation; its last token is scored but not read.
+
+    Raises:
+        InputError: it does not fit the context window after the prompt, or a text has no token.
+    """
+    if not prompt or not all(continuations):
+        raise InputError("prompt and continuation need at least one token each.")
+    longest = max(map(len, continuations))
+    check_context(model, len(prompt) + longest - 1)
+    return longest
 
 
 def repeated(model: nn.Module, cache: Cache, batch: int) -> Cache:
@@ -214,14 +237,21 @@ def cut_back(cache: Cache, lengths: list[int]) -> None:
         layer.trim(layer.offset - length)
 
 
-def predicted_losses(model: KVPModel, prompt: list[int], continuation: list[int]) -> np.ndarray:
-    """Return a continuation's negative log-likelihoods as the paper scores: all keys and values are predicted.
+def predicted_losses(model: KVPModel, prompt: list[int], continuation: list[int]) -> tuple[np.ndarray, bool]:
+    """Return a continuation's negative log-likelihoods as the paper scores, and whether it is the greedy one.
 
-    Each position sees the predicted pairs up to its own and none that the base computed, the continuation's too.
+    All keys and values are predicted: each position sees the predicted pairs up to its own and none that the base
+    computed, the continuation's too.
+
+    Raises:
+        InputError: see ``check_continuations``.
     """
+    check_continuations(model, prompt, [continuation])
     ids = mx.array([[*prompt, *continuation]])
     cache = predict_base_cache(replace(model, recompute=0.0), ids[:, :-1])
     hidden, _ = run_layers(model.base, ids[:, :-1], [PredictedOnlyCache(layer) for layer in cache])
     logits = output_head(model.base, hidden[:, len(prompt) - 1 :]).astype(mx.float32)
-    chosen = mx.take_along_axis(logits, mx.array([continuation])[..., None], axis=-1)[..., 0]
-    return np.array((mx.logsumexp(logits, axis=-1) - chosen)[0])
+    targets = mx.array([continuation])
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    is_greedy = bool(mx.all(mx.argmax(logits, axis=-1) == targets))
+    return np.array((mx.logsumexp(logits, axis=-1) - chosen)[0]), is_greedy

@@ -17,6 +17,7 @@ from ..families import Cache
 from ..train.text import data_files
 from .answer import Question, generate, predicted_losses
 from .measures import split_choices
+from .runs import all_predicted
 
 try:
     from lm_eval import simple_evaluate
@@ -42,8 +43,8 @@ class KVPLM(MLXLM):
 
     def __init__(self, model: KVPModel, arm: Arm | str = "kvp", scoring: str = "continuation"):
         LM.__init__(self)  # MLXLM's own would load a model
-        self.model = model
         self.arm = parse_arm(arm) if isinstance(arm, str) else arm
+        self.model = all_predicted(model, [self.arm]) if scoring == "predicted" else model
         self.scoring = scoring
         self.tokenizer = model.text_tokenizer
         self.use_chat_template = False
@@ -59,14 +60,26 @@ class KVPLM(MLXLM):
         return nn.log_softmax(logits.astype(mx.float32)), cache
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether it is the greedy one (not told when predicted)."""
+        """Return each continuation's log-likelihood, and whether it is the greedy one."""
         if self.scoring != "predicted" or self.arm.kind != "kvp":
             return super().loglikelihood(requests)
         results = []
         for request in requests:
             prompt, (continuation,) = split_choices(self.model, request.args[0], [request.args[1]])
-            results.append((-float(predicted_losses(self.model, prompt, continuation).sum()), False))
+            losses, is_greedy = predicted_losses(self.model, prompt, continuation)
+            results.append((-float(losses.sum()), is_greedy))
         return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Return each text's log-likelihood, of the arms that are models of their own.
+
+        Raises:
+            InputError: the arm differs from the full model in how it reads a prompt, and here is none.
+        """
+        if self.arm.kind not in ("full", "auxiliary", "layers"):
+            raise InputError(f"{self.arm.name} reads prompts, and these texts have none; take 'kvp eval perplexity'.")
+        likelihoods: list[float] = super().loglikelihood_rolling(requests)
+        return likelihoods
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return each prompt's greedy answer up to the first stop string."""

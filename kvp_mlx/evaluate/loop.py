@@ -99,7 +99,7 @@ def open_log(log: Path, recipe: dict[str, Any]) -> dict[tuple[str, str], Row]:
         append_line(log, {"recipe": recipe})
         return {}
     if not isinstance(lines[0], dict) or lines[0].get("recipe") != json.loads(json.dumps(recipe)):
-        raise InputError(f"{log} was begun with another version, model, data or options; choose another --log.")
+        raise InputError(f"{log} was begun with other data, options, model, version or machine; choose another.")
     return {(row["item"], row["arm"]): row for row in lines[1:]}
 
 

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -53,14 +54,14 @@ def measure_choice(scoring: str) -> Measure:
 
     Args:
         scoring: ``continuation`` (the arm reads the question, the base goes on), or ``predicted``, the paper's (arm
-            kvp only: all keys and values are predicted, the choice's too).
+            kvp only: all keys and values are predicted, the choice's too; ``runs.all_predicted``).
     """
 
     def measure(model: KVPModel, arm: Arm, item: Item) -> Row:
         prompt, choices = split_choices(model, item.prompt, item.answers)
         losses, ttft_ms = continuation_losses(model, arm, prompt, choices)
         if scoring == "predicted" and arm.kind == "kvp":
-            losses = [predicted_losses(model, prompt, choice) for choice in choices]
+            losses = [predicted_losses(model, prompt, choice)[0] for choice in choices]
         likelihoods = [-float(loss.sum()) for loss in losses]
         per_letter = [value / len(text.lstrip()) for value, text in zip(likelihoods, item.answers, strict=True)]
         right = {
@@ -92,24 +93,24 @@ def perplexity(values: np.ndarray) -> float:
     return math.exp(values.mean())
 
 
-@one_by_one
-def measure_chat(model: KVPModel, arm: Arm, item: Item) -> Row:
-    """Return how an arm agrees with the full model's greedy reply, both being led along that reply.
+def measure_chat(model: KVPModel, asked: Sequence[Asked]) -> Iterator[Row]:
+    """Yield how arms agree with the full model's greedy reply, all being led along that reply.
 
     Score: share of the reply's first 16 tokens that are the arm's greedy choice too. Also the first token alone, and
     the mean divergence KL(full || arm) in nats per token.
     """
-    ids = encode_item(model, item.prompt, chat=True)
-    if "reply" not in item.extra:
-        ((reply,),) = generate(model, [Question(Arm("full", "full"), ids)], max_tokens=CHAT_TOKENS)
-        item.extra["reply"] = reply.tokens
-        item.extra["full"], _ = reply_log_probabilities(model, Arm("full", "full"), ids, item.extra["reply"])
-    full, reply = item.extra["full"], item.extra["reply"]
-    own, ttft_ms = reply_log_probabilities(model, arm, ids, reply)
-    agree = own.argmax(axis=-1) == np.array(reply)
-    divergence = (np.exp(full) * (full - own)).sum(axis=-1).mean()
-    metrics = {"first_token": float(agree[0]), "kl_per_token": float(divergence)}
-    return _row(float(agree.mean()), metrics, ttft_ms, len(ids))
+    whole = Arm("full", "full")
+    for _, of_item in groupby(asked, key=lambda pair: pair[1].id):
+        pairs = list(of_item)
+        ids = encode_item(model, pairs[0][1].prompt, chat=True)
+        ((reply,),) = generate(model, [Question(whole, ids)], max_tokens=CHAT_TOKENS)
+        full, _ = reply_log_probabilities(model, whole, ids, reply.tokens)
+        for arm, _ in pairs:
+            own, ttft_ms = reply_log_probabilities(model, arm, ids, reply.tokens)
+            agree = own.argmax(axis=-1) == np.array(reply.tokens)
+            divergence = (np.exp(full) * (full - own)).sum(axis=-1).mean()
+            metrics = {"first_token": float(agree[0]), "kl_per_token": float(divergence)}
+            yield _row(float(agree.mean()), metrics, ttft_ms, len(ids))
 
 
 def measure_humaneval(samples: int, temperature: float, seed: int) -> Measure:

@@ -14,15 +14,20 @@ def points(results: Sequence[dict[str, Any]]) -> list[Point]:
     """Return one point per result and arm, best score first, with the fronts it lies on.
 
     Args:
-        results: JSON documents of one task (``kvp eval TASK --out``), of one or several bundles.
+        results: JSON documents of one task (``kvp eval TASK --out``), of one or several bundles of one base.
 
     Raises:
-        InputError: no results, not all of one task, or documents of something else.
+        InputError: no results, documents of something else, or what cannot be compared.
     """
-    if not results or any(not {"task", "n", "model", "arms"} <= result.keys() for result in results):
+    needed = {"task", "n", "model", "arms"}
+    if not results or any(not isinstance(result, dict) or not needed <= result.keys() for result in results):
         raise InputError("pareto takes the JSON documents that 'kvp eval TASK --out FILE' wrote.")
     if len(tasks := {result["task"] for result in results}) > 1:
         raise InputError(f"pareto compares one task at a time, not {', '.join(sorted(tasks))}.")
+    recipes = [{"n": result["n"]} | result.get("recipe", {}) for result in results]
+    for key, what in (("data", "the same data"), ("seed", "one seed"), ("n", "one n"), ("base", "one base")):
+        if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes):
+            raise InputError(f"pareto compares results of {what}, which these are not.")
     sign = -1 if results[0]["task"] in LOWER_IS_BETTER else 1
     several = len({result["model"] for result in results}) > 1
     found: dict[str, Point] = {}
@@ -31,6 +36,8 @@ def points(results: Sequence[dict[str, Any]]) -> list[Point]:
             own = arm_of_the_base(name)
             label = f"{result['model']}: {name}" if several and not own else name
             kept = {key: arm[key] for key in ("score", "interval", "ttft_ms", "flops_ratio")}
+            if label in found and not own:
+                raise InputError(f"two of these results measure {label}; leave one out.")
             found.setdefault(label, {"label": label, "arm": name, "n": result["n"], **kept})
     rows = sorted(found.values(), key=lambda point: -sign * point["score"])
     for row in rows:
@@ -53,7 +60,7 @@ def draw(rows: Sequence[Point], task: str, out: Path) -> None:
     """Draw both pictures side by side: score over TTFT, and over prefill work relative to the full model's.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or does not know this kind of file.
     """
     try:
         import matplotlib
@@ -81,5 +88,9 @@ def draw(rows: Sequence[Point], task: str, out: Path) -> None:
         panel.set_xlabel(title)
     panels[0].set_ylabel(f"{task}, n = {rows[0]['n']}")
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
+    try:
+        figure.savefig(out, dpi=130)
+    except ValueError as error:
+        raise InputError(f"{out} names no kind of picture; end it in .png, .svg or .pdf.") from error
+    finally:
+        pyplot.close(figure)

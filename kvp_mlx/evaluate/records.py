@@ -4,7 +4,7 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,51 @@ from ..train.text import data_files
 SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "test.jsonl.gz"
 
 
-def read_records(places: Iterable[str], fields: Iterable[str]) -> list[dict[str, Any]]:
+Kind = tuple[str, Callable[[Any], bool]]
+"""What a field holds, in words, and whether a value is that."""
+TEXT: Kind = ("a text", lambda value: isinstance(value, str))
+TEXTS: Kind = ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value))
+NUMBER: Kind = ("a whole number", lambda value: isinstance(value, int))
+
+
+def read_records(places: Iterable[str], fields: Mapping[str, Kind]) -> list[dict[str, Any]]:
     """Return all records of JSONL files.
 
     Args:
         places: as ``data_files`` takes them: files, folders, patterns, ``hub:owner/name``.
-        fields: what every record must have.
+        fields: what every record must have, and of which kind.
 
     Raises:
-        InputError: no such file, not JSON lines, or a field is missing.
+        InputError: no such file, not JSON lines of objects, or a field is missing or of another kind.
     """
-    records = []
+    records, places = [], list(places)
     for path in data_files(places):
         try:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    record = json.loads(line)
-                    if missing := [name for name in fields if name not in record]:
-                        raise InputError(f"{path}, line {number}: the record lacks '{missing[0]}'; is it this task's?")
-                    records.append(record)
+                    if line.strip():
+                        records.append(checked(json.loads(line), fields, f"{path}, line {number}"))
         except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
             raise InputError(f"{path} is not readable JSON lines ({error}); check --data.") from error
     if not records:
-        raise InputError("the data holds no record; check --data.")
+        raise InputError(f"{', '.join(places)} holds no record; check --data.")
     return records
+
+
+def checked(record: Any, fields: Mapping[str, Kind], place: str) -> dict[str, Any]:
+    """Return a record that has its fields.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: no JSON object; is it this task's data?")
+    for name, (kind, is_right) in fields.items():
+        if name not in record:
+            raise InputError(f"{place}: the record lacks '{name}'; is it this task's?")
+        if not is_right(record[name]):
+            raise InputError(f"{place}: '{name}' is not {kind}; is it this task's?")
+    return record
 
 
 def read_texts(places: Iterable[str]) -> list[str]:
@@ -45,7 +66,7 @@ def read_texts(places: Iterable[str]) -> list[str]:
     texts = []
     for path in data_files(list(places) or [str(SAMPLE)]):
         if path.name.removesuffix(".gz").endswith(".jsonl"):
-            texts += [record["text"] for record in read_records([str(path)], ["text"])]
+            texts += [record["text"] for record in read_records([str(path)], {"text": TEXT})]
             continue
         try:
             data = path.read_bytes()

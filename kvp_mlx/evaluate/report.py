@@ -25,9 +25,11 @@ ORDER = ("squad", "needle", "arc_easy", "piqa", "chat", "triviaqa", "quote", "gs
 INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; nothing here is
 written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap intervals over items
 (differences and shares: paired). TTFT is the median over the items as they were measured, other arms in turn. A share
-behind `lazy`, `spec`, `static` or `random` was chosen so that its measured TTFT equals the predicted arm's at the
-task's median prompt length; those at most a tenth slower count as equally fast. The full model gets next to nothing
-right in some tasks (its own column says which): there, nothing can be learnt about prediction, and n is small."""
+behind `lazy`, `spec`, `static` or `random` was chosen beforehand, up to 0.95, so that its measured TTFT came closest to
+the predicted arm's at the task's median prompt length; how close it came in the run is told with it, and those at most
+a tenth slower count as equally fast. "No work saved": so short are the prompts that what is read exactly leaves nothing
+to predict, or too little. The full model gets next to nothing right in some tasks (its own column says which): there,
+nothing can be learnt about prediction."""
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -91,6 +93,8 @@ def score_cell(document: dict[str, Any], arm: str) -> str:
     found = document["arms"].get(arm)
     if found is None:
         return ""
+    if arm.startswith("kvp") and not saves_work(document, arm):
+        return f"{found['score']:.3f} (no work saved)"
     retention = found.get("retention")
     if retention is None or arm == "full":
         return f"{found['score']:.3f}"
@@ -101,13 +105,18 @@ def score_cell(document: dict[str, Any], arm: str) -> str:
 def rival_cell(document: dict[str, Any], arm: str) -> str:
     """Return the best token-pruning arm that is as fast as a predicted one, and how far that one is ahead of it."""
     rivals = [row for row in document.get("equal_ttft", []) if row["arm"] == arm and row["other"] in pruned(document)]
-    if not rivals:
+    if not rivals or not saves_work(document, arm):
         return ""
     sign = -1 if document["task"] in LOWER_IS_BETTER else 1
     best = max(rivals, key=lambda row: sign * document["arms"][row["other"]]["score"])
     low, high = best["difference"]["interval"]
-    score = document["arms"][best["other"]]["score"]
-    return f"{best['other']} {score:.3f}; {arm} {best['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    rival = f"{best['other']} {document['arms'][best['other']]['score']:.3f} at {best['ttft_ratio']:.2f} of its time"
+    return f"{rival}; {arm} {best['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def saves_work(document: dict[str, Any], arm: str) -> bool:
+    """Return whether an arm does less than full prefill at the median prompt: of shorter ones nothing is predicted."""
+    return bool(document["arms"][arm]["flops_ratio"] > 1)
 
 
 def pruned(document: dict[str, Any]) -> set[str]:
@@ -123,7 +132,9 @@ def choice_average(documents: Sequence[dict[str, Any]], arms: Sequence[str]) -> 
     choices = [each for each in documents if each["task"] == "mcq" and "full" in each["arms"]]
     parts = []
     for arm in arms if len(choices) > 1 else ():
-        apart = [each["arms"][arm]["difference"] for each in choices if arm in each["arms"]]
+        if not all(arm in each["arms"] and saves_work(each, arm) for each in choices):
+            continue
+        apart = [each["arms"][arm]["difference"] for each in choices]
         mean = sum(one["mean"] for one in apart) / len(apart)
         half = math.hypot(*((one["interval"][1] - one["interval"][0]) / 2 for one in apart)) / len(apart)
         parts.append(f"{arm} {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")

@@ -1,7 +1,7 @@
 """A task on its data, ready to be measured: what ``kvp eval TASK`` asks for, and one way to carry it out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from .. import __version__
 from ..arms import Arm
 from ..bench.machine import describe_machine
 from ..blas import openblas_threads
-from ..bundle import KVPModel, bundle_directory
+from ..bundle import KVPModel, base_directory, bundle_directory
 from ..errors import InputError
 from ..files import sha256_of
 from ..pipeline import Progress
+from ..safetensors import fingerprint
 from ..train.text import data_files
 from . import measures, tasks
 from .loop import Measure, grid, run_items, summarise
@@ -69,12 +70,12 @@ def carry_out(
     Returns:
         The task's JSON document: ``summarise``'s, the grid of tasks that have one, the bundle and the recipe.
     """
-    items = run.items(model)[: run.limit]
+    if run.options.get("scoring") == "predicted":
+        model = all_predicted(model, arms)
+    items = items_of(run, model)
     recipe = {
         "task": run.task,
-        "kvp_mlx": __version__,
-        **weights(model, name),
-        "recompute": model.recompute,
+        **setting(model, name),
         "seed": run.seed,
         "first_prompt": measures.hash_of(items[0].prompt),  # the wording is part of a task
         **run.options,
@@ -87,9 +88,46 @@ def carry_out(
     return document | {"model": name, "layers": model.config.auxiliary.layers, "recipe": recipe, "machine": machine}
 
 
+def all_predicted(model: KVPModel, arms: Sequence[Arm]) -> KVPModel:
+    """Return the bundle as the paper scores it: nothing is read again, in no arm.
+
+    Raises:
+        InputError: an arm whose numbers say otherwise.
+    """
+    if other := [arm.name for arm in arms if arm.kind == "kvp" and any(arm.numbers)]:
+        raise InputError(f"scoring 'predicted' predicts all of the prompt, so {other[0]} is no arm of it; take kvp.")
+    return replace(model, recompute=0.0)
+
+
+def setting(model: KVPModel, name: str) -> dict[str, Any]:
+    """Return what rows depend on beside their task: our version, the weights, the share recomputed, the machine."""
+    machine = describe_machine()
+    return {
+        "kvp_mlx": __version__,
+        **weights(model, name),
+        "recompute": model.recompute,
+        **{name: machine[name] for name in ("chip", "device", "mlx", "mlx_lm")},
+        "blas_threads": openblas_threads(),
+    }
+
+
+def items_of(run: Run, model: KVPModel) -> list[Item]:
+    """Return what a run asks.
+
+    Raises:
+        InputError: nothing, the data being too short or unanswerable.
+    """
+    items = run.items(model)[: run.limit]
+    if not items:
+        raise InputError(f"the data holds nothing that {run.task} could ask; give other --data or shorter lengths.")
+    return items
+
+
 def weights(model: KVPModel, name: str) -> dict[str, str]:
-    """Return the fingerprints of a bundle's base, predictor and, where it has one, low-rank update."""
-    found = {"base": model.config.base.fingerprint}
+    """Return the fingerprints of a bundle's parts: the base that runs, the predictor, and others where it has them."""
+    found = {"base": fingerprint(base_directory(model.config.base, bundle_directory(name)))}
+    if model.config.auxiliary.fingerprint is not None:
+        found["auxiliary"] = model.config.auxiliary.fingerprint
     for part in ("predictor", "adapter"):
         if (path := bundle_directory(name) / f"{part}.safetensors").exists():
             found[part] = f"sha256:{sha256_of(path)}"

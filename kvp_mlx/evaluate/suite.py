@@ -2,11 +2,12 @@
 
 Resumable, and for any number of processes at once: a process takes the first task whose lock is free, so that two on
 one folder share the work between them; a killed process's locks are free again. Rows are kept under our
-version, the predictor's hash and the share that is recomputed: others begin anew.
+version, the weights, the share that is recomputed and the machine: others begin anew.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import statistics
 import time
@@ -20,12 +21,12 @@ from ..arms import Arm, parse_arm, parse_arms
 from ..bench.arm_cost import arm_work
 from ..bundle import KVPModel
 from ..errors import InputError
-from ..files import replace_json
+from ..files import write_json
 from ..pipeline import Progress
 from . import runs
 from .match import match, match_by_work
 from .measures import encode_item
-from .runs import Run, carry_out, weights
+from .runs import Run, carry_out, items_of, setting
 from .tasks import GENERATIONS, Item
 
 ARMS = "full,kvp,kvp-64,auxiliary"
@@ -136,13 +137,12 @@ def write_unless_known(path: Path, document: dict[str, Any]) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
         if known | {"machine": None} == document | {"machine": None}:
             return
-    replace_json(path, document)
+    write_json(path, document)
 
 
 def records_of(model: KVPModel, name: str, records: Path) -> Path:
-    """Return the folder of a bundle's rows, named by our version, its weights and the share that it recomputes."""
-    known = weights(model, name)
-    digest = known.get("adapter", known["predictor"]).removeprefix("sha256:")[:12]
+    """Return the folder of a bundle's rows, named by what they depend on: version, weights, machine (``setting``)."""
+    digest = hashlib.sha256(json.dumps(setting(model, name)).encode()).hexdigest()[:12]
     return records / f"{__version__}-{digest}-{model.recompute:g}"
 
 
@@ -164,7 +164,7 @@ def matched_arms(entry: Entry, model: KVPModel, folder: Path) -> list[dict[str, 
     if not path.exists():
         prompts = typical_prompts(entry, model)
         targets = gaining_targets(entry, model, prompts)
-        replace_json(path, [row for target in targets for row in match(model, target, prompts)])
+        write_json(path, [row for target in targets for row in match(model, target, prompts)])
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -185,7 +185,7 @@ def arms_of(entry: Entry, model: KVPModel, matched: Sequence[dict[str, Any]]) ->
 
 def typical_prompts(entry: Entry, model: KVPModel) -> list[list[int]]:
     """Return the token ids of the prompts nearest to the entry's median length, that one first."""
-    items = entry.run.items(model)[: entry.run.limit]
+    items = items_of(entry.run, model)
     prompts = [prompt_ids(entry, model, item) for item in items]
     middle = statistics.median(map(len, prompts))
     return sorted(prompts, key=lambda ids: abs(len(ids) - middle))[:MATCH_ROUNDS]
@@ -207,7 +207,7 @@ def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path
     """
     folder = records_of(model, name, records)
     for entry in entries:
-        items = entry.run.items(model)[: entry.run.limit]
+        items = items_of(entry.run, model)
         prompts = typical_prompts(entry, model)
         if (folder / f"{entry.name}.arms.json").exists():
             matched = matched_arms(entry, model, folder)

@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import InputError
 from ..train.text import data_files, token_windows
-from .records import read_records, shuffled
+from .records import NUMBER, TEXT, TEXTS, read_records, shuffled
 from .scores import exact_match, last_number, squad_exact, squad_f1
 
 Scores = dict[str, float]
@@ -62,7 +62,8 @@ class Generation:
 
 def triviaqa_items(places: Sequence[str], shots: int, seed: int) -> list[Item]:
     """Return the paper's TriviaQA, after solved examples that are the first of the shuffled data."""
-    records = _after_shots(read_records(places, ["question", "answers"]), shots, seed)
+    records = read_records(places, {"question": TEXT, "answers": TEXTS})
+    records = _after_shots([record for record in records if record["answers"]], shots, seed)
     solved = "".join(f"{trivia_question(record)} {record['answers'][0]}\n" for record in records[:shots])
     return [
         Item(str(number), solved + trivia_question(record), record["answers"])
@@ -91,7 +92,7 @@ def squad_items(places: Sequence[str], seed: int) -> list[Item]:
 
     Without it small models answer with an empty line or in sentences, and the full model's F1 says little.
     """
-    records = shuffled(read_records(places, ["context", "question", "answers"]), seed)
+    records = shuffled(read_records(places, {"context": TEXT, "question": TEXT, "answers": TEXTS}), seed)
     solved = f"{squad_question(SQUAD_EXAMPLE)} {SQUAD_EXAMPLE['answer']}\n\n"
     return [
         Item(
@@ -116,7 +117,7 @@ def score_squad(item: Item, text: str) -> Scores:
 
 def gsm8k_items(places: Sequence[str], shots: int, seed: int) -> list[Item]:
     """Return word problems after solved examples, as lm-evaluation-harness writes them."""
-    records = _after_shots(read_records(places, ["question", "answer"]), shots, seed)
+    records = _after_shots(read_records(places, {"question": TEXT, "answer": TEXT}), shots, seed)
     solved = "".join(f"Question: {record['question']}\nAnswer: {record['answer']}\n\n" for record in records[:shots])
     return [
         Item(str(number), f"{solved}Question: {record['question']}\nAnswer:", [record["answer"].split("####")[-1]])
@@ -130,8 +131,16 @@ def score_gsm8k(item: Item, text: str) -> Scores:
 
 
 def choice_items(places: Sequence[str], seed: int) -> list[Item]:
-    """Return multiple-choice questions: ``query``, ``choices``, ``gold``; ARC and PIQA."""
-    records = shuffled(read_records(places, ["query", "choices", "gold"]), seed)
+    """Return multiple-choice questions: ``query``, ``choices``, ``gold``; ARC and PIQA.
+
+    Raises:
+        InputError: a ``gold`` that is the place of no choice.
+    """
+    records = shuffled(read_records(places, {"query": TEXT, "choices": TEXTS, "gold": NUMBER}), seed)
+    if wrong := [record for record in records if not 0 <= record["gold"] < len(record["choices"])]:
+        raise InputError(
+            f"'gold' is {wrong[0]['gold']} where there are {len(wrong[0]['choices'])} choices; check --data."
+        )
     return [
         Item(
             str(number),
@@ -146,9 +155,10 @@ def choice_items(places: Sequence[str], seed: int) -> list[Item]:
 def chat_items(places: Sequence[str], seed: int) -> list[Item]:
     """Return user messages: the first of ``turns``, ``messages``, or ``question``."""
     items = []
-    for number, record in enumerate(shuffled(read_records(places, []), seed)):
-        messages = [record["question"]] if "question" in record else record.get("turns", record.get("messages", [None]))
-        text = messages[0].get("content") if isinstance(messages[0], dict) else messages[0]
+    for number, record in enumerate(shuffled(read_records(places, {}), seed)):
+        messages = [record["question"]] if "question" in record else record.get("turns", record.get("messages"))
+        first = messages[0] if isinstance(messages, list) and messages else None
+        text = first.get("content") if isinstance(first, dict) else first
         if not isinstance(text, str):
             raise InputError("a record needs 'turns', 'messages' or 'question'; check --data.")
         items.append(Item(str(number), text))
@@ -256,7 +266,7 @@ HUMANEVAL_MAX_TOKENS = 256
 
 def humaneval_items(places: Sequence[str]) -> list[Item]:
     """Return the problems, in their own order."""
-    fields = ("task_id", "prompt", "test", "entry_point")
+    fields = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), TEXT)
     return [
         Item(record["task_id"], record["prompt"], extra={name: record[name] for name in fields})
         for record in read_records(places, fields)
