@@ -182,9 +182,10 @@ def test_the_plan_names_times_and_refuses(data: Path, fitted: Path, tmp_path: Pa
     assert not (tmp_path / "none").exists()
     assert "no task 'psychic'" in kvp(*command, "psychic").err
     (data / "piqa.jsonl.gz").unlink()
-    outcome = kvp(*command, "arc_easy")
+    outcome = kvp(*command, "arc_easy,piqa")
     assert outcome.code == 2
     assert "piqa" in outcome.err
+    assert [entry.name for entry in plan(data, names=["squad", "arc_easy"])] == ["squad", "arc_easy"]
 
 
 def test_the_summary_shows_rivals_and_the_average() -> None:

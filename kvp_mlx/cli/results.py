@@ -163,11 +163,7 @@ def suite(
     from ..bundle import load
     from ..evaluate.suite import estimate, plan, run_suite
 
-    entries = plan(data, limit)
-    chosen = [name.strip() for name in tasks.split(",")] if tasks else [entry.name for entry in entries]
-    if unknown := set(chosen) - {entry.name for entry in entries}:
-        raise InputError(f"no task '{min(unknown)}'; tasks are {', '.join(entry.name for entry in entries)}.")
-    entries = [entry for entry in entries if entry.name in chosen]
+    entries = plan(data, limit, None if tasks is None else [name.strip() for name in tasks.split(",")])
     if not allow_code_execution and any(entry.name == "humaneval" for entry in entries):
         say("humaneval is left out: it runs programs that a model wrote (--allow-code-execution).")
         entries = [entry for entry in entries if entry.name != "humaneval"]

@@ -55,34 +55,46 @@ class Entry:
     dials: tuple[str, ...] = ()
 
 
-def plan(data: Path, limit: int | None = None) -> list[Entry]:
+def plan(data: Path, limit: int | None = None, names: Sequence[str] | None = None) -> list[Entry]:
     """Return the tasks in the order of what they tell, on the data files of the README's names.
 
     Small bases get nothing right, or almost, in the last ones. There, and where answers are long, only the bundle's own
     arms are measured.
 
+    Args:
+        data: folder of the files.
+        limit: items of each at most, where that is fewer than its own.
+        names: only these (default: all).
+
     Raises:
-        InputError: a file is missing.
+        InputError: a file is missing, or no task has such a name.
     """
 
     def file(name: str) -> list[str]:
         return [str(data / name)]
 
-    entries = [
-        Entry("squad", runs.squad(file("squad_dev_half.jsonl.gz"), None, 500, 0), dials=("kvp-0-0", "kvp-0-0.5")),
-        Entry("needle", runs.needle(None, LENGTHS, DEPTHS, 60, 0)),
-        Entry("chat", runs.chat(file("mt_bench_questions.jsonl.gz"), 80, 0)),
-        Entry("arc_easy", runs.mcq(file("arc_easy.jsonl.gz"), "continuation", 500, 0)),
-        Entry("piqa", runs.mcq(file("piqa.jsonl.gz"), "continuation", 500, 0)),
-        Entry("triviaqa", runs.triviaqa(file("triviaqa_validation.jsonl.gz"), 1, None, 500, 0)),
-        Entry("humaneval", runs.humaneval(file("humaneval.jsonl.gz"), 1, 0.0, 164, 0), is_matched=False),
-        Entry("perplexity", runs.perplexity(file("wikitext2_test_raw.txt.gz"), 384, 128, 60, 0)),
-        Entry("quote", runs.quote(None, LENGTHS, DEPTHS, 30, 0), is_matched=False),
-        Entry("gsm8k", runs.gsm8k(file("gsm8k_test.jsonl.gz"), 1, None, 500, 0), is_matched=False),
-    ]
+    entries: dict[str, Callable[[], Entry]] = {
+        "squad": lambda: Entry(
+            "squad", runs.squad(file("squad_dev_half.jsonl.gz"), None, 500, 0), dials=("kvp-0-0", "kvp-0-0.5")
+        ),
+        "needle": lambda: Entry("needle", runs.needle(None, LENGTHS, DEPTHS, 60, 0)),
+        "chat": lambda: Entry("chat", runs.chat(file("mt_bench_questions.jsonl.gz"), 80, 0)),
+        "arc_easy": lambda: Entry("arc_easy", runs.mcq(file("arc_easy.jsonl.gz"), "continuation", 500, 0)),
+        "piqa": lambda: Entry("piqa", runs.mcq(file("piqa.jsonl.gz"), "continuation", 500, 0)),
+        "triviaqa": lambda: Entry("triviaqa", runs.triviaqa(file("triviaqa_validation.jsonl.gz"), 1, None, 500, 0)),
+        "humaneval": lambda: Entry(
+            "humaneval", runs.humaneval(file("humaneval.jsonl.gz"), 1, 0.0, 164, 0), is_matched=False
+        ),
+        "perplexity": lambda: Entry("perplexity", runs.perplexity(file("wikitext2_test_raw.txt.gz"), 384, 128, 60, 0)),
+        "quote": lambda: Entry("quote", runs.quote(None, LENGTHS, DEPTHS, 30, 0), is_matched=False),
+        "gsm8k": lambda: Entry("gsm8k", runs.gsm8k(file("gsm8k_test.jsonl.gz"), 1, None, 500, 0), is_matched=False),
+    }
+    if unknown := set(names or ()) - set(entries):
+        raise InputError(f"no task '{min(unknown)}'; tasks are {', '.join(entries)}.")
+    chosen = [make() for name, make in entries.items() if names is None or name in names]
     if limit is None:
-        return entries
-    return [replace(entry, run=replace(entry.run, limit=min(limit, entry.run.limit or limit))) for entry in entries]
+        return chosen
+    return [replace(entry, run=replace(entry.run, limit=min(limit, entry.run.limit or limit))) for entry in chosen]
 
 
 def run_suite(
