@@ -153,7 +153,9 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     (results / "piqa.json").write_text(json.dumps(elsewhere))
     assert kvp(*command, "--json").code == 0
     assert json.loads((results / "piqa.json").read_text()) == elsewhere  # nothing new, so nothing is written
+    (results / "squad.json").write_text(json.dumps(again | {"notes": ["Told by hand."]}))
     text = page(read_results(results))
+    assert "\n\nTold by hand.\n\n" in text
     assert all(f"| {name} | " in text for name in squad["arms"])
     assert squad["dials"]
     assert not any(f"| {name} (of full)" in text for name in squad["dials"])

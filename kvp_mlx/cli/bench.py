@@ -56,7 +56,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at once.")]
 Arms = Annotated[
     str,
     typer.Option(
-        help="Arms, comma-separated: full, full-ours, kvp, kvp-N, auxiliary, layers-R, random-R, static-R, lazy-A-B, "
+        help="Arms, comma-separated: full, full-ours, kvp, kvp-N, kvp-N-R, auxiliary, layers-R, random-R, static-R, lazy-A-B, "
         "spec-R, llama.cpp."
     ),
 ]

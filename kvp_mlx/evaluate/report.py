@@ -22,8 +22,8 @@ METRICS = {
     "perplexity": "perplexity",
 }
 ORDER = ("squad", "needle", "arc_easy", "piqa", "chat", "triviaqa", "quote", "gsm8k", "humaneval", "perplexity")
-INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; nothing here is
-written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap intervals over items
+INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; but for notes below a
+table nothing here is written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap intervals over items
 (differences and shares: paired). TTFT is the median over the items as they were measured, other arms in turn. A share
 behind `lazy`, `spec`, `static` or `random` was chosen beforehand, up to 0.95, so that its measured TTFT came closest to
 the predicted arm's at the task's median prompt length; how close it came in the run is told with it, and those at most
@@ -189,7 +189,8 @@ def section(document: dict[str, Any]) -> list[str]:
             f"| {name} | {arm['score']:.3f} | {low:.3f} to {high:.3f} | {share} | {difference} | "
             f"{arm['ttft_ms']:.0f} ms | {1 / arm['flops_ratio']:.2f} |"
         )
-    return [*lines, "", *equal_ttft_lines(document), *grid_lines(document.get("grid", []))]
+    notes = [line for note in document.get("notes", []) for line in (note, "")]
+    return [*lines, "", *notes, *equal_ttft_lines(document), *grid_lines(document.get("grid", []))]
 
 
 def machine_line(document: dict[str, Any]) -> str:
