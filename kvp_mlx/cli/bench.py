@@ -56,8 +56,8 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at once.")]
 Arms = Annotated[
     str,
     typer.Option(
-        help="Arms, comma-separated: full, full-ours, kvp, kvp-N, kvp-N-R, auxiliary, layers-R, random-R, static-R, lazy-A-B, "
-        "spec-R, llama.cpp."
+        help="Arms, comma-separated: full, full-ours, kvp, kvp-N, kvp-N-R, auxiliary, layers-R, random-R, static-R, "
+        "lazy-A-B, spec-R, llama.cpp."
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds; one more is discarded.")]

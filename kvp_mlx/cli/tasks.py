@@ -22,7 +22,10 @@ Data = Annotated[list[str], typer.Option(help="JSONL (also .gz): file, folder, p
 Text = Annotated[list[str] | None, typer.Option("--data", help="Text as for 'eval context' (default: our sample).")]
 Arms = Annotated[
     str,
-    typer.Option(help="full, kvp, kvp-N (exact tail), kvp-N-R (recomputed share), auxiliary, layers-R, random-R, static-R, lazy-A-B, spec-R."),
+    typer.Option(
+        help="full, kvp, kvp-N (exact tail), kvp-N-R (recomputed share), auxiliary, layers-R, random-R, static-R, "
+        "lazy-A-B, spec-R."
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items at most; a larger limit extends a smaller one.")]
 Seed = Annotated[int, typer.Option(help="Orders the items, and draws what is drawn.")]
