@@ -82,10 +82,16 @@ def title(document: dict[str, Any]) -> str:
     return str(document["file"]).removesuffix(".json")
 
 
+def shown(score: float) -> str:
+    """Return a score to three places; a perplexity of a model that knows nothing is short, too."""
+    return f"{score:.3f}" if score < 1e5 else f"{score:.1e}"
+
+
 def score_name(document: dict[str, Any]) -> str:
     """Return the name of a document's file and what its score is."""
-    note = " (less is better; differences in nats per token)" if document["task"] in LOWER_IS_BETTER else ""
-    return f"{title(document)}, {METRICS.get(document['task'], 'score')}{note}"
+    if document["task"] in LOWER_IS_BETTER:
+        return f"{title(document)} (less is better; differences in nats per token)"
+    return f"{title(document)}, {METRICS.get(document['task'], 'score')}"
 
 
 def score_cell(document: dict[str, Any], arm: str) -> str:
@@ -94,10 +100,10 @@ def score_cell(document: dict[str, Any], arm: str) -> str:
     if found is None:
         return ""
     if arm.startswith("kvp") and not saves_work(document, arm):
-        return f"{found['score']:.3f} (no work saved)"
+        return f"{shown(found['score'])} (no work saved)"
     retention = found.get("retention")
     if retention is None or arm == "full":
-        return f"{found['score']:.3f}"
+        return shown(found["score"])
     low, high = retention["interval"]
     return f"{found['score']:.3f} ({retention['mean']:.0%}, {low:.0%} to {high:.0%})"
 
@@ -186,7 +192,7 @@ def section(document: dict[str, Any]) -> list[str]:
         kept = arm.get("retention")
         share = f"{kept['mean']:.0%} [{kept['interval'][0]:.0%}, {kept['interval'][1]:.0%}]" if kept else ""
         lines.append(
-            f"| {name} | {arm['score']:.3f} | {low:.3f} to {high:.3f} | {share} | {difference} | "
+            f"| {name} | {shown(arm['score'])} | {shown(low)} to {shown(high)} | {share} | {difference} | "
             f"{arm['ttft_ms']:.0f} ms | {1 / arm['flops_ratio']:.2f} |"
         )
     notes = [line for note in document.get("notes", []) for line in (note, "")]
