@@ -106,7 +106,7 @@ def setting(model: KVPModel, name: str) -> dict[str, Any]:
         "kvp_mlx": __version__,
         **weights(model, name),
         "recompute": model.recompute,
-        **{name: machine[name] for name in ("chip", "device", "mlx", "mlx_lm")},
+        **{key: machine[key] for key in ("chip", "device", "mlx", "mlx_lm")},
         "blas_threads": openblas_threads(),
     }
 
