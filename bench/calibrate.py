@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from ..bundle import KVPModel
-from ..calibration import store_auto_min
+from ..bundle.loading import KVPModel
+from ..device.machine import describe_machine
+from ..engine.calibration import store_auto_min
+from ..engine.reply import stream_generate
 from ..errors import InputError
-from ..pipeline import stream_generate
-from .machine import describe_machine
 from .ttft import fresh_prompt
 
 LENGTHS = (8, 16, 32, 64, 128, 256)

@@ -4,10 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..bundle import KVPModel
+from ..bundle.loading import KVPModel
+from ..device.machine import free_bytes
 from ..errors import InputError
-from ..families import family_of, hidden_size, kv_shapes
-from ..train.memory import free_bytes
+from ..models.families import family_of, hidden_size, kv_shapes
 
 CACHE_STEP = 256  # positions that mlx-lm's KVCache grows by
 SCORE_COPIES = 3  # scores, masked scores and their softmax, where attention is not fused

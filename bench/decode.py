@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-from ..arms import arm_prefill
-from ..bundle import KVPModel
+from ..arms.arm import arm_prefill
+from ..bundle.loading import KVPModel
+from ..device.machine import describe_machine
 from ..errors import InputError
-from .machine import describe_machine
 from .precision import precision_name
 from .ttft import Sweep, fresh_prompt, spread
 

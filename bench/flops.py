@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ..bundle import KVPModel, build_predictor
-from ..config import BundleConfig
-from ..presets import PRESETS, preset_parts
-from .cost import full_work, kvp_work, parameters_of, predictor_work, prefill_work, step_work
+from ..arms.work import full_work, kvp_work, parameters_of, predictor_work, prefill_work, step_work
+from ..bundle.config import BundleConfig
+from ..bundle.loading import KVPModel, build_predictor
+from ..bundle.presets import PRESETS, preset_parts
 
 PAPER_RATIOS = {  # arXiv 2410.08391, the FLOPs columns of its tables: parameters of the base over the auxiliary's
     "openelm-1_1b-kvp-c-450m": 2.36,

@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..bundle import KVPModel
+from ..bundle.loading import KVPModel
+from ..device.machine import describe_machine
 from .capacity import activation_bytes, cache_bytes
-from .machine import describe_machine
 from .precision import precision_name
 from .ttft import Samples, Sweep, check_sweep, fresh_prompt, measure_once
 

@@ -6,11 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..bundle import KVPModel, build_predictor, load
+from ..bundle.loading import KVPModel, build_predictor, load
+from ..bundle.presets import preset_parts
 from ..errors import InputError
-from ..families import prefix_model
-from ..models import compute_dtype
-from ..presets import preset_parts
+from ..models.loading import compute_dtype
+from ..models.sections import prefix_model
 from .capacity import require_memory
 
 Q_GROUP_SIZE = 64

@@ -17,16 +17,15 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..arms import FORMS, Arm, arm_prefill, parse_arm
-from ..bundle import KVPModel
+from ..arms.arm import FORMS, Arm, arm_prefill, parse_arm
+from ..arms.work import arm_work, full_work, kvp_work, predictor_work
+from ..bundle.loading import KVPModel
+from ..device.machine import copy_bytes_per_s, describe_machine, matmul_flops_per_s
+from ..engine.decode import first_logits
+from ..engine.prefill import PrefillTimes, base_prefill, predict_base_cache
 from ..errors import InputError
-from ..families import Cache
-from ..first_token import first_logits
-from ..models import compute_dtype
-from ..pipeline import PrefillTimes, base_prefill, predict_base_cache
-from .arm_cost import arm_work
-from .cost import full_work, kvp_work, predictor_work
-from .machine import copy_bytes_per_s, describe_machine, matmul_flops_per_s
+from ..models.families import Cache
+from ..models.loading import compute_dtype
 from .precision import precision_name
 
 OWN_ARMS = ("full-ours", "llama.cpp")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..models import model_directory
+from ..models.loading import model_directory
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model
 from .tokenizer import copy_tokenizer, write_tokenizer
 

@@ -17,9 +17,8 @@ from mlx_lm.models import openelm
 
 from ..errors import InputError
 from ..files import write_json
-from ..layer_map import retained_layers
-from ..presets import CONTEXT_LENGTH, SIZES, openelm_config
-from ..train.auxiliary import prune_config
+from ..models.openelm import CONTEXT_LENGTH, SIZES, openelm_config
+from ..models.pruning import prune_config, retained_layers
 from .checkpoint import Checkpoint, Shapes, open_checkpoint
 from .hf import convert_hf
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, quantised_into, write_weights

@@ -15,8 +15,8 @@ from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, quantize
 
 from ..errors import InputError, KVPError
 from ..files import atomic_directory, require_free, write_json
-from ..models import load_model
-from ..safetensors import fingerprint
+from ..models.loading import load_model
+from ..models.safetensors import fingerprint
 from .card import describe_source, write_card
 from .tokenizer import check_tokenizer
 

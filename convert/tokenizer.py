@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import write_json
-from ..models import load_tokenizer, model_directory
+from ..models.loading import load_tokenizer, model_directory
 
 FILES = (
     "tokenizer.json",

@@ -9,21 +9,22 @@ import os
 import sys
 from typing import Any
 
-from .blas import load_fast_blas
+from .device.blas import load_fast_blas
 
 __version__ = "0.4.0"
 
-load_fast_blas()  # has to come before the first import of mlx.core, see blas.py
+load_fast_blas()  # has to come before the first import of mlx.core, see device/blas.py
 if sys.platform == "linux":  # depth first, two streams keep two cores 91 % busy, not 83 % (OpenELM C-270M, 512 tokens)
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 _HOMES = {
-    "load": "bundle",
-    "KVPModel": "bundle",
-    "predict_base_cache": "pipeline",
-    "base_prefill": "pipeline",
-    "stream_generate": "pipeline",
-    "Response": "pipeline",
+    "load": "bundle.loading",
+    "KVPModel": "bundle.loading",
+    "Dial": "engine.dial",
+    "predict_base_cache": "engine.prefill",
+    "base_prefill": "engine.prefill",
+    "stream_generate": "engine.reply",
+    "Piece": "engine.reply",
 }
 
 

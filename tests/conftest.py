@@ -118,7 +118,7 @@ def finished(
 ) -> tuple[Path, Path]:
     """A run of a few steps and the folder of its data; do not change either."""
     from kvp_mlx.train.loop import TrainOptions
-    from kvp_mlx.train.train import train_bundle
+    from kvp_mlx.train.run import train_bundle
 
     out = tmp_path_factory.mktemp("finished") / "out"
     options = TrainOptions(minutes=None, tokens=64 * 4, window=64, right=16)

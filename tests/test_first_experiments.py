@@ -18,10 +18,10 @@ from support.directories import prose, write_llama
 from support.tiny import VOCABULARY, itself, llama
 
 import kvp_mlx
-from kvp_mlx.evaluate.context import ContextMeasurement
-from kvp_mlx.models import load_tokenizer
+from kvp_mlx.models.loading import load_tokenizer
 from kvp_mlx.train.loop import Trained, TrainOptions, train
 from kvp_mlx.train.objectives import Weights
+from kvp_mlx.train.recovery import ContextMeasurement
 from kvp_mlx.train.text import token_windows
 
 

@@ -11,24 +11,13 @@ import typer
 
 from ..errors import InputError, KVPError
 from ..files import check_writable
-from .common import (
-    DEFAULT_EXACT_TAIL,
-    DEFAULT_MODEL,
-    AllowMismatch,
-    ExactTail,
-    Json,
-    Model,
-    clean_stdout,
-    parse_numbers,
-    print_json,
-    progress_bar,
-    say,
-)
 from .inference import DEMO_DOCUMENT
+from .options import DEFAULT_EXACT_TAIL, DEFAULT_MODEL, AllowMismatch, ExactTail, Json, Model, parse_numbers
+from .output import clean_stdout, print_json, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench.ttft import Sweep
-    from ..bundle import KVPModel
+    from ..bundle.loading import KVPModel
 
 RANDOM_PROMPT_TOKENS = 10_000
 
@@ -101,7 +90,7 @@ def ttft(
     from ..bench.plot import draw_ttft
     from ..bench.report import TTFT
     from ..bench.ttft import Sweep, measure_ttft, parse_bench_arms
-    from ..streams import default_step_size
+    from ..device.streams import default_step_size
 
     sweep = Sweep(lengths, batch_size, parse_bench_arms(arms), rounds, prefill_step_size or default_step_size())
     has_llama_cpp = any(arm.kind == "llama.cpp" for arm in sweep.arms)
@@ -140,11 +129,11 @@ def decode(
     lengths = parse_lengths(prompt_tokens)
     check_writable(out)
     use_device(device)
-    from ..arms import parse_arms
+    from ..arms.arm import parse_arms
     from ..bench.decode import measure_decode
     from ..bench.report import DECODE
     from ..bench.ttft import Sweep
-    from ..streams import default_step_size
+    from ..device.streams import default_step_size
 
     sweep = Sweep(lengths, 1, parse_arms(arms), rounds, prefill_step_size or default_step_size())
     with clean_stdout(json), progress_bar("measuring") as progress:
@@ -173,11 +162,11 @@ def memory(
     lengths = parse_lengths(prompt_tokens)
     check_writable(out)
     use_device(device)
-    from ..arms import parse_arms
+    from ..arms.arm import parse_arms
     from ..bench.memory import measure_memory
     from ..bench.report import MEMORY
     from ..bench.ttft import Sweep
-    from ..streams import default_step_size
+    from ..device.streams import default_step_size
 
     sweep = Sweep(lengths, batch_size, parse_arms(arms), 1, prefill_step_size or default_step_size())
     with clean_stdout(json), progress_bar("measuring") as progress:
@@ -252,7 +241,7 @@ def calibrate(
     exact_tail = DEFAULT_EXACT_TAIL if exact_tail is None else exact_tail
     from ..bench.calibrate import calibrate as calibrate_model
     from ..bench.report import CALIBRATION, print_table
-    from ..bundle import load
+    from ..bundle.loading import load
 
     with clean_stdout(json), progress_bar("measuring") as progress:
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BundleError, InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, Model, clean_stdout, print_json, progress_bar, read_text, say
+from .options import DEFAULT_MODEL, AllowMismatch, Json, Model
+from .output import clean_stdout, print_json, progress_bar, read_text, say
 
 app = typer.Typer(help="Read a document or system prompt once, use it many times.", rich_markup_mode=None)
 
@@ -33,8 +34,15 @@ def build(
     All saved caches together take up to 4 GB (KVP_CACHE_LIMIT_GB); the least recently used ones make room.
     """
     text = read_text(file, "check the path")
-    from ..bundle import load
-    from ..saved import Role, build_cache, cache_place, directory_bytes, limit_from_environment, save_cache
+    from ..bundle.loading import load
+    from ..engine.saved_caches import (
+        Role,
+        build_cache,
+        cache_place,
+        directory_bytes,
+        limit_from_environment,
+        save_cache,
+    )
 
     name = name or ("stdin" if file == "-" else Path(file).stem)
     place = cache_place(name)
@@ -65,7 +73,7 @@ def build(
 @app.command("ls")
 def list_caches(json: Json = False) -> None:
     """List the saved caches, most recently used first."""
-    from ..saved import directory_bytes, read_saved, saved_places
+    from ..engine.saved_caches import directory_bytes, read_saved, saved_places
 
     rows: list[dict[str, Any]] = []
     damaged: list[str] = []
@@ -104,7 +112,7 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="Saved caches.")],
 ) -> None:
     """Remove saved caches."""
-    from ..saved import cache_place, remove_cache
+    from ..engine.saved_caches import cache_place, remove_cache
 
     missing = [name for name in names if not cache_place(name).is_dir()]
     if missing:

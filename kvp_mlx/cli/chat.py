@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..engine.dial import QUALITIES, Dial
 from ..errors import InputError, KVPError
 from ..files import cache_dir
-from .common import (
+from .options import (
     DEFAULT_MODEL,
-    QUALITIES,
     AllowMismatch,
-    Dial,
     ExactHead,
     ExactTail,
     MaxTokens,
@@ -29,14 +28,13 @@ from .common import (
     TopP,
     make_dial,
     make_sampler,
-    read_text,
-    say,
 )
+from .output import read_text, say
 from .terminal import Editor, MarkdownReply, PlainReply, is_interactive, read_line
 
 if TYPE_CHECKING:
-    from ..conversation import Conversation, Turn
-    from ..worker import Emit, Worker
+    from ..engine.conversation import Conversation, Turn
+    from ..engine.worker import Emit, Worker
 
 LAST = "last"
 COMMANDS = {
@@ -80,7 +78,7 @@ def chat(
     """
     if system is not None and cache is not None:
         raise InputError("--system and --cache both say how the conversation begins; give one.")
-    from ..worker import Worker
+    from ..engine.worker import Worker
 
     dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -120,9 +118,9 @@ class Session:
         """Load the model, and the saved cache if one is named."""
 
         def start() -> str:
-            from ..bundle import load
-            from ..conversation import Conversation
-            from ..saved import DOCUMENT_END, load_cache
+            from ..bundle.loading import load
+            from ..engine.conversation import Conversation
+            from ..engine.saved_caches import DOCUMENT_END, load_cache
 
             loaded = load(model, recompute=recompute, allow_base_mismatch=allow_base_mismatch)
             conversation = Conversation(loaded, system)
@@ -234,7 +232,7 @@ class Session:
 
     def send(self, text: str) -> None:
         """Answer a message, with the attached file in front of it."""
-        from ..saved import DOCUMENT_END
+        from ..engine.saved_caches import DOCUMENT_END
 
         text = f"{self.attached}{DOCUMENT_END}{text}" if self.attached else text
         if self.answer("reply", text):
@@ -299,7 +297,7 @@ class Session:
     def _after_turn(self) -> None:
         """Keep the transcript where ``/load last`` finds it; say what failed in the background."""
         if self.interactive:
-            from ..saved import save_conversation
+            from ..engine.saved_caches import save_conversation
 
             save_conversation(LAST, self.conversation.messages, self.conversation.first)
         if self.worker.idle_error and not self._warned:
@@ -353,7 +351,7 @@ class Session:
 
     def save(self, name: str) -> None:
         """Keep transcript and cache."""
-        from ..saved import save_cache, save_conversation
+        from ..engine.saved_caches import save_cache, save_conversation
 
         conversation = self.conversation
         save_conversation(name, conversation.messages, conversation.first)
@@ -364,7 +362,7 @@ class Session:
 
     def load(self, name: str) -> None:
         """Go on with a saved conversation; its cache is taken along if it is there and fits the model."""
-        from ..saved import cache_place, load_cache, load_conversation
+        from ..engine.saved_caches import cache_place, load_cache, load_conversation
 
         messages, first = load_conversation(name)
         self.conversation.restore(messages, first)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import Json, clean_stdout, print_json, progress_bar, say
+from .options import Json
+from .output import clean_stdout, print_json, progress_bar, say
 
 if TYPE_CHECKING:
     from ..convert.output import Precision
@@ -81,7 +82,7 @@ def kvp(
 
     Base, auxiliary and maps come out of one file; every tensor has to have its place.
     """
-    from ..convert.kvp import convert_kvp
+    from ..convert.bundles.kvp import convert_kvp
 
     precision, entries = make_precision(dtype, q_bits, q_group_size), parse_layer_map(layer_map)
     with clean_stdout(json), progress_bar("tensors") as progress:
@@ -151,7 +152,7 @@ def verify(
     A few prompts are recomputed from the checkpoint by an independent PyTorch implementation; exit code 1 if the
     logits differ by more than the stored precision explains.
     """
-    from ..convert.verify import verify_conversion
+    from ..convert.bundles.verify import verify_conversion
 
     with clean_stdout(json), progress_bar("prompts") as progress:
         result = verify_conversion(model, checkpoint, progress=progress)
@@ -173,7 +174,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload a bundle or model to the Hugging Face Hub."""
-    from ..hub import push_directory
+    from ..models.hub import push_directory
 
     with clean_stdout(json):
         url = push_directory(directory, repository, private=private)
@@ -209,7 +210,7 @@ def parse_layer_map(text: str | None) -> list[int] | None:
 def finish(result: dict[str, Any], upload: str | None, json: bool) -> None:
     """Push what was written where that is wanted, and report."""
     if upload is not None:
-        from ..hub import push_directory
+        from ..models.hub import push_directory
 
         with clean_stdout(json):
             result["upload"] = push_directory(Path(result["out"]), upload)

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from . import results, tasks, turns
-from .common import DEFAULT_MODEL, AllowMismatch, Json, Recompute, clean_stdout, print_json, progress_bar
+from .options import DEFAULT_MODEL, AllowMismatch, Json, Recompute
+from .output import clean_stdout, print_json, progress_bar
 
 CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 
@@ -51,9 +52,9 @@ def context(
     """
     from itertools import islice
 
-    from ..bundle import load
-    from ..evaluate.context import ContextMeasurement
+    from ..bundle.loading import load
     from ..evaluate.layers import measure_layers
+    from ..train.recovery import ContextMeasurement
     from ..train.text import data_files, token_windows
 
     files = data_files(data)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import (
+from .options import (
     DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
     AllowMismatch,
@@ -22,19 +22,15 @@ from .common import (
     Seed,
     Temperature,
     TopP,
-    clean_stdout,
     make_dial,
     make_sampler,
-    print_json,
-    progress_bar,
-    read_text,
-    say,
 )
+from .output import clean_stdout, print_json, progress_bar, read_text, say
 
 if TYPE_CHECKING:
-    from ..bundle import KVPModel
-    from ..context import Context
-    from ..pipeline import Response
+    from ..bundle.loading import KVPModel
+    from ..engine.context import Context
+    from ..engine.reply import Response
 
 DEMO_ARMS = {
     "full prefill": ("full", 0),
@@ -71,8 +67,8 @@ def generate(
     text = "\n\n".join(part for part in (read_text(prompt_file) if prompt_file else None, prompt) if part)
     if not text.strip():
         raise InputError("there is no prompt; give one as an argument or with --prompt-file FILE.")
-    from ..bundle import load
-    from ..saved import save_head
+    from ..bundle.loading import load
+    from ..engine.saved_caches import save_head
 
     if raw and cache is not None:
         raise InputError("a saved cache was built for the chat template; leave out --raw or --cache.")
@@ -112,9 +108,9 @@ def prepared(
     """
     from mlx_lm.utils import common_prefix_len
 
-    from ..context import Context
-    from ..pipeline import check_context, encode
-    from ..saved import load_cache, load_head
+    from ..engine.context import Context
+    from ..engine.prompt import check_context, encode
+    from ..engine.saved_caches import load_cache, load_head
 
     if cache is None:
         ids, context = encode(loaded, text, raw=raw), Context(loaded)
@@ -132,7 +128,7 @@ def answer(loaded: "KVPModel", text: str | list[int], *, echo: bool, **options: 
     """Generate an answer, printing it as it comes if ``echo``, and return the JSON of ``kvp generate``."""
     import mlx.core as mx
 
-    from ..pipeline import stream_generate
+    from ..engine.reply import stream_generate
 
     mx.reset_peak_memory()
     pieces: list[Response] = []
@@ -185,7 +181,7 @@ def demo(max_tokens: MaxTokens = 48) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..bundle import load
+    from ..bundle.loading import load
 
     loaded = load()
     document = DEMO_DOCUMENT.read_text(encoding="utf-8")

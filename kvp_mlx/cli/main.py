@@ -10,7 +10,8 @@ import typer
 
 from .. import __version__
 from ..errors import KVPError
-from . import bench, cache, chat, convert, evaluation, inference, models, status, training
+from . import bench, cache, chat, convert, evaluation, inference, models, training
+from . import info as status
 
 app = typer.Typer(
     name="kvp",

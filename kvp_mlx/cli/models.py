@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import Json, print_json, say
+from .options import Json
+from .output import print_json, say
 
 app = typer.Typer(help="What is on this machine: bundles and bases.", rich_markup_mode=None)
 
@@ -26,7 +27,7 @@ def list_models(
 
     The shipped default, the Hub's cache, and the folders named with their direct subfolders.
     """
-    from .. import library
+    from ..bundle import library
 
     folders = folders or [Path()]
     if missing := [folder for folder in folders if not folder.is_dir()]:
@@ -68,8 +69,8 @@ def _is_number(value: Any) -> bool:
 @app.command()
 def pull(name: Annotated[str, typer.Argument(help="Hub id (owner/name, owner/name@revision) or alias.")]) -> None:
     """Get a bundle with its base, or a base, so that it works offline."""
-    from ..bundle import base_directory, bundle_directory
-    from ..config import read_config
+    from ..bundle.config import read_config
+    from ..bundle.loading import base_directory, bundle_directory
 
     directory = bundle_directory(name)
     places = [directory]
@@ -85,7 +86,7 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a bundle or base from this machine."""
-    from ..library import removable, remove_model
+    from ..bundle.library import removable, remove_model
 
     path = removable(name)
     if not yes:

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, print_json, progress_bar, say
+from .options import DEFAULT_MODEL, AllowMismatch, Json
+from .output import clean_stdout, print_json, progress_bar, say
 from .tasks import Arms, Limit, ModelArgument, Out, Scoring, ScoringOption, Seed, Text
 
 
@@ -29,8 +30,8 @@ def lm_eval(
 
     JSON: its own results, per arm and task.
     """
-    from ..arms import parse_arms
-    from ..bundle import load
+    from ..arms.arm import parse_arms
+    from ..bundle.loading import load
     from ..evaluate.harness import KVPLM, run_harness
     from ..files import check_writable, write_json
 
@@ -109,7 +110,7 @@ def diagnose(
 
     Layers that hurt most, facts that are lost, an auxiliary that does not fit, a gain in time that does not show.
     """
-    from ..bundle import load
+    from ..bundle.loading import load
     from ..evaluate.diagnose import NEEDLE_DEPTHS, NEEDLE_LENGTHS
     from ..evaluate.diagnose import diagnose as examine
     from ..evaluate.records import SAMPLE, read_texts
@@ -160,7 +161,7 @@ def suite(
 
     Goes on where it stopped. Several processes on one folder share the work; OPENBLAS_NUM_THREADS=1 gives each a core.
     """
-    from ..bundle import load
+    from ..bundle.loading import load
     from ..evaluate.suite import estimate, plan, run_suite
 
     entries = plan(data, limit, None if tasks is None else [name.strip() for name in tasks.split(",")])

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, parse_numbers, print_json, progress_bar
+from .options import DEFAULT_MODEL, AllowMismatch, Json, parse_numbers
+from .output import clean_stdout, print_json, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluate.runs import Run
@@ -73,8 +74,8 @@ def measure_and_print(
     json: Json = False,
 ) -> None:
     """Load, measure, and print the task's table or JSON."""
-    from ..arms import parse_arms
-    from ..bundle import load
+    from ..arms.arm import parse_arms
+    from ..bundle.loading import load
     from ..evaluate.runs import carry_out
     from ..files import check_writable, write_json
 

@@ -12,7 +12,8 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..train import SAMPLE
-from .common import Json, clean_stdout, errors, print_json, progress_bar, say
+from .options import Json
+from .output import clean_stdout, errors, print_json, progress_bar, say
 
 Base = Annotated[str, typer.Argument(help="mlx-lm model: directory, Hub id or the default's alias.")]
 Data = Annotated[
@@ -116,11 +117,11 @@ def train(
     """
     import mlx.core as mx
 
-    from ..bench.machine import matmul_flops_per_s
+    from ..device.machine import matmul_flops_per_s
     from ..train.fit import FitOptions, fit_bundle
     from ..train.loop import TrainOptions
     from ..train.objectives import weights_of
-    from ..train.train import require_unstarted, train_bundle
+    from ..train.run import require_unstarted, train_bundle
 
     options = TrainOptions(
         minutes=20.0 if minutes is None and tokens is None else minutes,

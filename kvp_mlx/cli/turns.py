@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import DEFAULT_MODEL, AllowMismatch, Json, clean_stdout, parse_numbers, print_json, progress_bar
+from .options import DEFAULT_MODEL, AllowMismatch, Json, parse_numbers
+from .output import clean_stdout, print_json, progress_bar
 from .tasks import ModelArgument, Out
 
 MAX_TURNS = 10
@@ -31,8 +32,8 @@ def turns(
     Full prefill, prediction, and prediction with refinement between turns: agreement, divergence and recall by turn,
     on made-up conversations of ten turns and on the files named.
     """
-    from ..bench.machine import describe_machine
-    from ..bundle import load
+    from ..bundle.loading import load
+    from ..device.machine import describe_machine
     from ..evaluate.turns import measure_turns, message_scripts, synthetic_scripts, yield_times_ms
     from ..files import check_writable, write_json
 
@@ -122,8 +123,8 @@ def dial(
 
     Time to the first token and context recovery of each combination; those that nothing beats are marked.
     """
-    from ..bench.machine import describe_machine
-    from ..bundle import load
+    from ..bundle.loading import load
+    from ..device.machine import describe_machine
     from ..evaluate.dial import measure_dial, settings
     from ..files import check_writable, write_json
     from ..train.text import data_files, token_windows

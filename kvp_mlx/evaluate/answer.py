@@ -13,11 +13,13 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..arms import Arm, arm_prefill
-from ..bundle import KVPModel
+from ..arms.arm import Arm, arm_prefill
+from ..bundle.loading import KVPModel
+from ..engine.prefill import predict_base_cache
+from ..engine.prompt import check_context
 from ..errors import InputError
-from ..families import Cache, output_head, run_layers
-from ..pipeline import check_context, predict_base_cache
+from ..models.families import Cache
+from ..models.sections import output_head, run_layers
 from ..train.objectives import PredictedOnlyCache
 
 Sampler = Callable[[mx.array], mx.array]

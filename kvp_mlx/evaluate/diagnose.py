@@ -6,13 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..arms import Arm, parse_arm
-from ..bench.arm_cost import arm_work
-from ..bundle import KVPModel
-from ..families import Cache
-from ..pipeline import Progress, base_prefill, predict_base_cache
+from ..arms.arm import Arm, parse_arm
+from ..arms.work import arm_work
+from ..bundle.loading import KVPModel
+from ..engine.prefill import Progress, base_prefill, predict_base_cache
+from ..models.families import Cache
+from ..train.recovery import ARMS, ContextMeasurement, token_losses
 from .answer import timed_prefill
-from .context import ARMS, ContextMeasurement, token_losses
 from .layers import measure_layers
 from .measures import measure_generation
 from .tasks import Item

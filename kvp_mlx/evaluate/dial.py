@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..bundle import KVPModel
-from ..context import Context
-from ..pipeline import Progress
-from .context import recoveries, token_losses
+from ..bundle.loading import KVPModel
+from ..engine.context import Context
+from ..engine.prefill import Progress
+from ..train.recovery import recoveries, token_losses
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arms import Arm, answering_model, arm_prefill, parse_arm
-from ..bundle import KVPModel
+from ..arms.arm import Arm, answering_model, arm_prefill, parse_arm
+from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..families import Cache
+from ..models.families import Cache
 from ..train.text import data_files
 from .answer import Question, generate, predicted_losses
 from .measures import split_choices

@@ -8,9 +8,9 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..bundle import KVPModel
-from ..families import attention_outputs
-from ..pipeline import base_prefill, predict_base_cache
+from ..bundle.loading import KVPModel
+from ..engine.prefill import base_prefill, predict_base_cache
+from ..models.sections import attention_outputs
 
 
 def measure_layers(model: KVPModel, windows: list[list[int]], continuation_tokens: int) -> list[dict[str, Any]]:

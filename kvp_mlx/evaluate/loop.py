@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..arms import Arm
-from ..bench.arm_cost import arm_work
-from ..bundle import KVPModel
+from ..arms.arm import Arm
+from ..arms.work import arm_work
+from ..bundle.loading import KVPModel
+from ..engine.prefill import Progress
 from ..errors import InputError
-from ..pipeline import Progress
 from .scores import bootstrap, bootstrap_ratio
 from .tasks import Item
 

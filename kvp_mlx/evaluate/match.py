@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..arms import Arm, parse_arm
-from ..bench.arm_cost import arm_work
-from ..bundle import KVPModel
+from ..arms.arm import Arm, parse_arm
+from ..arms.work import arm_work
+from ..bundle.loading import KVPModel
 from .answer import timed_prefill
 from .loop import EQUAL_TTFT
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import apply_top_p
 
-from ..arms import Arm
-from ..bundle import KVPModel
+from ..arms.arm import Arm
+from ..bundle.loading import KVPModel
 from .answer import Question, Sampler, continuation_losses, generate, predicted_losses, reply_log_probabilities
 from .loop import BATCH, Asked, Measure, Row, one_by_one
 from .sandbox import passes

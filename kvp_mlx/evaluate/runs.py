@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..arms import Arm
-from ..bench.machine import describe_machine
-from ..blas import openblas_threads
-from ..bundle import KVPModel, base_directory, bundle_directory
+from ..arms.arm import Arm
+from ..bundle.loading import KVPModel, base_directory, bundle_directory
+from ..device.blas import openblas_threads
+from ..device.machine import describe_machine
+from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import sha256_of
-from ..pipeline import Progress
-from ..safetensors import fingerprint
+from ..models.safetensors import fingerprint
 from ..train.text import data_files
 from . import measures, tasks
 from .loop import Measure, grid, run_items, summarise

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..arms import Arm, parse_arm, parse_arms
-from ..bench.arm_cost import arm_work
-from ..bundle import KVPModel
+from ..arms.arm import Arm, parse_arm, parse_arms
+from ..arms.work import arm_work
+from ..bundle.loading import KVPModel
+from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import write_json
-from ..pipeline import Progress
 from . import runs
 from .match import match, match_by_work
 from .measures import encode_item

@@ -17,10 +17,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import common_prefix_len
 
-from ..bundle import KVPModel
-from ..context import Context, refine
-from ..families import output_head, run_layers
-from ..pipeline import Progress, choose_prefill, decode
+from ..bundle.loading import KVPModel
+from ..engine.context import Context, refine
+from ..engine.decode import decode
+from ..engine.dial import choose_prefill
+from ..engine.prefill import Progress
+from ..models.sections import output_head, run_layers
 
 ARMS = ("full", "kvp", "kvp+refine")
 REPLY_TOKENS = 32

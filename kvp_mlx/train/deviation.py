@@ -7,10 +7,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from ..bundle import KVPModel
+from ..bundle.loading import KVPModel
+from ..engine.recompute import ASKING_TOKENS
 from ..errors import KVPError
-from ..families import RawPair, output_head, run_streams
-from ..recompute import ASKING_TOKENS
+from ..models.entries import RawPair
+from ..models.sections import output_head, run_streams
 from .objectives import kl_divergence, predict, student_cache
 from .teacher import Reading, Teacher, exact_layers, make_batch, read, teach
 

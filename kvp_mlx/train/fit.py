@@ -12,16 +12,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import __version__
-from ..bundle import KVPModel, build_predictor, load_auxiliary
-from ..config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
-from ..default_model import ALIAS
+from ..bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, RecomputeConfig
+from ..bundle.layer_map import prefix_layer_map, pruned_layer_map, spread_layer_map, widened
+from ..bundle.loading import KVPModel, build_predictor, load_auxiliary
+from ..bundle.named import ALIAS, find_model
+from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..errors import InputError
 from ..files import atomic_directory, require_free
-from ..layer_map import prefix_layer_map, pruned_layer_map, retained_layers, spread_layer_map, widened
-from ..models import fit_to_device, load_model, load_tokenizer, model_directory
-from ..predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
-from ..safetensors import fingerprint
-from .auxiliary import write_pruned
+from ..models.loading import fit_to_device, load_model, load_tokenizer
+from ..models.pruning import retained_layers, write_pruned
+from ..models.safetensors import fingerprint
 from .deviation import DEVIATION_TOKENS, fit_deviation
 from .ridge import fit_predictor
 from .text import data_files, token_windows
@@ -89,8 +89,8 @@ def fit_bundle(
     """
     files = data_files(data)
     start = time.perf_counter()
-    base_path = model_directory(base_name)
-    sources = [base_path] if options.auxiliary is None else [base_path, model_directory(str(options.auxiliary))]
+    base_path = find_model(base_name)
+    sources = [base_path] if options.auxiliary is None else [base_path, find_model(str(options.auxiliary))]
     require_free(out, force, sources=sources)
     base, base_config = load_model(base_path)
     tokenizer = load_tokenizer(base_path, base_config)
@@ -143,7 +143,7 @@ def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work:
         write_pruned(base_path, retained, work / "auxiliary")
         mark = fingerprint(work / "auxiliary")
         return AuxiliaryConfig(kind="pruned", layers=len(retained), retained_layers=tuple(retained), fingerprint=mark)
-    source = model_directory(str(options.auxiliary))
+    source = find_model(str(options.auxiliary))
     auxiliary, _ = load_model(source)
     shutil.copytree(source, work / "auxiliary")
     return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers), fingerprint=fingerprint(source))
@@ -156,14 +156,14 @@ def bundle_config(
     depth = len(base.layers)
     if auxiliary.kind == "prefix":
         layer_map = prefix_layer_map(depth, auxiliary.layers)
-        predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=layer_map, recompute=0.0)
+        predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=layer_map)
     else:
         if auxiliary.retained_layers is not None:
             layer_map = pruned_layer_map(depth, list(auxiliary.retained_layers))
         else:
             layer_map = spread_layer_map(depth, auxiliary.layers)
         layer_map = widened(layer_map, options.sources, auxiliary.layers)
-        predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map, recompute=0.0)
+        predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
     mark = fingerprint(base_path)
     if base_name == ALIAS:
         reference = BaseConfig(fingerprint=mark, alias=ALIAS)
@@ -171,7 +171,7 @@ def bundle_config(
         reference = BaseConfig(fingerprint=mark, path=str(base_path.resolve()))
     else:
         reference = BaseConfig(fingerprint=mark, hub_id=base_name, revision=base_path.name)
-    return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor)
+    return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor, recompute=RecomputeConfig())
 
 
 def write_predictor(predictor: Predictor, path: Path) -> None:

@@ -16,10 +16,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..bundle import KVPModel
+from ..bundle.loading import KVPModel
 from ..errors import InputError, KVPError
-from .checkpoint import TrainingState, load_state, save_state
 from .objectives import Weights, auxiliary_loss, base_loss, consistency_loss, continuation_losses, predict
+from .state import TrainingState, load_state, save_state
 from .teacher import Batch, Reading, Teacher, make_batch, read, teach
 
 WARM_UP_STEPS = 20

@@ -11,20 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ConcatenateKVCache
 
-from ..bundle import KVPModel
+from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..families import (
-    Cache,
-    LayerCache,
-    RawPair,
-    append_raw,
-    attention_of,
-    normed_keys,
-    output_head,
-    run_layers,
-    run_streams,
-    section,
-)
+from ..models.entries import RawPair, append_raw, normed_keys
+from ..models.families import Cache, LayerCache, attention_of
+from ..models.sections import output_head, run_layers, run_streams, section
 from .teacher import Batch, Reading, Teacher, exact_layers
 
 

@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..bundle.predictor import Block, Predictor
 from ..errors import KVPError
-from ..families import RawLayer, run_layers
-from ..predictor import Block, Predictor
+from ..models.sections import RawLayer, run_layers
 
 
 class RidgeSums:

@@ -6,8 +6,10 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
 
-from ..bundle import KVPModel
-from ..families import Cache, RawPair, run_layers, run_streams, section
+from ..bundle.loading import KVPModel
+from ..models.entries import RawPair
+from ..models.families import Cache
+from ..models.sections import run_layers, run_streams, section
 
 CHUNK = 256
 

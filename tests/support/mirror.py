@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from mlx_lm.utils import common_prefix_len
 
-from kvp_mlx.conversation import Conversation
+from kvp_mlx.engine.conversation import Conversation
 
 from .oracle import Entries
 from .tiny import assert_cache_equal

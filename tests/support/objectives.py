@@ -13,8 +13,8 @@ from support import losses as plain
 from support.oracle import KVPrediction
 from support.tiny import llama, openelm, paired, prefixed, pruned, small_llama
 
-from kvp_mlx.adapter import SCALE, adapted_prefix, adapter_weights
-from kvp_mlx.bundle import KVPModel
+from kvp_mlx.bundle.adapter import SCALE, adapted_prefix, adapter_weights
+from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.train.loop import Trained, TrainOptions, gradients_of
 from kvp_mlx.train.objectives import (
     Weights,

@@ -12,9 +12,10 @@ from mlx_lm.models import llama as mlx_lm_llama
 from mlx_lm.models import openelm as mlx_lm_openelm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from kvp_mlx.bundle import KVPModel, build_predictor
-from kvp_mlx.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
-from kvp_mlx.families import Cache, prefix_model
+from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
+from kvp_mlx.bundle.loading import KVPModel, build_predictor
+from kvp_mlx.models.families import Cache
+from kvp_mlx.models.sections import prefix_model
 
 from .oracle import Entries, KVPrediction, Llama, Maps, OpenELM, Transformer
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from kvp_mlx.evaluate.sandbox import passes
-from kvp_mlx.evaluate.tasks import Item, humaneval_program
+from ..sandbox import passes
+from ..tasks import Item, humaneval_program
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

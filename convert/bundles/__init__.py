@@ -1,0 +1,1 @@
+"""CoreNet KV-prediction checkpoints as bundles, and the verification of conversions."""

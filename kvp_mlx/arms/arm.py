@@ -1,0 +1,104 @@
+"""An arm: one way from a prompt to its first token. ``kinds`` has the table of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..bundle.loading import KVPModel
+from ..engine.dial import Dial
+from ..engine.prefill import PrefillTimes
+from ..errors import InputError
+from ..models.families import Cache
+from .work import Work
+
+Numbers = tuple[float, ...]
+Engine = Callable[[KVPModel, mx.array, int], list[int]]
+"""From the bundle, whole prompts ``(B, N)`` and tokens per chunk to the first token of each."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a prompt is to be read, beside which arm.
+
+    Attributes:
+        dial: of the arms that predict.
+        step_size: tokens per chunk (None: ``default_step_size()``).
+        seed: of the arm ``random``.
+        times: filled with what each part took.
+    """
+
+    dial: Dial = field(default=Dial("kvp", 0, 0))
+    step_size: int | None = None
+    seed: int = 0
+    times: PrefillTimes = field(default_factory=PrefillTimes)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Everything that is known of one kind of arm; the row of ``kinds.KINDS`` is the only place.
+
+    Attributes:
+        form: how its names look.
+        help: what it does, in a line.
+        read: reads all of a prompt ``(B, N)`` but its last token; returns the model that decodes and its evaluated
+            cache. None: an engine of its own does the whole prompt.
+        work: FLOPs and weight bytes of the first token, given a prompt's length and a batch size.
+        networks: the mlx-lm models whose caches it fills, the one that decodes last.
+        numbers: how many follow the name, each a share of the prompt, above 0 and up to 1.
+        parse: reads what follows the name, where that is anything else.
+        prunes: it leaves tokens of the prompt out.
+        predicts: it predicts entries, and holds the maps.
+        engine: opens its own engine, given the longest prompt.
+    """
+
+    form: str
+    help: str
+    read: Callable[[KVPModel, Numbers, mx.array, Reading], tuple[nn.Module, Cache]] | None
+    work: Callable[[KVPModel, Numbers, int, int], Work]
+    networks: Callable[[KVPModel, Numbers], Sequence[nn.Module]]
+    numbers: int = 0
+    parse: Callable[[str, Sequence[str]], Numbers] | None = None
+    prunes: bool = False
+    predicts: bool = False
+    engine: Callable[[int], Engine] | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way, as ``kinds.parse_arm`` reads it: its name, its kind, the numbers in the name."""
+
+    name: str
+    kind: Kind
+    numbers: Numbers = ()
+
+    def read(self, model: KVPModel, ids: mx.array, reading: Reading | None = None) -> tuple[nn.Module, Cache]:
+        """Read a prompt but for its last token.
+
+        Args:
+            model: the bundle.
+            ids: the whole prompt ``(B, N)``.
+            reading: how.
+
+        Returns:
+            The model that decodes, and its evaluated cache for the first N-1 tokens, on which it reads the last.
+
+        Raises:
+            InputError: an arm that is an engine of its own.
+        """
+        if self.kind.read is None:
+            raise InputError(f"the arm {self.name} can only be timed ('kvp bench ttft'); leave it out here.")
+        return self.kind.read(model, self.numbers, ids, reading or Reading())
+
+    def work(self, model: KVPModel, prompt_tokens: int, batch: int = 1) -> Work:
+        """Return the work of the first token: reading the prompt, and the first step."""
+        return self.kind.work(model, self.numbers, prompt_tokens, batch)
+
+    def networks(self, model: KVPModel) -> Sequence[nn.Module]:
+        """Return the mlx-lm models whose caches it fills, the one that decodes last."""
+        return self.kind.networks(model, self.numbers)
+
+    def weights(self, model: KVPModel) -> list[nn.Module]:
+        """Return the modules whose weights it needs; they may share arrays."""
+        return [*self.networks(model), *([model.predictor] if self.kind.predicts else [])]

@@ -1,0 +1,48 @@
+"""Time to first token of any arm, on the engine's clock."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..bundle.loading import KVPModel
+from ..device.streams import default_step_size
+from ..engine.clock import FirstToken, time_engine, time_first_token
+from ..engine.dial import Dial
+from ..engine.prefill import PrefillTimes
+from ..models.families import Cache
+from .arm import Arm, Engine, Reading
+
+
+def first_token(
+    model: KVPModel,
+    arm: Arm,
+    ids: mx.array,
+    dial: Dial = Dial("kvp", 0, 0),  # noqa: B008 - frozen
+    *,
+    step_size: int | None = None,
+    seed: int = 0,
+    engine: Engine | None = None,
+) -> FirstToken:
+    """Take the first token of prompts by one arm: from token ids in hand to the token's value on the host.
+
+    Args:
+        model: the bundle.
+        arm: which way.
+        ids: whole prompts of one length ``(B, N)``, evaluated.
+        dial: how the arms that predict read, where their names do not say so.
+        step_size: tokens per chunk (default: ``default_step_size()``).
+        seed: of the arm ``random``.
+        engine: of an arm that has its own, opened beforehand; see ``Kind.engine``.
+
+    Returns:
+        Tokens and times; of an arm without an engine of its own also the model that decodes, and its cache of the
+        whole prompt.
+    """
+    if arm.kind.engine is not None:
+        opened, size = engine or arm.kind.engine(ids.shape[1]), step_size or default_step_size()
+        return time_engine(lambda: opened(model, ids, size), model.base)
+
+    def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
+        return arm.read(model, ids, Reading(dial, step_size, seed, times))
+
+    last: list[int] = ids[:, -1].tolist()
+    return time_first_token(read, last)

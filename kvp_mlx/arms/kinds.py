@@ -1,0 +1,253 @@
+"""The table of arms: to add one, add a row (and its reading, where that is new, to ``baselines``)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..bundle.loading import KVPModel
+from ..engine.dial import Dial
+from ..engine.prefill import auxiliary_cache_for, base_prefill, fill
+from ..errors import InputError
+from ..models.families import Cache
+from ..models.pruning import retained_layers
+from ..models.sections import section
+from . import baselines, llama_cpp, mlx_lm_engine
+from .arm import Arm, Kind, Numbers, Reading
+from .work import Work, alone_work, full_work, kept_work, kvp_work, lazy_work, prefill_work
+
+
+def kvp_numbers(name: str, rest: Sequence[str]) -> Numbers:
+    """Read ``kvp``, ``kvp-N`` and ``kvp-N-R``: an exact tail, and a share to recompute, which may be 0."""
+    if len(rest) > 2 or not all(map(is_number, rest)) or (rest and not rest[0].isdecimal()):
+        raise InputError(unknown(name))
+    tail, *share = rest or ["0"]
+    return (int(tail), *(0.0 if part == "0" else checked_share(name, float(part)) for part in share)) if rest else ()
+
+
+def layers_number(name: str, rest: Sequence[str]) -> Numbers:
+    """Read ``layers-R``: one of the shares that are defined."""
+    numbers = shares(name, rest, 1)
+    retained_layers(4, numbers[0])
+    return numbers
+
+
+def kvp_dial(numbers: Numbers, dial: Dial = Dial("kvp", 0, 0)) -> Dial:  # noqa: B008 - frozen
+    """Return the dial of an arm ``kvp``, ``kvp-N`` or ``kvp-N-R``: what the name says wins over the given one."""
+    tail = int(numbers[0]) if numbers else dial.exact_tail
+    share = numbers[1] if len(numbers) > 1 else dial.recompute
+    return replace(dial, path="kvp", exact_tail=tail, recompute=share)
+
+
+def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading) -> tuple[nn.Module, Cache]:
+    """Predict, and let the base read what the dial leaves to it."""
+    dial = kvp_dial(numbers, reading.dial).settled(model.config, ids.shape[1], 0, 0)
+    cache = make_prompt_cache(model.base)
+    report = {"prefill_step_size": reading.step_size, "times": reading.times}
+    fill(model, ids, cache, auxiliary_cache_for(model, cache), dial, **report)
+    return model.base, cache
+
+
+def kvp_arm_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Work:
+    """Return what prediction takes, or full prefill where the exact tail leaves nothing to predict."""
+    dial = kvp_dial(numbers).settled(model.config, tokens, 0, 0)
+    if dial.path == "full":
+        return full_work(model, tokens, batch)
+    return kvp_work(model, tokens, batch, dial.recompute or 0.0, dial.exact_tail)
+
+
+def read_alone(network: nn.Module, model: KVPModel, ids: mx.array, reading: Reading) -> tuple[nn.Module, Cache]:
+    """Let one model read the whole prompt."""
+    alone = replace(model, base=network)
+    cache = base_prefill(alone, ids[:, :-1], prefill_step_size=reading.step_size, times=reading.times)
+    return network, cache
+
+
+def kept(numbers: Numbers, tokens: int) -> int:
+    """Return how many of a prompt's tokens but the last a share keeps."""
+    return baselines.kept_count(tokens - 1, numbers[0])
+
+
+def lazy_counts(model: KVPModel, numbers: Numbers, tokens: int) -> list[int]:
+    """Return how many tokens each layer of LazyLLM reads."""
+    depth = len(model.base.layers)
+    retention = (baselines.lazy_retention(layer, depth, *numbers) for layer in range(depth))
+    return [baselines.kept_count(tokens - 1, share) for share in retention]
+
+
+def static_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Work:
+    """Return the work of choosing by the first layers, and of reading what is kept."""
+    chooser = section(model.base, 0, baselines.static_layers(model.base))
+    return prefill_work(chooser, tokens, batch) + kept_work(model.base, kept(numbers, tokens), batch)
+
+
+def spec_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Work:
+    """Return the work of choosing by the auxiliary, and of reading what is kept."""
+    return prefill_work(model.auxiliary, tokens, batch) + kept_work(model.base, kept(numbers, tokens), batch)
+
+
+def base_and_auxiliary(model: KVPModel, _: Numbers) -> Sequence[nn.Module]:
+    """Return the base, after an auxiliary that has a cache of its own."""
+    return [model.base] if model.has_exact_prefix else [model.auxiliary, model.base]
+
+
+KINDS: dict[str, Kind] = {
+    "mlx-lm": Kind(
+        form="mlx-lm",
+        help="mlx-lm's own generate_step reads all of the prompt",
+        read=None,
+        engine=mlx_lm_engine.open_engine,
+        work=lambda model, _, tokens, batch: full_work(model, tokens, batch),
+        networks=lambda model, _: [model.base],
+    ),
+    "full": Kind(
+        form="full",
+        help="the base reads all of the prompt, as kvp runs it",
+        read=lambda model, _, ids, reading: read_alone(model.base, model, ids, reading),
+        work=lambda model, _, tokens, batch: full_work(model, tokens, batch),
+        networks=lambda model, _: [model.base],
+    ),
+    "kvp": Kind(
+        form="kvp, kvp-N, kvp-N-R",
+        help="the predicted cache; the base reads N more tokens itself, those before the last, and the share R whose "
+        "prediction would do most harm",
+        read=read_kvp,
+        parse=kvp_numbers,
+        work=kvp_arm_work,
+        networks=base_and_auxiliary,
+        predicts=True,
+    ),
+    "auxiliary": Kind(
+        form="auxiliary",
+        help="the auxiliary answers alone (a prefix: its layers under the base's norm and head)",
+        read=lambda model, _, ids, reading: read_alone(baselines.auxiliary_alone(model), model, ids, reading),
+        work=lambda model, _, tokens, batch: alone_work(baselines.auxiliary_alone(model), tokens, batch),
+        networks=lambda model, _: [baselines.auxiliary_alone(model)],
+    ),
+    "layers": Kind(
+        form="layers-R",
+        help="the base with a share R of its layers answers alone (0.75, 0.5 or 0.25)",
+        read=lambda model, numbers, ids, reading: read_alone(
+            baselines.layer_pruned(model.base, numbers[0]), model, ids, reading
+        ),
+        parse=layers_number,
+        work=lambda model, numbers, tokens, batch: alone_work(
+            baselines.layer_pruned(model.base, numbers[0]), tokens, batch
+        ),
+        networks=lambda model, numbers: [baselines.layer_pruned(model.base, numbers[0])],
+    ),
+    "random": Kind(
+        form="random-R",
+        help="the base reads a random share R of the prompt",
+        read=lambda model, numbers, ids, reading: (
+            model.base,
+            baselines.random_prefill(model.base, ids, numbers[0], seed=reading.seed, step_size=reading.step_size),
+        ),
+        numbers=1,
+        work=lambda model, numbers, tokens, batch: kept_work(model.base, kept(numbers, tokens), batch),
+        networks=lambda model, _: [model.base],
+        prunes=True,
+    ),
+    "static": Kind(
+        form="static-R",
+        help="the base reads the share R that its first layers attend to most",
+        read=lambda model, numbers, ids, reading: (
+            model.base,
+            baselines.static_prefill(model.base, ids, numbers[0], step_size=reading.step_size),
+        ),
+        numbers=1,
+        work=static_work,
+        networks=lambda model, _: [model.base],
+        prunes=True,
+    ),
+    "lazy": Kind(
+        form="lazy-A-B",
+        help="LazyLLM: from 30 % to 90 % of depth the share that is read falls from A to B",
+        read=lambda model, numbers, ids, reading: (
+            model.base,
+            baselines.lazy_prefill(model.base, ids, *numbers, step_size=reading.step_size),
+        ),
+        numbers=2,
+        work=lambda model, numbers, tokens, batch: lazy_work(model.base, lazy_counts(model, numbers, tokens), batch),
+        networks=lambda model, _: [model.base],
+        prunes=True,
+    ),
+    "spec": Kind(
+        form="spec-R",
+        help="SpecPrefill: the base reads the share R that the auxiliary attends to most",
+        read=lambda model, numbers, ids, reading: (
+            model.base,
+            baselines.spec_prefill(model, ids, numbers[0], step_size=reading.step_size),
+        ),
+        numbers=1,
+        work=spec_work,
+        networks=base_and_auxiliary,
+        prunes=True,
+    ),
+    "llama.cpp": Kind(
+        form="llama.cpp",
+        help="llama-cpp-python on the default model's own file (one prompt at a time)",
+        read=None,
+        engine=llama_cpp.open_engine,
+        work=lambda model, _, tokens, batch: full_work(model, tokens, batch),
+        networks=lambda model, _: [model.base],
+    ),
+}
+
+
+def parse_arm(name: str) -> Arm:
+    """Read an arm's name.
+
+    Raises:
+        InputError: no such arm, or a share outside 0 to 1 (for ``layers`` one of the three that are defined).
+    """
+    key = max((key for key in KINDS if name == key or name.startswith(f"{key}-")), key=len, default=None)
+    if key is None:
+        raise InputError(unknown(name))
+    kind, rest = KINDS[key], name[len(key) + 1 :].split("-") if name != key else []
+    return Arm(name, kind, kind.parse(name, rest) if kind.parse else shares(name, rest, kind.numbers))
+
+
+def parse_arms(names: str) -> list[Arm]:
+    """Read comma-separated names, each once."""
+    return [parse_arm(name) for name in dict.fromkeys(part.strip() for part in names.split(","))]
+
+
+def shares(name: str, rest: Sequence[str], count: int) -> Numbers:
+    """Read ``count`` shares of the prompt.
+
+    Raises:
+        InputError: fewer, more, no numbers, or outside 0 to 1.
+    """
+    if len(rest) != count or not all(map(is_number, rest)):
+        raise InputError(unknown(name))
+    return tuple(checked_share(name, float(part)) for part in rest)
+
+
+def checked_share(name: str, share: float) -> float:
+    """Return a share of the prompt.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"arm '{name}': {share:g} is no share of the prompt; it lies above 0 and up to 1.")
+    return share
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a plain decimal number."""
+    return re.fullmatch(r"\d*\.?\d+", text) is not None
+
+
+def unknown(name: str) -> str:
+    """Return what is said of a name that is no arm's."""
+    return f"unknown arm '{name}'; arms are {forms()}."
+
+
+def forms() -> str:
+    """Return how arms are named, comma-separated."""
+    return ", ".join(kind.form for kind in KINDS.values())

@@ -1,0 +1,158 @@
+"""The arithmetic: FLOPs and weight bytes of a first token, by full prefill and by prediction.
+
+Counted: every matmul that is evaluated, attention over the causal half, the predictor, the base's first step.
+Not counted: embedding look-up and output head, norms, softmax; of token pruning the few queries that choose. The last layer of a model that only fills a
+cache contributes its K and V projections (all of a fused projection) and nothing else: that is so for mlx-lm's
+own prefill too, since nothing asks for the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..bundle.loading import KVPModel
+from ..engine.recompute import Span, is_asked, settings_of, spans
+from ..models.families import attention_of, family_of, kv_shapes, linear_size
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of weights read."""
+
+    flops: float = 0.0
+    weight_bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.weight_bytes + other.weight_bytes)
+
+
+def full_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
+    """Return the work of mlx-lm's own prefill and first step."""
+    return alone_work(model.base, prompt_tokens, batch)
+
+
+def kvp_work(model: KVPModel, prompt_tokens: int, batch: int, share: float = 0.0, exact_tail: int = 0) -> Work:
+    """Return the work of auxiliary prefill, prediction, the base's own reading and its first step."""
+    read = prompt_tokens - 1
+    return (
+        prefill_work(model.auxiliary, read, batch)
+        + predictor_work(model, read, batch)
+        + recompute_work(model, read, batch, share, exact_tail)
+        + step_work(model.base, prompt_tokens, batch)
+    )
+
+
+def recompute_work(model: KVPModel, tokens: int, batch: int, share: float, exact_tail: int) -> Work:
+    """Return the work of ``recompute.repair`` on ``tokens`` positions: asking, and reading what was chosen.
+
+    What is chosen beside the tokens at the end is taken to be spread evenly.
+    """
+    lower, upper = spans(model, share, tokens, exact_tail)
+    if not lower.tokens:
+        return Work()
+    asking = settings_of(model).asking_tokens
+    last = min(lower.tokens, max(exact_tail, asking))
+    before = tokens - last  # mean entries that a token sees: of those spread evenly, and of the last ones
+    own = last * (before + (last + 1) / 2)
+    work = Work()
+    for span in (lower, upper):
+        work += span_work(model, span, own + (span.tokens - last) * (before + 1) / 2, batch)
+    if is_asked(lower.tokens, last, asking):
+        pairs = asking * (tokens - asking + (asking + 1) / 2)
+        work += span_work(model, lower._replace(tokens=asking), pairs, batch)
+    return work
+
+
+def span_work(model: KVPModel, span: Span, pairs: float, batch: int) -> Work:
+    """Return the work of a span's reading; the model's last layer only projects K and V.
+
+    Args:
+        model: the bundle.
+        span: layers, and the positions that they read.
+        pairs: of such a position and an entry that it sees.
+        batch: sequences.
+    """
+    work, last = Work(), len(model.base.layers) - 1
+    for layer in range(span.first, min(span.last, last)):
+        module = model.base.layers[layer]
+        width = module[family_of(model.base).attention].n_heads * kv_shapes(model.base)[layer].head_dim
+        work += Work(2.0 * batch * span.tokens * linear_size(module) + 4.0 * batch * width * pairs, _bytes(module))
+    return work + kv_work(model.base, last, span.tokens, batch) if span.last > last else work
+
+
+def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:
+    """Return the work of the predictor's maps on ``batch * tokens`` positions."""
+    sizes = sum(block.in_width * block.out_width for block in model.predictor.blocks)
+    return Work(2.0 * batch * tokens * sizes, sum(map(_bytes, model.predictor.maps.values())))
+
+
+def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
+    """Return the work of filling a cache with ``tokens`` positions; the last layer only projects K and V."""
+    last = len(model.layers) - 1
+    whole = (layer_work(model, layer, tokens, batch) for layer in range(last))
+    return sum(whole, kv_work(model, last, tokens, batch))
+
+
+def layer_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
+    """Return the work of one whole layer on ``tokens`` positions that follow none."""
+    module = model.layers[layer]
+    width = module[family_of(model).attention].n_heads * kv_shapes(model)[layer].head_dim
+    attention = 4.0 * batch * width * tokens * (tokens + 1) / 2
+    return Work(2.0 * batch * tokens * linear_size(module) + attention, _bytes(module))
+
+
+def kv_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
+    """Return the work of one layer's K and V projections (all of a fused one)."""
+    family = family_of(model)
+    attention = model.layers[layer][family.attention]
+    names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
+    projections = [attention[name] for name in names]
+    size = sum(linear_size(projection) for projection in projections)
+    return Work(2.0 * batch * tokens * size, sum(map(_bytes, projections)))
+
+
+def step_work(model: nn.Module, context: int, batch: int) -> Work:
+    """Return the work of one decoding step that attends to ``context`` positions; bytes include the head."""
+    family = family_of(model)
+    work = Work(0.0, _bytes(model))
+    for layer, shape in zip(model.layers, kv_shapes(model), strict=True):
+        attention = 4.0 * batch * context * layer[family.attention].n_heads * shape.head_dim
+        work += Work(2.0 * batch * linear_size(layer) + attention)
+    return work
+
+
+def alone_work(network: nn.Module, prompt_tokens: int, batch: int) -> Work:
+    """Return the work of a model that reads a whole prompt and decodes itself."""
+    return prefill_work(network, prompt_tokens - 1, batch) + step_work(network, prompt_tokens, batch)
+
+
+def kept_work(base: nn.Module, kept: int, batch: int) -> Work:
+    """Return the work of a base that reads ``kept`` tokens of a prompt, and its first step."""
+    return prefill_work(base, kept, batch) + step_work(base, kept + 1, batch)
+
+
+def lazy_work(base: nn.Module, kept_by_layer: Sequence[int], batch: int) -> Work:
+    """Return LazyLLM's work: every layer over its own share of the prompt, the last token among them."""
+    depth, work = len(base.layers), step_work(base, 0, batch)
+    for layer, kept in enumerate(kept_by_layer):
+        layer_or_kv = layer_work if layer + 1 < depth else kv_work
+        work += layer_or_kv(base, layer, kept + 1, batch)
+        work += Work(batch * attention_flops(base, layer, 1, kept + 1))  # of the step
+    return work
+
+
+def attention_flops(model: nn.Module, layer: int, queries: int, keys: int) -> float:
+    """Return the FLOPs of scores and weighted values of ``queries`` tokens over ``keys`` entries of one layer."""
+    return 4.0 * queries * keys * attention_of(model, layer).n_heads * kv_shapes(model)[layer].head_dim
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Return the number of parameters, embeddings included."""
+    return sum(array.size for _, array in tree_flatten(module.parameters()))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()) if isinstance(array, mx.array))

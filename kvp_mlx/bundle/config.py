@@ -1,0 +1,169 @@
+"""kvp.json: what a bundle says about itself, checked field by field."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from ..errors import BundleError
+from ..files import write_json
+
+FORMAT_VERSION = 2
+
+Sources = tuple[NonNegativeInt, ...]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseConfig(_Part):
+    """Where the base lives: exactly one of ``path`` (relative to the bundle or absolute), ``hub_id``, ``alias``."""
+
+    fingerprint: str
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    alias: Literal["smollm2-135m"] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "BaseConfig":
+        if sum(place is not None for place in (self.path, self.hub_id, self.alias)) != 1:
+            raise ValueError("name exactly one of path, hub_id and alias")
+        return self
+
+
+class AuxiliaryConfig(_Part):
+    """The auxiliary: the base's first ``layers`` layers (prefix), or the model in ``auxiliary/`` of that depth.
+
+    A prefix may read the prompt with low-rank updates of ``adapter_rank``, kept in adapter.safetensors.
+    """
+
+    kind: Literal["prefix", "model", "pruned"]
+    layers: PositiveInt
+    retained_layers: tuple[NonNegativeInt, ...] | None = None
+    fingerprint: str | None = None
+    adapter_rank: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_its_kind(self) -> "AuxiliaryConfig":
+        if (self.kind == "pruned") != (self.retained_layers is not None):
+            raise ValueError("retained_layers belongs to kind 'pruned', and only there")
+        if self.adapter_rank is not None and self.kind != "prefix":
+            raise ValueError("adapter_rank belongs to kind 'prefix', and only there")
+        if self.retained_layers is not None and len(self.retained_layers) != self.layers:
+            raise ValueError(f"{len(self.retained_layers)} retained_layers do not make {self.layers} layers")
+        return self
+
+
+class PredictorConfig(_Part):
+    """What the maps read, and for each base layer which auxiliary layers' (null: the entries are exact)."""
+
+    input: Literal["hidden_state", "keys_values"]
+    layer_map: tuple[Sources | None, ...] = Field(min_length=1)
+
+
+class RecomputeConfig(_Part):
+    """Which prompt tokens the base reads itself, unless a request's dial says how many (``engine.recompute``).
+
+    All but ``share`` are fitted with a base; the defaults are what SmolLM2-135M-Instruct was found to want.
+
+    Attributes:
+        share: of a prompt's tokens, on average over the layers that are predicted.
+        asking_tokens: tokens at the prompt's end that the base reads first, to see what they attend to.
+        attention_weight: of the logarithm of that attention beside the estimated deviation.
+        attention_reach: tokens after an attended one that count as attended too: an answer goes on from where the
+            question points to.
+        lower_layers: of the predicted layers, the share whose entries count most.
+        upper_from: share from which on the layers above these read more than the prompt's end (all of it at 1).
+    """
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    asking_tokens: PositiveInt = 16
+    attention_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    attention_reach: NonNegativeInt = 12
+    lower_layers: float = Field(default=2 / 3, gt=0, le=1)
+    upper_from: float = Field(default=0.25, ge=0, lt=1)
+
+
+class BundleConfig(_Part):
+    """The whole of kvp.json; ``training`` and ``measured`` are free-form records for people.
+
+    Without a ``recompute`` section the predictor cannot tell which tokens to recompute.
+    """
+
+    format_version: PositiveInt = FORMAT_VERSION
+    base: BaseConfig
+    auxiliary: AuxiliaryConfig
+    predictor: PredictorConfig
+    recompute: RecomputeConfig | None = None
+    training: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+
+    def check_layers(self, base_layers: int, auxiliary_layers: int) -> None:
+        """Check the layer map against the depth of both models.
+
+        Args:
+            base_layers: layers of the base.
+            auxiliary_layers: layers that can be read (for a prefix, those that run and one more).
+
+        Raises:
+            BundleError: a wrong number of layers, or a source that the auxiliary does not have.
+        """
+        layer_map, is_prefix = self.predictor.layer_map, self.auxiliary.kind == "prefix"
+        if len(layer_map) != base_layers:
+            raise BundleError(f"kvp.json: layer_map has {len(layer_map)} entries, the base {base_layers} layers.")
+        if self.auxiliary.layers + is_prefix != auxiliary_layers:
+            raise BundleError(f"kvp.json: {self.auxiliary.layers} auxiliary layers do not fit the model.")
+        exact = auxiliary_layers if is_prefix else 0
+        if [sources is None for sources in layer_map] != [layer < exact for layer in range(base_layers)]:
+            raise BundleError(f"kvp.json: the first {exact} entries of layer_map, and no others, must be null.")
+        for layer, sources in enumerate(layer_map):
+            if sources is not None and not (sources and max(sources) < auxiliary_layers):
+                raise BundleError(
+                    f"kvp.json: layer_map[{layer}] = {list(sources)} names no layers of the auxiliary's "
+                    f"{auxiliary_layers}."
+                )
+
+    def save(self, directory: Path) -> None:
+        """Write kvp.json into ``directory``."""
+        write_json(directory / "kvp.json", self.model_dump(mode="json", exclude_none=False))
+
+
+def read_config(directory: Path) -> BundleConfig:
+    """Read and check kvp.json.
+
+    Raises:
+        BundleError: missing, not JSON, of a newer format, or with an unknown, missing or ill-typed field.
+    """
+    path = directory / "kvp.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{directory} is not a bundle (no kvp.json); make one with 'kvp fit'.") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is not readable JSON; get the bundle again.") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version}, newer than {FORMAT_VERSION}; run 'pip install -U kvp-mlx'."
+        )
+    if version == 1:
+        data = _from_format_1(data)
+    try:
+        return BundleConfig.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise BundleError(f"{path}: {where}: {first['msg']}; get the bundle again or upgrade kvp-mlx.") from error
+
+
+def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what format 2 makes of format 1, in which the predictor named the share to recompute and nothing else."""
+    predictor = data.get("predictor")
+    share = predictor.get("recompute") if isinstance(predictor, dict) else None
+    moved: dict[str, Any] = {"recompute": None if share is None else {"share": share}}
+    if isinstance(predictor, dict):
+        moved["predictor"] = {key: value for key, value in predictor.items() if key != "recompute"}
+    return data | moved | {"format_version": FORMAT_VERSION}

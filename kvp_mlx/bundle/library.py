@@ -1,0 +1,151 @@
+"""Models on this machine: bundles and bases, in folders and in the Hub's cache."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BundleError, InputError
+from ..models.families import FAMILIES
+from . import named
+from .config import read_config
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model.
+
+    Attributes:
+        name: what ``--model`` takes.
+        kind: ``bundle (prefix, 12 layers)`` or ``base (llama)``.
+        where: ``shipped``, ``cache``, ``hub`` or ``folder``.
+        path: its directory.
+        size_bytes: of its files.
+        base: what a bundle's base is called, None for a base.
+        measured: what kvp.json says was measured on a bundle.
+    """
+
+    name: str
+    kind: str
+    where: str
+    path: str
+    size_bytes: int
+    base: str | None
+    measured: dict[str, Any]
+
+
+def list_models(folders: list[Path]) -> tuple[list[Entry], list[str]]:
+    """Return the models of this machine, and one line for each that is damaged.
+
+    Args:
+        folders: whose own and direct subfolders are looked at, beside the shipped default and the Hub's cache.
+    """
+    places = [(named.ALIAS, "shipped", named.BUNDLE)]
+    if named.base_path().is_dir():
+        places.append((f"{named.ALIAS} (its base)", "cache", named.base_path()))
+    places += [(name, "hub", path) for name, path in _hub_snapshots()]
+    for folder in folders:
+        candidates = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+        places += [(str(path), "folder", path) for path in candidates if _is_model(path)]
+    entries, damaged = [], []
+    for name, where, path in places:
+        try:
+            if entry := _entry(name, where, path):
+                entries.append(entry)
+        except BundleError as error:
+            damaged.append(str(error))
+    return entries, damaged
+
+
+def remove_model(name: str) -> tuple[Path, int]:
+    """Remove a model's files: the default's converted base, a Hub id's download, or a folder.
+
+    Returns:
+        What was removed and how many bytes that freed.
+
+    Raises:
+        InputError: nothing of that name, or a folder that holds more than a model.
+    """
+    path = removable(name)
+    size = _directory_bytes(path)
+    shutil.rmtree(path)
+    return path, size
+
+
+def removable(name: str) -> Path:
+    """Return the directory that ``remove_model`` would remove; raises as it does."""
+    if name == named.ALIAS:
+        path = named.base_path()
+        if not path.is_dir():
+            raise InputError(f"{name} ships with the package, and its base is not in the cache; nothing to remove.")
+        return path
+    path = Path(name).expanduser()
+    if path.is_symlink():
+        raise InputError(f"{name} is a link; name the directory itself.")
+    if path.is_dir():
+        if not _is_model(path):
+            raise InputError(f"{name} is neither a bundle nor a model directory, so it is not removed.")
+        if strange := sorted(child.name for child in path.iterdir() if not _belongs(child)):
+            raise InputError(f"{name} also holds {strange[0]}, which is no part of a model; remove it yourself.")
+        return path
+    repositories = {repo.repo_id: Path(repo.repo_path) for repo in _hub_repositories()}
+    if name not in repositories:
+        raise InputError(f"{name} is not on this machine; 'kvp models ls' lists what is.")
+    return repositories[name]
+
+
+def _belongs(path: Path) -> bool:
+    """Return whether a file or folder is what bundles and mlx-lm models are made of."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name in ("base", "auxiliary") and all(_belongs(child) for child in path.iterdir())
+    return path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".md", ".py") or path.name in (
+        "LICENSE",
+        ".gitattributes",
+    )
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("kvp.json", "config.json"))
+
+
+def _entry(name: str, where: str, path: Path) -> Entry | None:
+    """Describe one directory; None for a model of an architecture that is not ours."""
+    size = _directory_bytes(path)
+    if (path / "kvp.json").is_file():
+        config = read_config(path)
+        kind = f"bundle ({config.auxiliary.kind}, {config.auxiliary.layers} layers)"
+        base = config.base.alias or config.base.hub_id or config.base.path
+        return Entry(name, kind, where, str(path), size, base, config.measured)
+    try:
+        architecture = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} has no readable config.json; get the model again.") from error
+    if architecture not in FAMILIES:
+        return None
+    return Entry(name, f"base ({architecture})", where, str(path), size, None, {})
+
+
+def _directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _hub_repositories() -> list[Any]:
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        return [repo for repo in scan_cache_dir().repos if repo.repo_type == "model"]
+    except CacheNotFound:
+        return []
+
+
+def _hub_snapshots() -> list[tuple[str, Path]]:
+    """Return the newest snapshot of every model in the Hub's cache that looks like one of ours."""
+    newest = {
+        repo.repo_id: max(repo.revisions, key=lambda revision: revision.last_modified).snapshot_path
+        for repo in _hub_repositories()
+        if repo.revisions
+    }
+    return [(name, Path(path)) for name, path in sorted(newest.items()) if _is_model(Path(path))]

@@ -1,0 +1,247 @@
+"""A bundle: base, auxiliary and predictor, loaded from a directory and checked before anything is computed."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model
+
+from ..errors import BundleError, InputError
+from ..models.families import hidden_size, kv_shapes
+from ..models.loading import compute_dtype, context_length, fit_to_device, load_model, load_tokenizer
+from ..models.safetensors import TensorInfo, fingerprint, read_header
+from ..models.sections import prefix_model
+from .adapter import adapted_prefix, adapter_weights
+from .config import AuxiliaryConfig, BaseConfig, BundleConfig, read_config
+from .named import ALIAS, BUNDLE, find_model
+from .predictor import Predictor, plan_blocks
+
+FLOAT_DTYPES = ("F16", "BF16", "F32")
+
+
+@dataclass
+class KVPModel:
+    """What the pipeline runs.
+
+    Attributes:
+        base: the mlx-lm model that answers.
+        auxiliary: the mlx-lm model that reads the prompt; for a prefix, the base's own first layers.
+        predictor: the maps from the auxiliary's reading to the base's raw keys and values.
+        tokenizer: mlx-lm's tokeniser, or None where the base brings none.
+        config: kvp.json.
+        base_config: the base's config.json.
+    """
+
+    base: nn.Module
+    auxiliary: nn.Module
+    predictor: Predictor
+    tokenizer: TokenizerWrapper | None
+    config: BundleConfig
+    base_config: dict[str, Any]
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the auxiliary is a part of the base and shares its cache."""
+        return self.config.auxiliary.kind == "prefix"
+
+    @property
+    def has_exact_prefix(self) -> bool:
+        """Whether the layers shared with the base read the prompt just as the base would."""
+        return self.is_prefix and self.config.auxiliary.adapter_rank is None
+
+    @property
+    def text_tokenizer(self) -> TokenizerWrapper:
+        """The tokeniser, for callers that cannot do without.
+
+        Raises:
+            InputError: the base brings none.
+        """
+        if self.tokenizer is None:
+            raise InputError("this bundle's base has no tokeniser; pass token ids from Python instead.")
+        return self.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """The context window in tokens that base and auxiliary share, where their configs state one."""
+        stated = [context_length(self.base_config), context_length(vars(self.auxiliary.args))]
+        return min((length for length in stated if length is not None), default=None)
+
+
+def load(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
+    """Load a bundle from a directory, a Hub id or the alias ``smollm2-135m``.
+
+    Args:
+        name: where the bundle is.
+        allow_base_mismatch: run on a base whose fingerprint differs from the one the maps were made for.
+
+    Raises:
+        InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there).
+        BundleError: a missing, damaged, newer or ill-fitting part.
+        UnsupportedModelError: a base or auxiliary that cannot be predicted.
+    """
+    directory = bundle_directory(name)
+    config = read_config(directory)
+    weights = directory / "predictor.safetensors"
+    tensors = read_header(weights)
+    base_path = base_directory(config.base, directory)
+    if not allow_base_mismatch:
+        _check_fingerprint(base_path, config.base.fingerprint)
+    base, base_config = load_model(base_path)
+    auxiliary = load_auxiliary(base, config, directory)
+    predictor = build_predictor(base, auxiliary, config)
+    _match_quantisation(predictor, tensors, weights)
+    _check_tensors(tree_flatten(predictor.parameters()), tensors, weights)
+    tokenizer = load_tokenizer(base_path, base_config)
+    fit_to_device(base)
+    if config.auxiliary.adapter_rank is not None:
+        auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")
+    elif config.auxiliary.kind == "prefix":
+        auxiliary = prefix_model(base, config.auxiliary.layers)  # again, now that the base has its final weights
+    else:
+        fit_to_device(auxiliary)
+    predictor.load_weights(str(weights))
+    dequantize_model(predictor)  # the maps are small, and prefill computes with them what it computes with
+    predictor.set_dtype(compute_dtype(base))
+    mx.eval(predictor.parameters())
+    _check_finite(predictor.parameters(), weights)
+    return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; no weights are loaded."""
+    directory = bundle_directory(name)
+    config = read_config(directory)
+    tensors = read_header(directory / "predictor.safetensors")
+    is_quantised = any(name.endswith(".scales") for name in tensors)  # how many numbers a word holds is not told
+    sizes = {
+        part: sum(file.stat().st_size for file in files)
+        for part, files in {
+            "predictor": [directory / "predictor.safetensors"],
+            "auxiliary": list((directory / "auxiliary").glob("*.safetensors")),
+            "adapter": list(directory.glob("adapter.safetensors")),
+        }.items()
+    }
+    return {
+        "path": str(directory),
+        **config.model_dump(mode="json", exclude={"predictor"}),
+        "predictor": {
+            "input": config.predictor.input,
+            "layer_map": [None if s is None else list(s) for s in config.predictor.layer_map],
+            "recompute": None if config.recompute is None else config.recompute.share,
+            "parameters": None if is_quantised else sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        },
+        "size_bytes": sizes,
+    }
+
+
+def bundle_directory(name: str) -> Path:
+    """Return the local directory of a bundle: the shipped default, a path, or a Hub id (downloaded once)."""
+    return BUNDLE if name == ALIAS else find_model(name)
+
+
+def base_directory(base: BaseConfig, bundle: Path) -> Path:
+    """Return the local directory of a bundle's base."""
+    if base.path is not None:
+        return bundle / base.path
+    return find_model(str(base.alias or base.hub_id), base.revision)
+
+
+def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Module:
+    """Cut the prefix off the base, or load the bundle's ``auxiliary/``.
+
+    Raises:
+        BundleError: an auxiliary with other weights than kvp.json says, or that cannot read the base's token ids.
+    """
+    if config.auxiliary.kind == "prefix":
+        return prefix_model(base, config.auxiliary.layers)
+    place = bundle / "auxiliary"
+    if config.auxiliary.fingerprint is not None:
+        _check_fingerprint(place, config.auxiliary.fingerprint)
+    auxiliary, _ = load_model(place)
+    if base.args.vocab_size != auxiliary.args.vocab_size:
+        raise BundleError(
+            f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
+            "choose an auxiliary of the same tokeniser."
+        )
+    return auxiliary
+
+
+def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig) -> Predictor:
+    """Return a predictor with untrained maps of the shapes that a configuration asks for.
+
+    Raises:
+        BundleError: the layer map does not fit the models.
+    """
+    config.check_layers(len(base.layers), len(auxiliary.layers))
+    return Predictor(
+        plan_blocks(
+            config.predictor.layer_map,
+            config.predictor.input,
+            kv_shapes(auxiliary),
+            hidden_size(base if config.auxiliary.kind == "prefix" else auxiliary),
+            kv_shapes(base),
+        ),
+        has_deviation=config.recompute is not None,
+    )
+
+
+def _check_fingerprint(model: Path, expected: str) -> None:
+    found = fingerprint(model)
+    if found != expected:
+        raise BundleError(
+            f"{model} is not the model that this bundle was made with (fingerprint {found[7:19]}, expected "
+            f"{expected[7:19]}); restore it, fit a bundle for it, or (for the base) pass --allow-base-mismatch."
+        )
+
+
+def _load_adapter(base: nn.Module, config: AuxiliaryConfig, path: Path) -> nn.Module:
+    """Return the prefix with the low-rank updates of ``adapter.safetensors``."""
+    found = read_header(path)
+    prefix = adapted_prefix(base, config.layers, config.adapter_rank or 0)
+    _check_tensors(list(adapter_weights(prefix).items()), found, path)
+    prefix.load_weights(str(path), strict=False)
+    updates = {name: array.astype(compute_dtype(base)) for name, array in adapter_weights(prefix).items()}
+    _check_finite(updates, path)
+    prefix.load_weights(list(updates.items()), strict=False)
+    return prefix
+
+
+def _check_finite(parameters: Any, path: Path) -> None:
+    if not all(mx.isfinite(array).all().item() for _, array in tree_flatten(parameters)):
+        raise BundleError(f"{path} holds numbers that are not finite; get the bundle again.")
+
+
+def _match_quantisation(predictor: Predictor, found: dict[str, TensorInfo], path: Path) -> None:
+    """Quantise the maps that are stored quantised, which their scales tell, as mlx-lm does."""
+
+    def scheme(name: str, module: nn.Module) -> dict[str, int] | bool:
+        if f"{name}.scales" not in found or f"{name}.weight" not in found:
+            return False
+        width = module.weight.shape[-1]
+        groups, words = (found[f"{name}.{part}"].shape[-1] for part in ("scales", "weight"))
+        return {"group_size": width // groups, "bits": 32 * words // width}
+
+    try:
+        nn.quantize(predictor, class_predicate=scheme)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise BundleError(f"{path} is quantised in a way that mlx does not know; get the bundle again.") from error
+
+
+def _check_tensors(needed: list[tuple[str, mx.array]], found: dict[str, TensorInfo], path: Path) -> None:
+    arrays = dict(needed)
+    expected = {name: tuple(array.shape) for name, array in needed}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise BundleError(f"{path} lacks the tensor {missing[0]}; get the bundle again.")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise BundleError(f"{path} has an unknown tensor {unknown[0]}; get the bundle again or upgrade kvp-mlx.")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise BundleError(f"{path}: {name} has shape {found[name].shape}, the base needs {shape}; get it again.")
+        dtypes = ("U32",) if arrays[name].dtype == mx.uint32 else FLOAT_DTYPES
+        if found[name].dtype not in dtypes:
+            raise BundleError(f"{path}: {name} is {found[name].dtype}, not one of {', '.join(dtypes)}.")

@@ -1,0 +1,150 @@
+"""The linear maps from what the auxiliary read to the base's raw keys and values.
+
+Base layers that read the same source share one wide matmul, so the number of matmuls for a chunk is the number
+of distinct sources (once for keys and once for values; once in all for a hidden state), however many base
+layers there are.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.entries import RawPair
+from ..models.families import KVShape
+from ..models.sections import RawLayer
+from .layer_map import LayerMap
+
+HIDDEN_STATE: Final = "hidden_state"
+KEYS_VALUES: Final = "keys_values"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One wide map.
+
+    Attributes:
+        name: the map's name in predictor.safetensors.
+        reads: what it reads of the sources, an attribute of ``RawLayer``.
+        sources: auxiliary layers whose readings are concatenated, in order.
+        in_width: features of that concatenation.
+        targets: the base layers' raw arrays it yields, ``(layer, "keys" | "values", width)``, in order.
+    """
+
+    name: str
+    reads: str
+    sources: tuple[int, ...]
+    in_width: int
+    targets: tuple[tuple[int, str, int], ...]
+
+    @property
+    def out_width(self) -> int:
+        """Features of all targets together."""
+        return sum(width for _, _, width in self.targets)
+
+    def gather(self, heard: dict[int, RawLayer]) -> mx.array:
+        """Return the map's input ``(B, T, in_width)``."""
+        parts = [getattr(heard[source], self.reads) for source in self.sources]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def plan_blocks(
+    layer_map: LayerMap, predictor_input: str, auxiliary: list[KVShape], hidden: int, base: list[KVShape]
+) -> list[Block]:
+    """Group the base layers by source.
+
+    Args:
+        layer_map: source layers of each base layer (None: exact, not predicted).
+        predictor_input: ``hidden_state`` or ``keys_values``.
+        auxiliary: key/value shapes of the auxiliary's layers.
+        hidden: width of the auxiliary's residual stream.
+        base: key/value shapes of the base's layers.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for layer, sources in enumerate(layer_map):
+        if sources is not None:
+            groups.setdefault(sources, []).append(layer)
+    blocks = []
+    for sources, layers in groups.items():
+        tag = "_".join(map(str, sources))
+        keys = tuple((layer, "keys", base[layer].width) for layer in layers)
+        values = tuple((layer, "values", base[layer].width) for layer in layers)
+        if predictor_input == HIDDEN_STATE:
+            blocks.append(Block(f"hidden_{tag}", "hidden", sources, hidden * len(sources), keys + values))
+        else:
+            width = sum(auxiliary[source].width for source in sources)
+            blocks.append(Block(f"keys_{tag}", "keys", sources, width, keys))
+            blocks.append(Block(f"values_{tag}", "values", sources, width, values))
+    return blocks
+
+
+class DeviationEstimator(nn.Module):
+    """Tells which of a text's tokens the base had better read itself, from what the predictor reads.
+
+    The deviation of a token is the natural logarithm of its predicted values' error plus half that of the harm which
+    the error does to what follows (``train.deviation``), up to a constant of the text. Training the maps leaves the
+    estimator alone.
+    """
+
+    def __init__(self, in_width: int):
+        super().__init__()
+        self.linear = nn.Linear(in_width, 1)
+        self.linear.weight = mx.zeros_like(self.linear.weight)  # until it is fitted all tokens are alike
+        self.freeze()
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        """Return the expected deviation (B, T) of inputs (B, T, in)."""
+        deviations: mx.array = self.linear(inputs)[..., 0]
+        return deviations
+
+
+class Predictor(nn.Module):
+    """All maps of a bundle; parameters are ``maps.<block>.weight`` (out, in) and ``maps.<block>.bias``.
+
+    Attributes:
+        deviation: tells which tokens to recompute, from the last map's input; only there if asked for.
+    """
+
+    def __init__(self, blocks: Iterable[Block], *, has_deviation: bool = False):
+        super().__init__()
+        self._blocks = tuple(blocks)
+        self.maps = {block.name: nn.Linear(block.in_width, block.out_width) for block in self._blocks}
+        if has_deviation:
+            self.add_estimator()
+
+    def add_estimator(self) -> None:
+        """Add an estimator of deviation that is not fitted, if there are any maps."""
+        if self._blocks:
+            self.deviation = DeviationEstimator(self._blocks[-1].in_width)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The plan that the maps follow."""
+        return self._blocks
+
+    @property
+    def sources(self) -> list[int]:
+        """The auxiliary layers that have to be listened to."""
+        return sorted({source for block in self._blocks for source in block.sources})
+
+    def inputs(self, heard: dict[int, RawLayer]) -> dict[str, mx.array]:
+        """Return each map's input ``(B, T, in)`` from what the sources said."""
+        return {block.name: block.gather(heard) for block in self._blocks}
+
+    def deviations(self, inputs: dict[str, mx.array]) -> mx.array:
+        """Return the expected deviation of each token's prediction (B, T); see ``DeviationEstimator``."""
+        deviations: mx.array = self.deviation(inputs[self._blocks[-1].name])
+        return deviations
+
+    def __call__(self, inputs: dict[str, mx.array]) -> dict[int, RawPair]:
+        """Predict raw pairs, ``{base layer: {"keys": (B, T, H*D), "values": (B, T, H*D)}}``."""
+        predicted: dict[int, RawPair] = {}
+        for block in self._blocks:
+            wide = self.maps[block.name](inputs[block.name])  # (B, T, in) -> (B, T, sum of target widths)
+            start = 0
+            for layer, kind, width in block.targets:
+                predicted.setdefault(layer, {})[kind] = wide[..., start : start + width]
+                start += width
+        return predicted

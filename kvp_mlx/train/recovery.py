@@ -1,0 +1,141 @@
+"""Context recovery: how much of what a prompt tells the full model still reaches it through a predicted cache.
+
+Per document, the log-likelihood of the tokens that follow a prompt, under several caches. In every arm the base
+reads the last prompt token itself, as in decoding; without context it reads nothing before it.
+``recovery = (nll_no_context - nll_arm) / (nll_no_context - nll_full)``, and ``separation`` is the recovery of the
+right document minus that of a wrong one of the same kind, kvp's over full's (design.md section 9).
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..bundle.loading import KVPModel
+from ..engine.prefill import Progress, base_prefill, predict_base_cache
+from ..errors import InputError
+from ..models.families import Cache
+from ..models.sections import early_exit, output_head, run_layers
+
+ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
+OF_THE_BASE = ("full", "wrong_document_full", "no_context")
+"""Arms that no training changes."""
+WITHOUT_AUXILIARY = tuple(arm for arm in ARMS if arm != "auxiliary")
+
+
+class ContextMeasurement:
+    """Context recovery on documents of one kind, which can be measured again after the maps have changed.
+
+    Args:
+        model: the bundle.
+        windows: token ids, each a prompt followed by ``continuation_tokens`` to score; all of one length. Each
+            document's wrong document is the next one's prompt.
+        continuation_tokens: tokens scored.
+        exact_tail: prompt tokens before the last that the base reads itself.
+        arms: which of ``ARMS`` to measure; ``full`` and ``no_context`` always are, recovery is made of them.
+
+    Raises:
+        InputError: fewer than two documents, nothing left to predict, or an unknown arm.
+    """
+
+    def __init__(
+        self,
+        model: KVPModel,
+        windows: list[list[int]],
+        continuation_tokens: int,
+        *,
+        exact_tail: int = 0,
+        arms: Collection[str] = WITHOUT_AUXILIARY,
+    ):
+        if len(windows) < 2:
+            raise InputError("context recovery needs at least two documents; give more --data.")
+        self.model = model
+        self.split = len(windows[0]) - continuation_tokens
+        if exact_tail > self.split - 2:
+            raise InputError(f"an exact tail of {exact_tail} leaves nothing to predict of {self.split} prompt tokens.")
+        self.windows = windows
+        self.exact_tail = exact_tail
+        if unknown := set(arms) - set(ARMS):
+            raise InputError(f"unknown arm '{min(unknown)}'; choose from {','.join(ARMS)}.")
+        self.arms = [arm for arm in ARMS if arm in arms or arm in ("full", "no_context")]
+        self._known: dict[str, list[np.ndarray]] = {}
+
+    def measure(self, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+        """Measure all arms.
+
+        Args:
+            progress: called with (documents done, documents in all).
+
+        Returns:
+            The JSON of ``kvp eval context``: documents, prompt_tokens, continuation_tokens, exact_tail, recompute,
+            separation and, per arm, the mean negative log-likelihood in nats per token (``nll``) and ``recovery``.
+        """
+        losses: dict[str, list[np.ndarray]] = {arm: [] for arm in self.arms} | self._known
+        for number in range(len(self.windows)):
+            for arm in self.arms:
+                if arm not in self._known:
+                    losses[arm].append(self.token_losses(arm, number))
+            progress(number + 1, len(self.windows))
+        self._known = {arm: losses[arm] for arm in OF_THE_BASE if arm in losses}
+        return self.summary({arm: np.stack(rows) for arm, rows in losses.items()})
+
+    def token_losses(self, arm: str, number: int) -> np.ndarray:
+        """Return one document's negative log-likelihoods (continuation_tokens,) in nats, under one arm."""
+        window, wrong = self.windows[number], self.windows[(number + 1) % len(self.windows)]
+        model, right = self.model, mx.array([window[: self.split - 1]])
+        other = mx.array([wrong[: self.split - 1]])
+        rest = window[self.split - 1 :]
+        if arm == "full":
+            return token_losses(model.base, base_prefill(model, right), rest)
+        if arm == "wrong_document_full":
+            return token_losses(model.base, base_prefill(model, other), rest)
+        if arm == "no_context":
+            return token_losses(model.base, make_prompt_cache(model.base), rest)
+        if arm == "auxiliary":
+            alone = early_exit(model.base, model.config.auxiliary.layers) if model.is_prefix else model.auxiliary
+            cache = make_prompt_cache(alone)
+            run_layers(alone, right, cache)
+            return token_losses(alone, cache, rest)
+        ids = right if arm == "kvp" else other
+        return token_losses(model.base, predict_base_cache(model, ids, exact_tail=self.exact_tail), rest)
+
+    def summary(self, losses: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Return the JSON of losses (documents, continuation_tokens) by arm."""
+        tokens = losses["full"].shape[1]
+        recovery = recoveries({arm: rows.mean() for arm, rows in losses.items()})
+        gained = recovery["full"] - recovery.get("wrong_document_full", np.nan)
+        separation = (recovery.get("kvp", np.nan) - recovery.get("wrong_document", np.nan)) / gained
+        spans = {"first": (0, 1), "first_16": (0, 16), "rest": (16, tokens)}
+        by_position = {
+            name: recoveries({arm: rows[:, start:end].mean() for arm, rows in losses.items()}).get("kvp")
+            for name, (start, end) in spans.items()
+            if start < tokens
+        }
+        return {
+            "documents": len(self.windows),
+            "prompt_tokens": self.split,
+            "continuation_tokens": tokens,
+            "exact_tail": self.exact_tail,
+            "recompute": self.model.recompute,
+            "separation": None if np.isnan(separation) else float(separation),
+            "recovery_by_position": by_position,
+            "arms": {arm: {"nll": float(losses[arm].mean()), "recovery": recovery[arm]} for arm in self.arms},
+        }
+
+
+def recoveries(nll: dict[str, float]) -> dict[str, float]:
+    """Return each arm's share of the log-likelihood gain that the prompt gives the full model."""
+    gain = nll["no_context"] - nll["full"]
+    return {arm: float((nll["no_context"] - value) / gain) for arm, value in nll.items()}
+
+
+def token_losses(model: nn.Module, cache: Cache, ids: list[int]) -> np.ndarray:
+    """Return the negative log-likelihoods of ``ids[1:]``, the model reading ``ids[:-1]`` on top of ``cache``."""
+    inputs, targets = mx.array([ids[:-1]]), mx.array([ids[1:]])
+    hidden, _ = run_layers(model, inputs, cache)
+    logits = output_head(model, hidden).astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # (B, T, vocab) -> (B, T)
+    return np.array((mx.logsumexp(logits, axis=-1) - chosen)[0])

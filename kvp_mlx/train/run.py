@@ -1,0 +1,268 @@
+"""``kvp train``: from a bundle as it was fitted to a trained one."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .. import __version__
+from ..bundle.adapter import adapted_prefix, adapter_weights, add_adapter, fused_weights
+from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
+from ..errors import InputError
+from ..files import atomic_directory, require_free, write_json
+from ..models.safetensors import fingerprint
+from .capacity import require_memory
+from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
+from .fit import budgeted, write_float16, write_predictor
+from .loop import Trained, TrainOptions, train
+from .picture import draw_training
+from .recovery import ContextMeasurement
+from .state import STATE_FILE
+from .text import bucketed, data_files, full_pieces, token_windows
+from .work import flops_per_token
+
+HELD_BACK_WINDOWS = 6
+MIN_TRAINING_TOKENS = 128
+
+
+def training_directory(out: Path) -> Path:
+    """Return where a run keeps its log, its state and its picture: beside the bundle that it writes."""
+    return out.with_name(out.name + ".training")
+
+
+def train_bundle(
+    start: str,
+    data: list[str],
+    out: Path,
+    options: TrainOptions,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[float, dict[str, Any]], None] = lambda share, entry: None,
+) -> dict[str, Any]:
+    """Train the bundle ``start`` and write the bundle ``out``.
+
+    ``out`` is written whenever validation improves, so a killed run leaves the best bundle so far.
+
+    Args:
+        start: bundle to start from (``kvp fit``); its base must be known by Hub id, alias or absolute path.
+        data: see ``text.data_files``.
+        out: bundle directory to write.
+        options: see ``TrainOptions``.
+        resume: go on with the run that was writing ``out``; ``start`` is not used.
+        force: replace an existing ``out``.
+        progress: see ``loop.train``.
+
+    Returns:
+        The best validation's record: recovery, separation, step, tokens, minutes; tokens_per_second, the median
+        over steps; and flops_per_token, see ``cost``.
+
+    Raises:
+        InputError: unusable data or output, or a bundle that cannot be copied.
+    """
+    files = data_files(data)
+    directory = training_directory(out)
+    model = open_start(start, out, resume, force)
+    begun = model.config.training
+    options = replace(options, weights=options.weights.settled(model))
+    model = with_estimator(prepare(model, options))
+    trained = Trained(model, options)
+    require_memory(model, trained, options)
+    held_back = hold_back(files, model, options)
+    measurement = ContextMeasurement(model, list(held_back.values()), options.window // 4)
+
+    def batches(number: int) -> Iterator[list[list[int]]]:
+        group = mx.distributed.init()
+        windows = endless_windows(files, model, options, held_back)
+        stream = bucketed(windows, options.batch_size, options.seed)
+        return itertools.islice(stream, number + group.rank(), None, group.size())
+
+    def validate() -> dict[str, Any]:
+        result = measurement.measure()
+        return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
+
+    def save(record: dict[str, Any]) -> None:
+        some = budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS)
+        training = {
+            "method": "gradient",
+            "kvp_mlx": __version__,
+            "start": begun,
+            "data": [path.name for path in files],
+            "processes": mx.distributed.init().size(),
+            **asdict(options),
+            "deviation_explained": fit_deviation(model, list(some)),
+            "validation": record,
+        }
+        write_trained(model, trained, training, directory / "start", out)
+
+    if not resume and mx.distributed.init().rank() == 0:
+        begin(bundle_directory(start), directory)
+    try:
+        state = train(
+            model,
+            trained,
+            batches,
+            options,
+            directory,
+            resume=resume,
+            data=[f"{path.resolve()} {path.stat().st_size}" for path in files],
+            validate=validate,
+            save=save,
+            progress=progress,
+        )
+    finally:
+        if mx.distributed.init().rank() == 0:
+            draw_training(directory / "log.jsonl", directory / "loss.png")
+    speed = {"tokens_per_second": round(median(state.speeds), 1)} if state.speeds else {}
+    return {**state.best, **speed, "flops_per_token": round(flops_per_token(model, trained, options))}
+
+
+def open_start(start: str, out: Path, resume: bool, force: bool) -> KVPModel:
+    """Load the bundle that training starts from, or started from.
+
+    Raises:
+        InputError: nothing to resume, an output that is taken, or a bundle that cannot be trained into another.
+    """
+    directory = training_directory(out)
+    if not resume:
+        require_unstarted(out, force)
+    elif not (directory / STATE_FILE).is_file():
+        raise InputError(f"{directory} holds no unfinished run; leave --resume out to start one.")
+    model = load(str(directory / "start") if resume else start)
+    base_path = model.config.base.path
+    if base_path is not None and not Path(base_path).is_absolute():
+        raise InputError(f"{start} carries its base inside; fit a bundle on the base's own directory to train.")
+    if not model.predictor.blocks:
+        raise InputError("every layer of this prefix is exact, there is nothing to train; use fewer --layers.")
+    if not resume:
+        require_free(out, force, sources=[base_directory(model.config.base, bundle_directory(start))])
+    return model
+
+
+def begin(start: Path, directory: Path) -> None:
+    """Make a run's directory, with a copy of what it starts from, which ``--resume`` needs and ``fit`` may remove."""
+    with atomic_directory(directory) as work:
+        shutil.copytree(start, work / "start")
+
+
+def require_unstarted(out: Path, force: bool) -> None:
+    """Refuse to begin where a bundle is, or a run that was not finished.
+
+    Raises:
+        InputError: one of the two, and no ``force``; or something else in the run's place.
+    """
+    directory = training_directory(out)
+    if directory.exists() and not (directory / "start").is_dir():
+        raise InputError(f"{directory} is in the way and no training run; move it, or choose another --out.")
+    if (directory / STATE_FILE).exists() and not force:
+        raise InputError(f"{directory} holds a run already; go on with --resume, or start again with --force.")
+    require_free(out, force)
+
+
+def prepare(model: KVPModel, options: TrainOptions) -> KVPModel:
+    """Put the maps into fp32 and make the auxiliary trainable where the options ask for it.
+
+    Raises:
+        InputError: the kind of auxiliary cannot be trained that way.
+    """
+    model.predictor.set_dtype(mx.float32)
+    if options.lora_rank is None and not options.train_auxiliary:
+        return model
+    if options.lora_rank is not None and options.train_auxiliary:
+        raise InputError("choose one of --lora-rank and --train-auxiliary.")
+    mx.random.seed(options.seed)
+    if not model.is_prefix:
+        if options.lora_rank is not None:
+            add_adapter(model.auxiliary, options.lora_rank)
+        elif any(array.dtype == mx.uint32 for _, array in tree_flatten(model.auxiliary.parameters())):
+            raise InputError("a quantised auxiliary cannot be trained whole; use --lora-rank 16.")
+        else:
+            model.auxiliary.set_dtype(mx.float32)
+        return model
+    if options.lora_rank is None:
+        raise InputError("a prefix shares its weights with the base, which stays as it is; use --lora-rank 16.")
+    layers = model.config.auxiliary.layers
+    if model.has_exact_prefix:
+        auxiliary = model.config.auxiliary.model_copy(update={"adapter_rank": options.lora_rank})
+        config = model.config.model_copy(update={"auxiliary": auxiliary})
+        return replace(model, auxiliary=adapted_prefix(model.base, layers, options.lora_rank), config=config)
+    if model.config.auxiliary.adapter_rank != options.lora_rank:
+        raise InputError(f"this prefix has updates of rank {model.config.auxiliary.adapter_rank} already; use that.")
+    return model
+
+
+def write_trained(model: KVPModel, trained: Trained, training: dict[str, Any], start: Path, out: Path) -> None:
+    """Write the bundle ``out`` as training has made it so far.
+
+    Args:
+        model: the bundle.
+        trained: its trained parts.
+        training: the record for kvp.json.
+        start: the bundle that training began with.
+        out: bundle directory to write.
+    """
+    config = model.config.model_copy(update={"training": training})
+    with atomic_directory(out) as work:
+        write_predictor(model.predictor, work / "predictor.safetensors")
+        if config.auxiliary.adapter_rank is not None:
+            write_float16(adapter_weights(model.auxiliary), work / "adapter.safetensors")
+        elif not model.is_prefix:
+            shutil.copytree(start / "auxiliary", work / "auxiliary")
+            if "auxiliary" in trained:
+                rewrite_weights(work / "auxiliary", fused_weights(model.auxiliary))
+                mark = {"fingerprint": fingerprint(work / "auxiliary")}
+                config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update=mark)})
+        config.save(work)
+
+
+def rewrite_weights(directory: Path, weights: dict[str, mx.array]) -> None:
+    """Replace the weights of an mlx-lm model directory, which are then no longer quantised."""
+    for path in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
+        path.unlink()
+    write_float16(weights, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    write_json(directory / "config.json", {k: v for k, v in config.items() if not k.startswith("quantization")})
+
+
+def hold_back(files: list[Path], model: KVPModel, options: TrainOptions) -> dict[str, list[int]]:
+    """Return the first pieces of the data that fill a window, for validation, each with its window.
+
+    Raises:
+        InputError: fewer than that.
+    """
+    pieces = full_pieces(files, model.text_tokenizer, options.window, options.seed)
+    held_back = dict(itertools.islice(pieces, HELD_BACK_WINDOWS))
+    if len(held_back) < HELD_BACK_WINDOWS:
+        raise InputError(
+            f"the data holds {len(held_back)} passages of {options.window} tokens, validation alone needs "
+            f"{HELD_BACK_WINDOWS}; give more --data, or a smaller --window."
+        )
+    return held_back
+
+
+def endless_windows(
+    files: list[Path], model: KVPModel, options: TrainOptions, held_back: Collection[str]
+) -> Iterator[list[int]]:
+    """Yield training windows forever, each pass over the data in another order, never of the held-back pieces.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+    for epoch in itertools.count(options.seed):
+        windows = token_windows(
+            files, model.text_tokenizer, options.window, epoch, packed=options.packed, without=held_back
+        )
+        found = False
+        for ids in windows:
+            if len(ids) >= min(options.window, MIN_TRAINING_TOKENS):
+                found = True
+                yield ids
+        if not found:
+            raise InputError("the data holds nothing to train on beside what validation needs; give more --data.")

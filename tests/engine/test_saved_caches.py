@@ -1,0 +1,279 @@
+"""Saved caches: what is loaded is what was saved, or nothing, and never somebody else's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import load_prompt_cache
+from support.directories import TEXT
+from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, small_llama
+
+import kvp_mlx
+from kvp_mlx.engine import saved_caches as store
+from kvp_mlx.engine.context import Context, refine
+from kvp_mlx.engine.conversation import Conversation
+from kvp_mlx.errors import BundleError, InputError
+
+KINDS = {
+    "model": lambda: paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)), tokenizer=chat_tokenizer())[0],
+    "prefix": lambda: prefixed(llama(), 1, tokenizer=chat_tokenizer())[0],
+    "openelm prefix": lambda: prefixed(openelm(), 2, tokenizer=chat_tokenizer())[0],
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path / "kvp"))
+    return tmp_path / "kvp" / "prompts"
+
+
+def read(model, ids, path="full"):
+    context = Context(model)
+    context.read([*ids, 0], path)
+    return context
+
+
+@pytest.mark.parametrize("path", ["full", "kvp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_is_what_was_saved_and_can_be_gone_on_from(kind, path):
+    model, ids = KINDS[kind](), list(range(5, 45))
+    context = read(model, ids, path)
+    store.save_cache(context, "a", "document", "text")
+    saved, loaded = store.load_cache(model, "a")
+    assert (saved.is_exact, saved.text, loaded.tokens) == (path == "full", "text", ids)
+    assert loaded.exact_tokens == context.exact_tokens
+    for mine, theirs in zip(entries_of(loaded.cache), entries_of(context.cache), strict=True):
+        np.testing.assert_array_equal(mine.keys, theirs.keys)
+        np.testing.assert_array_equal(mine.values, theirs.values)
+    more = [*ids, *range(50, 70), 0]
+    for one in (context, loaded):
+        one.read(more, "kvp")
+        refine(one)
+    for mine, theirs in zip(entries_of(loaded.cache), entries_of(context.cache), strict=True):
+        np.testing.assert_allclose(mine.keys, theirs.keys, atol=1e-5)
+
+
+def test_mlx_lm_reads_the_file(place):
+    model, ids = KINDS["prefix"](), list(range(5, 30))
+    store.save_cache(read(model, ids), "a", "head")
+    cache = load_prompt_cache(str(place / "a" / "cache.safetensors"))
+    rest = mx.array([9, 8])
+    continued = [t for t, _ in generate_step(rest, model.base, prompt_cache=cache, max_tokens=5)]
+    assert continued == [t for t, _ in generate_step(mx.array([*ids, 9, 8]), model.base, max_tokens=5)]
+
+
+def test_a_predicted_cache_never_answers_for_an_exact_one():
+    model = KINDS["prefix"]()
+    store.save_cache(read(model, range(5, 30), "kvp"), "a", "document", "text")
+    with pytest.raises(InputError, match="was predicted"):
+        store.load_cache(model, "a", exact=True)
+    head = Context(model)
+    store.save_head(read(model, list(range(5, 30)), "kvp"), list(range(5, 20)))
+    assert not store.load_head(head, list(range(5, 20)))
+    store.save_head(read(model, list(range(5, 30))), list(range(5, 20)))
+    assert store.load_head(head, list(range(5, 20)))
+    assert (head.tokens, head.exact_tokens) == (list(range(5, 20)), 15)
+
+
+def test_another_models_cache_is_refused():
+    model, other = KINDS["prefix"](), prefixed(llama(seed=4), 1)[0]
+    store.save_cache(read(model, range(5, 30)), "exact", "document", "text")
+    store.save_cache(read(model, range(5, 30), "kvp"), "predicted", "document", "text")
+    with pytest.raises(InputError, match="another model"):
+        store.load_cache(other, "exact")
+    retrained = KINDS["prefix"]()
+    for linear in retrained.predictor.maps.values():
+        linear.bias = linear.bias + 0.01
+    store.load_cache(retrained, "exact")
+    with pytest.raises(InputError, match="another bundle"):
+        store.load_cache(retrained, "predicted")
+
+
+@pytest.mark.parametrize("file", ["cache.safetensors", "cache.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_cache_is_named(file, damage, place):
+    model = KINDS["prefix"]()
+    store.save_cache(read(model, range(5, 30)), "mine", "document", "text")
+    path = place / "mine" / file
+    content = path.read_bytes()
+    flipped = content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+    path.write_bytes({"flip": flipped, "cut": content[: len(content) // 2]}.get(damage, b""))
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(InputError, match=r"mine.*(damaged|another model)"):
+        store.load_cache(model, "mine")
+
+
+def test_a_damaged_head_is_named_skipped_and_made_again(place):
+    model = KINDS["prefix"]()
+    conversation = Conversation(model, " ".join(["w7"] * 12))
+    conversation.keep_heads = True
+    options = {"prefill": "kvp", "exact_head": 10, "max_tokens": 3}
+
+    def first_turn():
+        conversation.context = Context(model)
+        conversation.clear()
+        return list(conversation.reply("w1 w2 w3", **options))[-1].reused_tokens
+
+    assert [first_turn(), first_turn()] == [0, 10]
+    (head,) = place.iterdir()
+    with open(head / "cache.safetensors", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"damaged!")
+    with pytest.warns(UserWarning, match=head.name):
+        assert first_turn() == 0
+    assert first_turn() == 10
+
+
+def test_the_least_recently_used_make_room(place):
+    model = KINDS["prefix"]()
+    context = read(model, range(5, 30))
+    store.save_cache(context, "a", "document", "text")
+    limit = int(3.5 * store.directory_bytes(place / "a"))
+    for age, name in ((200, "a"), (100, "b"), (50, "c")):
+        store.save_cache(context, name, "document", "text", limit_bytes=limit)
+        os.utime(place / name / "cache.json", (time.time() - age,) * 2)
+    store.load_cache(model, "a")
+    assert store.save_cache(context, "d", "document", "text", limit_bytes=limit) == ["b"]
+    assert sorted(path.name for path in place.iterdir()) == ["a", "c", "d"]
+    with pytest.raises(InputError, match="KVP_CACHE_LIMIT_GB"):
+        store.save_cache(context, "e", "document", "text", limit_bytes=1000)
+    assert not (place / "e").exists()
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".x", "a/b", "x" * 65, "a b"])
+def test_bad_names(name):
+    with pytest.raises(InputError, match="no name"):
+        store.cache_place(name)
+    with pytest.raises(InputError, match="no name"):
+        store.save_conversation(name, [], 0)
+
+
+@pytest.mark.parametrize("text", ["much", "0", "-1", "nan"])
+def test_bad_limit(text, monkeypatch):
+    monkeypatch.setenv("KVP_CACHE_LIMIT_GB", text)
+    with pytest.raises(InputError, match="KVP_CACHE_LIMIT_GB"):
+        store.limit_from_environment()
+
+
+def test_conversations_are_whole_or_named(tmp_path):
+    messages = [{"role": "user", "content": "Grüße\n\N{SLIGHTLY SMILING FACE}"}]
+    store.save_conversation("a", messages, 0)
+    assert store.load_conversation("a") == (messages, 0)
+    path = tmp_path / "kvp" / "conversations" / "a.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(BundleError, match=r"a\.json is damaged"):
+        store.load_conversation("a")
+    with pytest.raises(InputError, match="saved: a"):
+        store.load_conversation("b")
+
+
+KILLED = """
+import sys, kvp_mlx
+from kvp_mlx.context import Context
+from kvp_mlx.saved import save_cache, save_conversation
+model = kvp_mlx.load(sys.argv[1])
+context = Context(model)
+context.read(list(range(5, 205)), "full")
+print("ready", flush=True)
+for number in range(100_000):
+    save_cache(context, "a", "document", "text")
+    save_conversation("a", [{"role": "user", "content": str(number) * 5000}], 0)
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_things_readable_or_absent(bundle):
+    model = kvp_mlx.load(str(bundle))
+    states = []
+    for delay in (0.0, 0.007, 0.02):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, bundle], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        if delay > 0.01:
+            process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if store.cache_place("a").is_dir():
+            _, context = store.load_cache(model, "a")
+            assert len(context.tokens) == 199
+            states.append("cache")
+        if "a" in store.conversation_names():
+            messages, _ = store.load_conversation("a")
+            assert len(set(messages[0]["content"])) >= 1
+            states.append("conversation")
+    assert {"cache", "conversation"} <= set(states)
+
+
+def test_the_commands(bundle, kvp, tmp_path):
+    document = tmp_path / "harbour.txt"
+    document.write_text(TEXT)
+    built = kvp("cache", "build", document, "--model", bundle, "--json").json()
+    assert (built["name"], built["role"]) == ("harbour", "document")
+    assert built["exact_tokens"] == built["tokens"] > 60
+    common = ("--model", bundle, "--max-tokens", 4, "--json")
+    cached = kvp("generate", "What lies there?", "--cache", "harbour", *common).json()
+    plain = kvp("generate", "What lies there?", "--prompt-file", document, "--quality", "exact", *common).json()
+    assert cached["tokens"] == plain["tokens"]
+    assert cached["prompt_tokens"] == plain["prompt_tokens"]
+    assert cached["prompt_tokens"] - cached["cached_tokens"] < 40
+    kvp("cache", "build", document, "--name", "quick", "--predicted", "--model", bundle)
+    refused = kvp("generate", "What?", "--cache", "quick", "--quality", "exact", *common)
+    assert (refused.code, refused.out) == (2, "")
+    assert "was predicted" in refused.err
+    listed = kvp("cache", "ls", "--json").json()["caches"]
+    assert [row["name"] for row in listed] == ["quick", "harbour"]
+    assert kvp("cache", "rm", "quick").code == 0
+    assert "quick" not in kvp("cache", "ls").out
+    assert kvp("cache", "rm", "quick").code == 2
+    chatted = kvp("chat", "--cache", "harbour", "--model", bundle, "--max-tokens", 3, stdin=b"What lies there?\nWhy?\n")
+    turns = [line for line in chatted.err.splitlines() if "new tokens on" in line]
+    assert f"on {cached['cached_tokens']} cached" in turns[0]
+
+
+def test_a_system_prompt_is_built_once(bundle, kvp, tmp_path):
+    (tmp_path / "rules.txt").write_text(TEXT)
+    kvp("cache", "build", tmp_path / "rules.txt", "--system", "--model", bundle)
+    cached = kvp("generate", "Hi", "--cache", "rules", "--model", bundle, "--max-tokens", 2, "--json").json()
+    assert cached["cached_tokens"] > 60
+    chatted = kvp("chat", "--cache", "rules", "--model", bundle, "--max-tokens", 3, stdin=b"Hi\n")
+    assert f"on {cached['cached_tokens']} cached" in chatted.err
+
+
+def test_an_exact_head_is_loaded_the_next_time(bundle, kvp):
+    command = (
+        "generate",
+        TEXT * 2,
+        "--model",
+        bundle,
+        "--exact-head",
+        30,
+        "--max-tokens",
+        3,
+        "--prefill",
+        "kvp",
+        "--json",
+    )
+    first, second = kvp(*command).json(), kvp(*command).json()
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, 30)
+    assert first["tokens"] == second["tokens"]
+    damaged = kvp("cache", "ls", "--json").json()
+    assert [row["role"] for row in damaged["caches"]] == ["head"]
+
+
+def test_a_damaged_cache_is_listed_by_name(bundle, kvp, tmp_path, place):
+    (tmp_path / "a.txt").write_text(TEXT)
+    for name in ("good", "bad"):
+        kvp("cache", "build", tmp_path / "a.txt", "--name", name, "--model", bundle)
+    (place / "bad" / "cache.json").write_text("{")
+    outcome = kvp("cache", "ls")
+    assert "good" in outcome.out
+    assert str(place / "bad") in outcome.err
+    assert json.loads(kvp("cache", "ls", "--json").out)["damaged"]

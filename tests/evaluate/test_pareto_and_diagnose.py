@@ -1,0 +1,163 @@
+"""The fronts of score against cost, and what is said of bundles that are ill in known ways."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from conftest import Kvp
+from mlx.utils import tree_map
+from support.tiny import itself, llama, paired, prefixed, small_llama, token_ids
+
+from kvp_mlx.bundle.loading import KVPModel
+from kvp_mlx.evaluate.diagnose import coherence, diagnose, fit_of_auxiliary, memory, speed, swap_gains
+from kvp_mlx.evaluate.pareto import points
+
+WINDOWS = token_ids(40, batch=3).tolist()
+
+
+def result(model: str, arms: dict[str, tuple[float, float, float]], task: str = "squad") -> dict[str, Any]:
+    return {
+        "task": task,
+        "n": 10,
+        "model": model,
+        "recipe": {"data": {"a.jsonl": "1"}, "seed": 0, "base": "sha256:1"},
+        "arms": {
+            name: {"score": score, "interval": [score, score], "ttft_ms": ttft, "flops_ratio": ratio}
+            for name, (score, ttft, ratio) in arms.items()
+        },
+    }
+
+
+FIRST = result("k8", {"full": (0.6, 100, 1), "kvp": (0.3, 30, 3), "kvp-64": (0.5, 50, 2), "static-0.5": (0.4, 60, 1.3)})
+SECOND = result("k12", {"full": (0.6, 101, 1), "kvp": (0.5, 45, 2.2)})
+
+
+def test_fronts() -> None:
+    rows = points([FIRST, SECOND])
+    assert [row["label"] for row in rows] == ["full", "k8: kvp-64", "k12: kvp", "static-0.5", "k8: kvp"]
+    assert [row["label"] for row in rows if row["fastest_so_good"]] == ["full", "k12: kvp", "k8: kvp"]
+    assert [row["label"] for row in rows if row["cheapest_so_good"]] == ["full", "k12: kvp", "k8: kvp"]
+
+
+def test_less_perplexity_is_better() -> None:
+    rows = points([result("m", {"full": (10, 100, 1), "kvp": (12, 50, 2), "static-0.5": (14, 60, 1.5)}, "perplexity")])
+    assert [row["label"] for row in rows] == ["full", "kvp", "static-0.5"]
+    assert [row["fastest_so_good"] for row in rows] == [True, True, False]
+
+
+def test_the_command_draws_and_refuses(tmp_path: Path, kvp: Kvp) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, document in zip(paths, (FIRST, SECOND), strict=True):
+        path.write_text(json.dumps(document))
+    picture, out = tmp_path / "p.png", tmp_path / "points.json"
+    outcome = kvp("eval", "pareto", *paths, "--plot", picture, "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json() == json.loads(out.read_text()) == {"task": "squad", "points": points([FIRST, SECOND])}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "k12: kvp" in kvp("eval", "pareto", *paths).out
+    paths[1].write_text(json.dumps(SECOND | {"task": "mcq"}))
+    assert "one task" in kvp("eval", "pareto", *paths).err
+    for changed in ({"n": 11}, *({"recipe": SECOND["recipe"] | {key: "other"}} for key in ("data", "seed", "base"))):
+        paths[1].write_text(json.dumps(SECOND | changed))
+        assert kvp("eval", "pareto", *paths).err.startswith("kvp: pareto compares results of"), changed
+    assert "measure kvp" in kvp("eval", "pareto", paths[0], paths[0]).err  # which of them should be shown?
+    for content in ("{}", "[]"):
+        paths[1].write_text(content)
+        assert kvp("eval", "pareto", *paths).code == 2
+    assert kvp("eval", "pareto", tmp_path / "none.json").code == 2
+    for option, name in (("--plot", "p.odd"), ("--plot", "no/p.png"), ("--out", "no/points.json")):
+        outcome = kvp("eval", "pareto", paths[0], option, tmp_path / name)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert not (tmp_path / name).exists()
+
+
+def test_an_exact_bundle_has_nothing_to_swap() -> None:
+    gains = swap_gains(itself(llama()), WINDOWS, 8)
+    assert list(gains) == [0, 1, 2, 3]
+    assert list(gains.values()) == pytest.approx([0] * 4, abs=1e-5)
+
+
+def test_the_layer_that_is_wrong_is_the_one_to_swap() -> None:
+    model = itself(llama())
+    module = model.predictor.maps["values_2"]
+    module.weight = -2 * module.weight  # one layer's values come out doubled and turned round
+    gains = swap_gains(model, WINDOWS, 8)
+    assert abs(gains[2]) > 0.01  # of a random model, either way
+    assert [gains[layer] for layer in (0, 1, 3)] == pytest.approx([0] * 3, abs=1e-5)
+    found = diagnose(model, WINDOWS, 8)
+    assert min(found["layers"], key=lambda row: row["attention_cosine"])["layer"] == 2
+
+
+def test_findings_name_what_is_wrong() -> None:
+    model, _ = paired(llama(), small_llama(), [(0,), (0,), (1,), (2,)])
+    context = {
+        "arms": {"kvp": {"recovery": 0.2}, "auxiliary": {"nll": 5.0}, "no_context": {"nll": 4.0}},
+        "separation": 0.1,
+    }
+    layers = [{"layer": i, "gain": i / 10, "attention_cosine": 0.99} for i in range(4)]
+    assert "layers 3 (gain 0.300" in coherence(context, layers)[0]["evidence"]
+    assert "does not fit" in fit_of_auxiliary(context, model)[0]["problem"]
+    assert fit_of_auxiliary(context, prefixed(llama(), 1)[0]) == []
+    good = context | {"arms": {"kvp": {"recovery": 0.9}, "auxiliary": {"nll": 3.0}, "no_context": {"nll": 4.0}}}
+    assert "genre" in coherence(good, layers)[0]["problem"]
+    assert coherence(good | {"separation": 0.8}, layers) == []
+    assert fit_of_auxiliary(good, model) == []
+    layers[1]["attention_cosine"] = 0.4
+    assert coherence(good | {"separation": 0.8}, layers)[0]["evidence"].endswith("layers 1")
+    times = {"speedup": 1.9, "flops_ratio": 2.2, "realised": 0.86, "prompt_tokens": 100}
+    assert speed(times) == []
+    assert "not realised" in speed(times | {"speedup": 1.0, "realised": 0.45})[0]["problem"]
+    assert "little to gain" in speed(times | {"flops_ratio": 1.1})[0]["problem"]
+
+
+def test_lost_facts_are_a_finding() -> None:
+    found = memory({"of": 6, "full": 6, "kvp": 0, "kvp-64": 2})
+    assert "full finds 6 of 6, kvp 0, kvp with exact tail 64 2" in found[0]["evidence"]
+    assert "--prefill full" in found[0]["remedy"]
+    assert memory({"of": 6, "full": 6, "kvp": 3, "kvp-64": 6}) == []
+    assert memory({"of": 6, "full": 0, "kvp": 0, "kvp-64": 0}) == []  # the base itself finds none
+
+
+def test_a_broken_auxiliary_is_found() -> None:
+    base = llama()
+    model = itself(base)
+    noise = tree_map(lambda x: -3 * x if isinstance(x, mx.array) else x, small_llama(5).parameters())
+    other = small_llama(5)
+    other.update(noise)
+    broken: KVPModel = replace(paired(base, other, [(0,), (0,), (1,), (2,)])[0])
+    assert [f["problem"] for f in diagnose(model, WINDOWS, 8)["findings"] if "incoherent" in f["problem"]] == []
+    problems = [found["problem"] for found in diagnose(broken, WINDOWS, 8)["findings"]]
+    assert "answers will be incoherent" in problems or "the auxiliary does not fit" in problems
+
+
+def test_the_diagnose_command(fitted: Path, text_file: Path, kvp: Kvp) -> None:
+    options = ("--data", text_file, "--prompt-tokens", 40, "--continuation-tokens", 8, "--limit", 2)
+    outcome = kvp("eval", "diagnose", fitted, *options, "--json")
+    assert outcome.code == 0, outcome.err
+    found = outcome.json()
+    assert found.keys() == {"context", "layers", "ttft", "needles", "findings"}
+    assert found["needles"]["of"] == 6
+    assert [row["layer"] for row in found["layers"]] == [3]
+    assert found["ttft"]["realised"] == pytest.approx(found["ttft"]["speedup"] / found["ttft"]["flops_ratio"])
+    shown = kvp("eval", "diagnose", fitted, *options).out
+    assert "layer   3" in shown
+
+
+def test_the_page_shows_every_arm_and_cell(fitted: Path, text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    folder, page = tmp_path / "results", tmp_path / "page.md"
+    folder.mkdir()
+    assert kvp("eval", "report", folder, "--out", page).code == 2
+    options = ("--data", text_file, "--limit", 2, "--prompt-tokens", 120, "--depths", "0,1", "--arms", "full,kvp-4")
+    assert kvp("eval", "needle", fitted, *options, "--out", folder / "needle.json").code == 0
+    assert kvp("eval", "report", folder, "--out", page).code == 0
+    result = json.loads((folder / "needle.json").read_text())
+    text = page.read_text()
+    for name, arm in result["arms"].items():
+        assert f"| {name} | {arm['score']:.3f} |" in text
+        assert f"{arm['ttft_ms']:.0f} ms" in text
+    assert "| kvp-4, 120 | " in text
+    (folder / "other.json").write_text("{}")
+    assert kvp("eval", "report", folder, "--out", page).code == 2

@@ -1,0 +1,369 @@
+"""`kvp eval TASK` on tiny models: what is asked and scored, the JSON contract, and logs that survive a kill."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import Kvp
+from mlx_lm.generate import generate_step
+from support.directories import TEXT
+from support.losses import log_softmax
+from support.tiny import chat_tokenizer, itself, llama, paired, prefixed, small_llama, token_ids
+
+import kvp_mlx
+from kvp_mlx.arms.arm import arm_prefill, parse_arm, parse_arms
+from kvp_mlx.errors import InputError
+from kvp_mlx.evaluate import answer
+from kvp_mlx.evaluate.answer import Question, continuation_losses, generate, predicted_losses
+from kvp_mlx.evaluate.loop import run_items, summarise
+from kvp_mlx.evaluate.measures import measure_chat, measure_choice, seeded_sampler, split_choices
+from kvp_mlx.evaluate.records import read_texts
+from kvp_mlx.evaluate.runs import all_predicted
+from kvp_mlx.evaluate.tasks import (
+    Item,
+    choice_items,
+    gsm8k_items,
+    humaneval_items,
+    needle_items,
+    quote_items,
+    score_gsm8k,
+    score_needle,
+    score_quote,
+    triviaqa_items,
+)
+from kvp_mlx.train.deviation import with_estimator
+
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "triviaqa": [{"question": f"the old town {i}?", "answers": ["the lamp", "lamp"]} for i in range(4)],
+    "squad": [{"context": TEXT, "question": f"what {i}?", "answers": ["the harbour"]} for i in range(3)],
+    "gsm8k": [{"question": f"2 and {i}?", "answer": f"2+{i}\n#### {2 + i}"} for i in range(4)],
+    "mcq": [{"query": f"Question: the {i}?", "choices": ["the lamp", "x", "a book"], "gold": i % 3} for i in range(5)],
+    "chat": [{"turns": [f"the harbour {i}", "and now"]} for i in range(3)],
+    "humaneval": [
+        {"task_id": f"t/{i}", "prompt": "def f():\n", "test": "def check(f): f()\n", "entry_point": "f"}
+        for i in range(2)
+    ],
+}
+EXTRA = {"triviaqa": ["--max-tokens", 4], "gsm8k": ["--shots", 1, "--max-tokens", 4]}
+SHORT = {"needle": ["--prompt-tokens", "120,150", "--depths", "0,1"], "quote": ["--prompt-tokens", "150"]}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Path]:
+    files = {}
+    for task, records in RECORDS.items():
+        files[task] = tmp_path / f"{task}.jsonl"
+        files[task].write_text("".join(json.dumps(record) + "\n" for record in records))
+    return files
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text(TEXT * 20)
+    return path
+
+
+@pytest.mark.parametrize(
+    "task", ["triviaqa", "squad", "gsm8k", "mcq", "chat", "humaneval", "needle", "quote", "perplexity"]
+)
+def test_every_task_speaks_the_contract(
+    task: str, data: dict[str, Path], texts: Path, fitted: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    options = [*EXTRA.get(task, []), *SHORT.get(task, [])]
+    if task == "humaneval":
+        options += ["--allow-code-execution", "--samples", 1]
+    if task == "perplexity":
+        options += ["--prompt-tokens", 30, "--continuation-tokens", 10]
+    out = tmp_path / "out.json"
+    common = ["--data", data.get(task, texts), "--arms", "full,kvp,kvp-8,static-0.5", "--limit", 2, "--out", out]
+    outcome = kvp("eval", task, fitted, *common, *options, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json()
+    assert result == json.loads(out.read_text())
+    assert (result["task"], result["n"]) == (task, 2)
+    assert list(result["arms"]) == ["full", "kvp", "kvp-8", "static-0.5"]
+    for arm in result["arms"].values():
+        low, high = arm["interval"]
+        assert low - 1e-9 <= arm["score"] <= high + 1e-9
+        assert arm["ttft_ms"] > 0
+    assert result["arms"]["full"]["difference"]["mean"] == 0
+    assert result["arms"]["full"]["flops_ratio"] == 1 < result["arms"]["kvp"]["flops_ratio"]
+    assert {"base", "predictor", "seed", "data"} <= result["recipe"].keys()
+    assert ("grid" in result) == (task in SHORT)
+    if task == "chat":
+        assert result["arms"]["full"]["score"] == 1
+        assert result["arms"]["full"]["metrics"]["kl_per_token"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    outcome = kvp("eval", "mcq", fitted, "--data", data["mcq"], "--limit", 1, "--scoring", "predicted")
+    assert outcome.code == 0
+    assert "full" in outcome.out and "TTFT" in outcome.out
+    odd = {
+        "hub": {"context": TEXT, "question": "what?", "answers": {"text": ["the harbour"], "answer_start": [4]}},
+        "bare": {"question": "who?", "answers": "the keeper"},
+        "letter": {"query": "who?", "choices": ["a", "b"], "gold": "B"},
+        "beyond": {"query": "who?", "choices": ["a", "b"], "gold": 2},
+        "unanswerable": {"context": TEXT, "question": "what?", "answers": []},
+        "list": [1],
+        "empty": {"turns": []},
+    }
+    for name, record in odd.items():
+        data[name] = tmp_path / f"{name}.jsonl"
+        data[name].write_text(json.dumps(record) + "\n\n")
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    (tmp_path / "short.txt").write_text(TEXT)
+    refused = {
+        "psychic": ("mcq", "--data", data["mcq"], "--arms", "psychic"),
+        "'query'": ("mcq", "--data", data["chat"]),
+        "no.jsonl": ("squad", "--data", "no.jsonl"),
+        "JSON lines": ("squad", "--data", text),
+        "--allow-code-execution": ("humaneval", "--data", data["humaneval"]),
+        "--depths": ("needle", "--depths", "2"),
+        "--prompt-tokens": ("quote", "--prompt-tokens", "many"),
+        "name a file": ("mcq", "--data", data["mcq"], "--out", tmp_path),
+        "examples": ("triviaqa", "--data", data["triviaqa"], "--shots", "4"),
+        "'answers' is not a list of texts": ("squad", "--data", data["hub"]),
+        "line 1: 'answers'": ("triviaqa", "--data", data["bare"]),
+        "'gold' is not a whole number": ("mcq", "--data", data["letter"]),
+        "'gold' is 2 where there are 2 choices": ("mcq", "--data", data["beyond"]),
+        "nothing that squad could ask": ("squad", "--data", data["unanswerable"]),
+        "nothing that perplexity could ask": ("perplexity", "--data", tmp_path / "short.txt"),
+        "no JSON object": ("chat", "--data", data["list"]),
+        "needs 'turns'": ("chat", "--data", data["empty"]),
+        "kvp-8 is no arm of it": ("mcq", "--data", data["mcq"], "--scoring", "predicted", "--arms", "full,kvp-8"),
+    }
+    for named, arguments in refused.items():
+        task, *rest = arguments
+        outcome = kvp("eval", task, fitted, *rest)
+        assert (outcome.code, outcome.out) == (2, ""), arguments
+        assert named in outcome.err
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "ttft_ms"} for row in rows]
+
+
+def test_killed_and_resumed_is_as_uninterrupted(data: dict[str, Path], fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    def run(log: Path, *more: object) -> dict[str, Any]:
+        command = (
+            "eval",
+            "squad",
+            fitted,
+            "--data",
+            data["squad"],
+            "--arms",
+            "full,kvp",
+            "--log",
+            log,
+            "--max-tokens",
+            4,
+        )
+        outcome = kvp(*command, *more, "--json")
+        assert outcome.code == 0, outcome.err
+        return outcome.json()
+
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    run(whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 3 * 2
+    rows = [json.loads(line) for line in lines]
+    for cut in (0, 5, len(lines[0]), sum(map(len, lines[:4])) + 7, sum(map(len, lines)) - 1):
+        killed.write_bytes(b"".join(lines)[:cut])
+        run(killed)
+        again = [json.loads(line) for line in killed.read_text().splitlines()]
+        assert timeless(again) == timeless(rows), cut
+    before = whole.read_bytes()
+    run(whole, "--limit", 2)  # all known: nothing is measured again
+    assert whole.read_bytes() == before
+    outcome = kvp("eval", "squad", fitted, "--data", data["squad"], "--log", whole, "--seed", 1)
+    assert outcome.code == 2
+    assert "another" in outcome.err
+    whole.write_text("no log\n")
+    assert kvp("eval", "squad", fitted, "--data", data["squad"], "--log", whole).code == 2
+
+
+def test_a_larger_limit_extends_a_smaller_one(data: dict[str, Path]) -> None:
+    few = choice_items([str(data["mcq"])], seed=3)
+    assert [item.id for item in few] == [str(i) for i in range(5)]
+    prompts = {item.prompt for item in few}
+    assert len(prompts) == 5
+    assert [item.prompt for item in choice_items([str(data["mcq"])], seed=3)] == [item.prompt for item in few]
+
+
+def test_prompts_are_the_papers(data: dict[str, Path]) -> None:
+    shot, *asked = triviaqa_items([str(data["triviaqa"])], 0, 0)
+    with_shot = triviaqa_items([str(data["triviaqa"])], 1, 0)
+    assert shot.prompt == f"Question: {shot.prompt[10:-8]}\nAnswer:"
+    assert [item.prompt for item in with_shot] == [f"{shot.prompt} the lamp\n{item.prompt}" for item in asked]
+    problem = gsm8k_items([str(data["gsm8k"])], 1, 0)[0]
+    assert problem.prompt.count("Question: ") == 2
+    assert "\n#### " in problem.prompt
+    assert humaneval_items([str(data["humaneval"])])[0].id == "t/0"
+
+
+def test_scores_of_answers() -> None:
+    problem = Item("1", "", [" 1,200"])
+    assert score_gsm8k(problem, " so\n#### 1200")["exact_match"] == 1
+    assert score_gsm8k(problem, "it is 1200.")["exact_match"] == 1
+    assert score_gsm8k(problem, "1200 or 7")["exact_match"] == score_gsm8k(problem, "")["exact_match"] == 0
+    assert score_needle(Item("1", "", ["54321"]), "It is 54321.")["found"] == 1
+    quote = Item("1", "", ["The lamp is lit."])
+    assert score_quote(quote, '"The lamp\n is lit."') == {"verbatim": 1, "similarity": pytest.approx(0.94, abs=0.02)}
+    assert score_quote(quote, "The lamp was lit.")["verbatim"] == 0
+
+
+@pytest.mark.parametrize("items", [needle_items, quote_items])
+def test_hidden_things_stand_where_the_grid_says(items: Any, fitted: Path) -> None:
+    tokenizer = kvp_mlx.load(str(fitted)).text_tokenizer
+    made = items([TEXT * 30], tokenizer, [250, 400], [0.0, 1.0], 0, 8)
+    assert [(item.extra["length"], item.extra["depth"]) for item in made[:5]] == [
+        *((250, 0.0), (250, 1.0), (400, 0.0), (400, 1.0), (250, 0.0))
+    ]
+    for item in made:
+        passage = item.prompt.split("\n\n")[0]
+        hidden = item.answers[0] if items is needle_items else f"[[ {item.answers[0]} ]]"
+        place = passage.index(hidden) / len(passage)
+        assert place < 0.5 if item.extra["depth"] == 0 else place >= 0.4
+        assert len(tokenizer.encode(passage)) <= item.extra["length"] + 40
+
+
+def mlx_lms_tokens(model: Any, answering: Any, cache: Any, last: list[int], count: int) -> list[int]:
+    steps = generate_step(mx.array(last), answering, max_tokens=count, prompt_cache=cache)
+    tokens = []
+    for token, _ in steps:
+        tokens.append(int(token))
+        if token in model.text_tokenizer.eos_token_ids:
+            break
+    return tokens
+
+
+def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> None:
+    model = kvp_mlx.load(str(fitted))
+    encoded = [model.text_tokenizer.encode(TEXT[start : start + 60 + 9 * start]) for start in range(4)]
+    arms = [parse_arm(name) for name in ("full", "kvp-4", "auxiliary", "lazy-0.5-0.25")]
+    questions = [Question(arm, ids) for ids in encoded for arm in arms]
+    answers = generate(model, questions, max_tokens=8)
+    for question, (found,) in zip(questions, answers, strict=True):
+        answering, cache = arm_prefill(model, question.arm, mx.array([question.ids]))
+        expected = mlx_lms_tokens(model, answering, cache, question.ids[-1:], 8)
+        assert found.tokens == expected
+        assert found.text == model.text_tokenizer.decode(expected)
+        assert found.ttft_ms > 0
+    text = answers[0][0].text
+    mark = text[len(text) // 2 :][:2]
+    stopped = generate(model, questions, stop=[mark], max_tokens=8)
+    lengths = []
+    for (whole,), (cut,) in zip(answers, stopped, strict=True):
+        assert cut.text == whole.text.split(mark)[0]
+        assert cut.tokens == whole.tokens[: len(cut.tokens)]
+        lengths.append((len(cut.tokens), len(whole.tokens)))
+    assert lengths[0][0] < lengths[0][1]  # stopped, not cut afterwards
+    assert any(cut == whole for cut, whole in lengths)  # while others of its batch went on
+    with pytest.raises(InputError, match="context window"):
+        generate(model, [Question(arms[0], encoded[0] * 40)], max_tokens=8)
+
+
+def test_answers_end_where_the_window_does() -> None:
+    config = {"max_position_embeddings": 24}
+    model, _ = prefixed(llama(), 1, tokenizer=chat_tokenizer(), base_config=config)
+    questions = [Question(parse_arm(arm), list(range(3, 23))) for arm in ("full", "kvp", "lazy-0.5-0.25")]
+    assert [len(found.tokens) for (found,) in generate(model, questions, max_tokens=8)] == [4, 4, 4]
+    continuation_losses(model, parse_arm("full"), list(range(3, 23)), [[3, 4, 5, 6]])
+    with pytest.raises(InputError, match="context window"):
+        continuation_losses(model, parse_arm("full"), list(range(3, 23)), [[3, 4, 5, 6, 7]])
+
+
+def test_samples_are_drawn_alike_in_any_batch(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kvp_mlx.load(str(fitted))
+    ids = model.text_tokenizer.encode(TEXT[:80])
+
+    def drawn(numbers: list[int]) -> list[list[int]]:
+        samplers = tuple(seeded_sampler(0.9, number) for number in numbers)
+        (answers,) = generate(model, [Question(parse_arm("kvp"), ids, samplers)], max_tokens=8)
+        return [each.tokens for each in answers]
+
+    monkeypatch.setattr(answer, "BATCH_TOKENS", 2 * (len(ids) + 8))  # two at a time, the others wait
+    together = drawn([1, 2, 3])
+    assert [drawn([number])[0] for number in (1, 2, 3)] == together
+    assert len(set(map(tuple, together))) > 1
+
+
+@pytest.mark.parametrize("kind", ["prefix", "model"])
+def test_continuations_are_scored_as_numpy_does(kind: str) -> None:
+    made = {
+        "prefix": lambda: prefixed(llama(), 1),
+        "model": lambda: paired(llama(), small_llama(), [(0,), (0,), (1,), (2,)]),
+    }
+    model, oracle = made[kind]()
+    ids = token_ids(30)[0].tolist()
+    prompt, continuations = ids[:20], [ids[20:23], ids[23:30], ids[20:21]]
+    head, _ = oracle.prefill(np.array([prompt[:-1]]))
+    for arm, cache in (("full", None), ("kvp", head), ("lazy-0.5-0.25", None)):
+        losses, _ = continuation_losses(model, parse_arm(arm), prompt, continuations)
+        again, _ = continuation_losses(model, parse_arm(arm), prompt, continuations[::-1])
+        for loss, same in zip(losses, again[::-1], strict=True):
+            np.testing.assert_allclose(loss, same, atol=1e-5)  # none leaves a trace in the cache
+        if arm.startswith("lazy"):
+            continue
+        for loss, rest in zip(losses, continuations, strict=True):
+            whole = oracle.base.forward(np.array([(prompt if cache is None else prompt[-1:]) + rest]), cache).logits
+            rows = log_softmax(whole)[0, -len(rest) - 1 : -1]
+            np.testing.assert_allclose(loss, -rows[np.arange(len(rest)), rest], atol=1e-4)
+    rest = continuations[1]
+    everything, _ = oracle.prefill(np.array([prompt + rest]))
+    rows = log_softmax(oracle.base.forward(np.array([prompt + rest]), only=everything).logits)[0, 19:-1]
+    losses, is_greedy = predicted_losses(model, prompt, rest)
+    np.testing.assert_allclose(losses, -rows[np.arange(len(rest)), rest], atol=1e-4)
+    assert not is_greedy
+    assert predicted_losses(model, prompt, [int(rows[0].argmax())])[1]
+    repaired = replace(with_estimator(model), recompute=0.5)
+    np.testing.assert_array_equal(predicted_losses(repaired, prompt, rest)[0], losses)
+    with pytest.raises(InputError, match="at least one token"):
+        predicted_losses(model, [], rest)
+
+
+def test_the_papers_scoring_predicts_everything() -> None:
+    model = replace(with_estimator(prefixed(llama(), 1)[0]), recompute=0.5)
+    assert all_predicted(model, parse_arms("full,kvp,kvp-0-0")).recompute == 0
+    for arm in ("kvp-4", "kvp-0-0.5"):
+        with pytest.raises(InputError, match=arm):
+            all_predicted(model, parse_arms(f"full,{arm}"))
+
+
+def test_the_likeliest_choice_wins() -> None:
+    model = itself(llama())
+    model.tokenizer = chat_tokenizer()
+    item = Item("1", "w1 w2 w3", [" w4 w5", " w6", " w7 w8 w9"], {"gold": 1})
+    prompt, choices = split_choices(model, item.prompt, item.answers)
+    assert [len(choice) for choice in choices] == [2, 1, 3]
+    sums = [-continuation_losses(model, parse_arm("full"), prompt, [choice])[0][0].sum() for choice in choices]
+    for scoring in ("continuation", "predicted"):
+        (row,) = measure_choice(scoring)(model, [(parse_arm("kvp"), item)])
+        assert row["likelihoods"] == pytest.approx(sums, abs=1e-3)
+        assert row["score"] == float(np.argmax(sums) == 1)
+
+
+def test_chat_compares_along_the_full_models_reply() -> None:
+    model, _ = prefixed(llama(), 1, tokenizer=chat_tokenizer())
+    items = [Item(str(i), f"w{i} w{i + 9} w{i + 20}") for i in range(4)]
+    arms = [parse_arm("full"), parse_arm("kvp")]
+    rows = run_items(model, arms, items, measure_chat, recipe={})
+    result = summarise("chat", model, arms, rows)["arms"]
+    assert result["full"]["score"] == result["full"]["metrics"]["first_token"] == 1
+    assert result["kvp"]["metrics"]["kl_per_token"] > 0.01
+    assert result["kvp"]["score"] < 1
+
+
+@pytest.mark.parametrize("items", [needle_items, quote_items])
+def test_the_shipped_sample_serves_every_cell(items: Any, fitted: Path) -> None:
+    tokenizer = kvp_mlx.load(str(fitted)).text_tokenizer
+    made = items(read_texts([]), tokenizer, [300, 600, 2400], [0.0, 0.5, 1.0], 0, 18)
+    assert len(made) == 18
+    assert all(item.answers[0] in item.prompt.split("\n\n")[0] for item in made)

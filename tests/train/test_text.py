@@ -1,0 +1,112 @@
+"""The text that ``kvp train`` reads: windows, batches, places, and what is held back."""
+
+import gzip
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny import chat_tokenizer
+
+import kvp_mlx
+from kvp_mlx.errors import InputError
+from kvp_mlx.train.loop import TrainOptions
+from kvp_mlx.train.run import endless_windows, hold_back
+from kvp_mlx.train.text import bucketed, data_files, token_windows
+
+
+def numbers(count: int, first: int = 0) -> str:
+    """Text in which every word stands once, so that a stretch of it tells where it was."""
+    return " ".join(str(10**6 + i) for i in range(first, first + count))
+
+
+def test_packed_windows_have_exactly_the_length_and_lose_nothing(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    names = [f"w{i}" for i in range(90)]
+    file = tmp_path / "a.jsonl"
+    documents = [" ".join(names[i : i + 10]) for i in range(0, 80, 10)]
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    windows = list(token_windows([file], tokenizer, 33, 0, packed=True))
+    assert {len(window) for window in windows} == {33}
+    flat = [token for window in windows for token in window]
+    end = tokenizer.eos_token_id
+    pieces = " ".join(tokenizer.decode([token]) if token != end else "|" for token in flat).split(" | ")
+    assert set(pieces[:-1]) <= set(documents)
+    assert any(documents[i].startswith(pieces[-1].removesuffix(" |")) for i in range(8))
+    assert len(windows) == 8 * 11 // 33
+    assert list(token_windows([file], tokenizer, 33, 1, packed=True)) != windows
+
+
+def test_bucketed_batches_hold_windows_of_about_the_same_length() -> None:
+    rng = random.Random(0)
+    windows = [[i] * rng.randint(32, 512) for i in range(4 * 16 * 5 + 3)]
+    batches = list(bucketed(iter(windows), 4, seed=0))
+    assert sorted(window[0] for batch in batches for window in batch) == list(range(len(windows)))
+    padded = [1 - sum(map(len, batch)) / (len(batch) * max(map(len, batch))) for batch in batches]
+    plain = [windows[start : start + 4] for start in range(0, len(windows), 4)]
+    as_they_come = [1 - sum(map(len, batch)) / (len(batch) * max(map(len, batch))) for batch in plain]
+    assert np.mean(padded) < 0.25 * np.mean(as_they_come)
+    lengths = [len(batch[0]) for batch in batches[:16]]
+    assert lengths != sorted(lengths)
+    assert list(bucketed(iter(windows), 4, seed=0)) == batches
+    assert list(bucketed(iter(windows[:3]), 1, seed=0)) == [[window] for window in windows[:3]]
+
+
+def test_place_named_twice_counts_twice_in_another_order(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i % 92}" for i in range(4000)))
+    once, twice = data_files([tmp_path / "a.txt"]), data_files([tmp_path / "a.txt", tmp_path / "a.txt"])
+    alone = list(token_windows(once, tokenizer, 64, 0))
+    both = list(token_windows(twice, tokenizer, 64, 0))
+    assert len(both) == 2 * len(alone)
+    first, second = both[::2], both[1::2]
+    assert first == alone
+    assert sorted(second) == sorted(first)
+    assert second != first
+
+
+def test_folders_and_patterns_are_expanded(tmp_path: Path) -> None:
+    for name in ("x/a.txt", "x/y/b.jsonl.gz", "x/y/c.md", "x/ignored.bin", "z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert [path.name for path in data_files([tmp_path / "x"])] == ["a.txt", "b.jsonl.gz", "c.md"]
+    assert [path.name for path in data_files([tmp_path / "**" / "*.txt"])] == ["a.txt", "z.txt"]
+    assert [path.name for path in data_files([str(tmp_path / "*.txt"), str(tmp_path / "x" / "*.txt")])] == [
+        "z.txt",
+        "a.txt",
+    ]
+    with pytest.raises(InputError, match=r"ignored\.bin"):
+        data_files([tmp_path / "x" / "*.bin"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_held_back_text_is_never_trained_on(packed: bool, starts: dict[str, Path], tmp_path: Path) -> None:
+    """Not a stretch of it, in whatever window, over three passes; all the rest is."""
+    for name, first in (("a.txt", 0), ("b.txt", 10**5)):
+        (tmp_path / name).write_text(numbers(1200, first))
+    model = kvp_mlx.load(str(starts["prefix"]))
+    files = data_files([tmp_path])
+    options = TrainOptions(minutes=None, tokens=1, window=64, packed=packed)
+    held_back = hold_back(files, model, options)
+    assert len(held_back) >= 4
+    windows = held_back.values()
+    words = [set(re.findall(r"\b1\d{6}\b", model.text_tokenizer.decode(window))) for window in windows]
+    secret = set.union(*words)
+    per_pass = 2 * 1200 * 8 // 64
+    windows = list(itertools.islice(endless_windows(files, model, options, held_back), 3 * per_pass))
+    text = [set(re.findall(r"\b1\d{6}\b", model.text_tokenizer.decode(window))) for window in windows]
+    seen = set.union(*text)
+    assert secret & seen == set()
+    assert len(seen) > 1800
+
+
+def test_chat_turns_and_text_are_read(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    turns = [{"role": "user", "content": "w1 " * 30}, {"role": "assistant", "content": "w2 " * 30}]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"messages": turns}).encode()))
+    (window,) = token_windows(data_files([tmp_path]), tokenizer, 200, 0)
+    expected = ["<user>", *["w1"] * 30, "<end>", "<assistant>", *["w2"] * 30, "<end>"]
+    assert tokenizer.decode(window).split() == expected
