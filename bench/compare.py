@@ -1,18 +1,18 @@
 """Two results of ``kvp bench ttft``, row by row: the ratio of medians, with a bootstrap interval."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from .document import other_file, read_result
 
 RESAMPLES = 10_000
 INTERVAL = (2.5, 97.5)
 
 
-def compare(before: Path, after: Path, fail_above: float | None) -> dict[str, Any]:
+def compare_results(before: Path, after: Path, fail_above: float | None) -> dict[str, Any]:
     """Return the ratio after/before of each row that both have, most slowed first.
 
     A row fails where its ratio is above ``fail_above`` and its whole interval above 1: slower by more than is
@@ -51,13 +51,12 @@ def read_rows(path: Path) -> dict[tuple[str, int, int], np.ndarray]:
         InputError: not a result of ``kvp bench ttft``.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         found = {
             (row["arm"], row["prompt_tokens"], row["batch_size"]): np.asarray(row["ttft_ms"]["samples"], float)
-            for row in rows
+            for row in read_result(path)["rows"]
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a result of 'kvp bench ttft --out FILE.json'.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise other_file(path) from error
     if any(samples.ndim != 1 or not samples.size or samples.min() <= 0 for samples in found.values()):
         raise InputError(f"{path} has rows without samples; measure again.")
     return found

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-from ..arms.arm import arm_prefill
+from ..arms.arm import Reading
 from ..bundle.loading import KVPModel
 from ..device.machine import describe_machine
 from ..errors import InputError
+from ..models.families import Cache
+from .document import FORMAT
 from .precision import precision_name
-from .ttft import Sweep, fresh_prompt, spread
+from .ttft import Sweep, fresh_prompt, quartiles
 
 
 def measure_decode(
@@ -37,7 +40,7 @@ def measure_decode(
         progress: called with (rounds done, rounds in all).
 
     Raises:
-        InputError: prompt and new tokens do not fit the context window.
+        InputError: prompt and new tokens do not fit the context window, or an arm that can only be timed.
     """
     limit = model.context_length
     if limit is not None and max(sweep.prompt_tokens) + new_tokens + 1 > limit:
@@ -49,15 +52,8 @@ def measure_decode(
         for round_number in range(sweep.rounds + 1):
             ids = mx.array([fresh_prompt(text_ids, length, round_number)])
             for arm in sweep.arms:
-                answering, cache = arm_prefill(model, arm, ids, step_size=sweep.step_size)
-                with wired_limit(answering):
-                    tokens = generate_step(ids[0, -1:], answering, prompt_cache=cache, max_tokens=new_tokens + 1)
-                    next(tokens)
-                    start = time.perf_counter()
-                    for _ in tokens:
-                        pass
-                    seconds = time.perf_counter() - start
-                mx.synchronize(generation_stream)
+                network, cache = arm.read(model, ids, Reading(step_size=sweep.step_size))
+                seconds = decoding_seconds(network, cache, ids[0, -1:], new_tokens)
                 if round_number:
                     tps[arm.name].append(new_tokens / seconds)
             progress(next(steps), total)
@@ -67,15 +63,36 @@ def measure_decode(
                 "arm": arm,
                 "prompt_tokens": length,
                 "new_tokens": new_tokens,
-                "tps": spread(values),
+                "tps": quartiles(values),
                 "ratio": statistics.median(values) / full if full else None,
             }
             for arm, values in tps.items()
         ]
     return {
+        "format": FORMAT,
         "machine": describe_machine(),
         "model": name,
         "precision": precision_name(model),
         "rounds": sweep.rounds,
         "rows": rows,
     }
+
+
+def decoding_seconds(network: nn.Module, cache: Cache, last: mx.array, new_tokens: int) -> float:
+    """Time ``new_tokens`` by mlx-lm's own loop, after the first one.
+
+    Args:
+        network: the model that decodes.
+        cache: its cache of the prompt but for the last token; extended.
+        last: that token ``(1,)``.
+        new_tokens: tokens to time.
+    """
+    with wired_limit(network):
+        tokens = generate_step(last, network, prompt_cache=cache, max_tokens=new_tokens + 1)
+        next(tokens)
+        start = time.perf_counter()
+        for _ in tokens:
+            pass
+        seconds = time.perf_counter() - start
+    mx.synchronize(generation_stream)
+    return seconds

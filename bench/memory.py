@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
+from ..arms.arm import Arm
 from ..bundle.loading import KVPModel
 from ..device.machine import describe_machine
-from .capacity import activation_bytes, cache_bytes
+from ..errors import InputError
+from .capacity import activation_bytes, cache_bytes, weight_bytes
+from .document import FORMAT
 from .precision import precision_name
-from .ttft import Samples, Sweep, check_sweep, fresh_prompt, measure_once
+from .ttft import Samples, Sweep, check_sweep, fresh_batch, measure_once, open_engines
 
 
 def measure_memory(
@@ -24,7 +24,7 @@ def measure_memory(
     """Run each arm once per length and return its peak, weights of other arms left out.
 
     ``total_bytes`` is the weights that the arm needs and the most that it held beside them. ``bound_bytes`` is those
-    weights, the final caches and one chunk's activations.
+    weights, the caches that it fills and one chunk's activations.
 
     Args:
         model: the bundle.
@@ -32,45 +32,46 @@ def measure_memory(
         text_ids: real text as token ids.
         sweep: lengths, batch size, arms and chunk size.
         progress: called with (runs done, runs in all).
+
+    Raises:
+        InputError: see ``measure_ttft``; or an arm whose memory is not MLX's.
     """
     check_sweep(model, sweep)
+    if foreign := [arm.name for arm in sweep.arms if arm.kind.is_foreign]:
+        raise InputError(f"{foreign[0]} does not run in MLX, so its memory is not counted here; leave out that arm.")
+    engines = open_engines(sweep)
     rows: list[dict[str, Any]] = []
     total = len(sweep.prompt_tokens) * len(sweep.arms)
-    base, extra = _bytes(model.base), _bytes(model.predictor) + (0 if model.is_prefix else _bytes(model.auxiliary))
     for length in sweep.prompt_tokens:
         for arm in sweep.arms:
-            prompts = [fresh_prompt(text_ids, length, number) for number in range(sweep.batch_size)]
-            samples = Samples()
-            measure_once(model, arm, mx.array(prompts), sweep.step_size, samples)
-            uses_predictor = arm.kind == "kvp"
-            weights = base + (extra if uses_predictor else 0)
-            caches = cache_bytes(model.base, length, sweep.batch_size)
-            if uses_predictor and not model.is_prefix:
-                caches += cache_bytes(model.auxiliary, length, sweep.batch_size)
-            reader = model.auxiliary if uses_predictor and not model.is_prefix else model.base
-            chunk = activation_bytes(reader, min(sweep.step_size, length), length, sweep.batch_size)
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "prompt_tokens": length,
-                    "batch_size": sweep.batch_size,
-                    "weight_bytes": weights,
-                    "cache_bytes": caches,
-                    "above_weights_bytes": samples.above_weights_bytes,
-                    "total_bytes": weights + samples.above_weights_bytes,
-                    "bound_bytes": weights + caches + chunk,
-                }
-            )
+            ids, samples = fresh_batch(text_ids, length, sweep.batch_size, 0), Samples()
+            measure_once(model, arm, ids, sweep.step_size, samples, engines.get(arm.name))
+            rows.append(memory_row(model, arm, length, sweep, samples.above_weights_bytes))
             progress(len(rows), total)
+    base = weight_bytes([model.base])
     return {
+        "format": FORMAT,
         "machine": describe_machine(),
         "model": name,
         "precision": precision_name(model),
         "prefill_step_size": sweep.step_size,
-        "predictor_and_auxiliary_bytes": extra,
+        "predictor_and_auxiliary_bytes": weight_bytes([model.base, model.auxiliary, model.predictor]) - base,
         "rows": rows,
     }
 
 
-def _bytes(module: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+def memory_row(model: KVPModel, arm: Arm, length: int, sweep: Sweep, above_weights_bytes: int) -> dict[str, Any]:
+    """Return one arm's row: what it held beside its weights, and what that is made of."""
+    weights, networks, batch = weight_bytes(arm.weights(model)), arm.networks(model), sweep.batch_size
+    caches = sum(cache_bytes(network, length, batch) for network in networks)
+    chunk = min(sweep.step_size, length)
+    return {
+        "arm": arm.name,
+        "prompt_tokens": length,
+        "batch_size": batch,
+        "weight_bytes": weights,
+        "cache_bytes": caches,
+        "above_weights_bytes": above_weights_bytes,
+        "total_bytes": weights + above_weights_bytes,
+        "bound_bytes": weights + caches + max(activation_bytes(network, chunk, length, batch) for network in networks),
+    }

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .document import other_file, read_result
 
 # Published: FLOPs ratio and speed-up on an M2 Pro CPU at 64 x 59 tokens (arXiv 2410.08391, OpenELM-1.1B).
 PAPER_POINTS = {
@@ -19,6 +20,18 @@ PARTS = {
     "recompute_ms": "the base's own reading",
     "first_step_ms": "first step",
 }
+
+
+def read_drawable(path: Path) -> dict[str, Any]:
+    """Return a result of ``kvp bench ttft``.
+
+    Raises:
+        InputError: it is none.
+    """
+    result = read_result(path)
+    if not all("speedup" in row for row in result["rows"]):
+        raise other_file(path)
+    return result
 
 
 def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:

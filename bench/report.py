@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
 from ..files import write_json, write_text
 
 Row = dict[str, Any]
@@ -37,7 +41,7 @@ TTFT: Columns = {
     "(q1-q3)": _quartiles("ttft_ms", ".0f"),
     "aux": _only_kvp("auxiliary_prefill_ms"),
     "predict": _only_kvp("predict_ms"),
-    "again": _only_kvp("recompute_ms"),
+    "recompute": _only_kvp("recompute_ms"),
     "step": _only_kvp("first_step_ms"),
     "floor": number("floor_ms"),
     "of floor": number("share_of_floor", ".0%"),
@@ -88,10 +92,6 @@ CALIBRATION: Columns = {
 
 def print_table(title: str, columns: Columns, rows: list[Row]) -> None:
     """Print a table for people, never narrower than it is."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     cells = [[cell(row) for cell in columns.values()] for row in rows]
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
     for column in columns:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from .. import __version__
 from ..files import sha256_of
 
@@ -14,7 +16,7 @@ def describe_source(path: Path, name: str) -> dict[str, Any]:
 
     Args:
         path: a file, or a directory with ``*.safetensors``.
-        name: what the user called it: a path, of which only the last part is told, or a Hub id.
+        name: what the user called it: a path, of which only the last part is kept, or a Hub id.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {
@@ -26,8 +28,6 @@ def describe_source(path: Path, name: str) -> dict[str, Any]:
 
 def _licence(path: Path) -> str | None:
     """Return the licence that a directory's own model card states."""
-    from huggingface_hub import ModelCard
-
     card = path / "README.md"
     if not card.is_file():
         return None
@@ -45,8 +45,6 @@ def write_card(directory: Path, title: str, report: dict[str, Any]) -> None:
         title: its name.
         report: what ``kvp convert`` reports; a bundle's ``parts`` get a line each.
     """
-    from huggingface_hub import ModelCardData
-
     licence = report["licence"]
     data = ModelCardData(library_name="mlx", tags=["mlx", "kvp-mlx"])
     if licence != UNKNOWN_LICENCE:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import InputError
 from ..files import write_json
@@ -289,8 +290,6 @@ def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
     Raises:
         InputError: another kind of vocabulary or pre-tokeniser, whose splitting rules are not known here.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if (model, splitter) != ("gpt2", "smollm"):
         raise InputError(

@@ -15,6 +15,7 @@ def convert_hf(
     out: Path,
     precision: Precision,
     *,
+    directory: Path | None = None,
     tokenizer: str | None = None,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
@@ -26,6 +27,7 @@ def convert_hf(
         source: directory with safetensors weights, or Hub id.
         out: directory to write.
         precision: dtype and quantisation of the output.
+        directory: where the source is, if the caller knows.
         tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: the source's own.
         force: replace an existing model directory.
         progress: called with (tensors done, tensors to do).
@@ -38,7 +40,7 @@ def convert_hf(
         InputError: an unusable source or output.
         KVPError: the output cannot be written.
     """
-    directory = model_directory(source)
+    directory = directory or model_directory(source)
     with output_directory(out, force, [directory], marker="config.json") as work:
         if architecture is not None:
             _check_architecture(directory, architecture)

@@ -208,7 +208,7 @@ def model_name(config: dict[str, Any]) -> str:
 
 
 def same_shapes(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Tell whether two configs describe the same tensors, the vocabulary (padded or not) aside."""
+    """Return whether two configs describe the same tensors, the vocabulary (padded or not) aside."""
     quick = ("num_transformer_layers", "model_dim")
     if any(first[key] != second[key] for key in quick):
         return False

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
 from ..errors import InputError
 from ..files import write_json
 from ..models.loading import load_tokenizer, model_directory
@@ -95,8 +97,6 @@ def _write_sentencepiece(path: Path, directory: Path) -> None:
 
 def _llama_tokenizer(original: Any) -> Any:
     """Build the tokeniser: a space before the text, spaces as pieces, BPE, unknown characters as bytes, BOS."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-
     pieces = [original.id_to_piece(i) for i in range(len(original))]
     bos, unknown = (pieces[i] for i in (original.bos_id(), original.unk_id()))
     vocabulary = {piece: i for i, piece in enumerate(pieces)}

@@ -19,6 +19,9 @@ from support.directories import TEXT, prose, write_llama
 from support.training import training
 
 from kvp_mlx.cli.main import main
+from kvp_mlx.train.fit import FitOptions, fit_bundle
+from kvp_mlx.train.loop import TrainOptions
+from kvp_mlx.train.run import train_bundle
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,8 +76,6 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fitted(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prefix bundle of two layers; do not change it (see ``bundle``)."""
-    from kvp_mlx.train.fit import FitOptions, fit_bundle
-
     out = tmp_path_factory.mktemp("bundles") / "prefix"
     fit_bundle(str(base_dir), [text_file], out, FitOptions(layers=2, tokens=600, window=64))
     return out
@@ -103,8 +104,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def starts(base_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A ridge bundle of each kind to start from."""
-    from kvp_mlx.train.fit import FitOptions, fit_bundle
-
     kinds = {"prefix": {"layers": 1}, "pruned": {"prune": 0.5}}
     out = tmp_path_factory.mktemp("starts")
     for name, kind in kinds.items():
@@ -117,9 +116,6 @@ def finished(
     starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A run of a few steps and the folder of its data; do not change either."""
-    from kvp_mlx.train.loop import TrainOptions
-    from kvp_mlx.train.run import train_bundle
-
     out = tmp_path_factory.mktemp("finished") / "out"
     options = TrainOptions(minutes=None, tokens=64 * 4, window=64, right=16)
     train_bundle(str(starts["prefix"]), [str(texts)], out, options)

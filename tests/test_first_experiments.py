@@ -21,7 +21,7 @@ import kvp_mlx
 from kvp_mlx.models.loading import load_tokenizer
 from kvp_mlx.train.loop import Trained, TrainOptions, train
 from kvp_mlx.train.objectives import Weights
-from kvp_mlx.train.recovery import ContextMeasurement
+from kvp_mlx.train.recovery import RecoveryMeasurement
 from kvp_mlx.train.text import token_windows
 
 
@@ -95,7 +95,7 @@ def test_planted_linear_relation_is_recovered(tmp_path: Path) -> None:
         minutes=None, tokens=800 * 4 * 48, learning_rate=1e-2, weight_decay=0, weights=weights, window=48, right=16
     )
     held_back = np.random.default_rng(10**6).integers(0, VOCABULARY, (4, 48)).tolist()
-    measurement = ContextMeasurement(model, held_back, 16)
+    measurement = RecoveryMeasurement(model, held_back, 16)
 
     def validate() -> dict[str, float]:
         return {"recovery": measurement.measure()["arms"]["kvp"]["recovery"]}
@@ -121,13 +121,14 @@ def test_planted_linear_relation_is_recovered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefill", ["full", "kvp"])
 def test_time_to_the_first_token_of_a_one_word_answer(prefill: str, fitted: Path) -> None:
-    """(c) Both paths through the pipeline; the parts add up to no more than the whole, that to no more than passed."""
+    """(c) Both paths through the engine; the parts add up to no more than the whole, that to no more than passed."""
     model = kvp_mlx.load(str(fitted))
+    dial = {"prefill": prefill, "exact_head": 0, "exact_tail": 0}
     start = time.perf_counter()
-    responses = list(kvp_mlx.stream_generate(model, "The harbour lies below " * 30, prefill=prefill, max_tokens=1))
+    pieces = list(kvp_mlx.stream_generate(model, "The harbour lies below " * 30, **dial, max_tokens=1))
     passed_ms = 1e3 * (time.perf_counter() - start)
-    last = responses[-1]
-    assert (last.prefill, last.generation_tokens, last.finish_reason) == (prefill, 1, "length")
+    last = pieces[-1]
+    assert (last.path, last.generation_tokens, last.finish_reason) == (prefill, 1, "length")
     times = last.times
     parts = (times.auxiliary_prefill_ms, times.predict_ms, times.base_prefill_ms)
     assert [part > 0 for part in parts] == ([True, True, False] if prefill == "kvp" else [False, False, True])

@@ -25,7 +25,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_top_level_name_with_its_data(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kvp_mlx"}
-    for name in ("convert/gguf.py", "bench/ttft.py", "py.typed", "data/demo.md", "data/smollm2-135m/kvp.json"):
+    for name in (
+        "convert/gguf.py",
+        "convert/bundles/kvp.py",
+        "bench/ttft.py",
+        "py.typed",
+        "data/demo.md",
+        "data/smollm2-135m/kvp.json",
+    ):
         assert f"kvp_mlx/{name}" in names
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "kvp_mlx").rglob("*.py")}
     mapped = {
@@ -42,9 +49,9 @@ def test_runs_outside_the_checkout_beside_decoys(wheel: Path, tmp_path: Path) ->
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True)
     code = (
-        "import kvp_mlx, kvp_mlx.convert.gguf, kvp_mlx.bench.ttft, kvp_mlx.cli.main;"
+        "import kvp_mlx, kvp_mlx.convert.gguf, kvp_mlx.bench.ttft, kvp_mlx.bundle.loading, kvp_mlx.cli.main;"
         f"assert kvp_mlx.__file__.startswith({str(site)!r}), kvp_mlx.__file__;"
-        "print(kvp_mlx.bundle.describe('smollm2-135m')['auxiliary']['kind'])"
+        "print(kvp_mlx.bundle.loading.describe('smollm2-135m')['auxiliary']['kind'])"
     )
     environment = os.environ | {"PYTHONPATH": str(site)}
     result = subprocess.run(

@@ -10,7 +10,7 @@ from conftest import Kvp
 from support import corenet
 from support.corenet import PIECES, train_llama_tokenizer
 from support.directories import write_llama
-from test_gguf import write_gguf
+from support.gguf_files import write_gguf
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

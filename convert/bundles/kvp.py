@@ -79,18 +79,14 @@ def convert_kvp(
         checkpoint = open_checkpoint(source)
         names = split_names(checkpoint.shapes)
         configs = {part: openelm_config_of(_shapes(checkpoint, names[part]), f"{part}.*") for part in PARTS}
-        auxiliary, entries = plan(preset, layer_map, configs)
+        auxiliary, entries = layout_of(preset, layer_map, configs)
         models = {part: openelm.Model(openelm.ModelArgs.from_dict(configs[part])) for part in PARTS}
         check_maps(_shapes(checkpoint, names[MAPS]), models, entries)
         for part in PARTS:
             write_openelm(checkpoint, names[part], configs[part], work / part, precision, progress)
             check_tokenizer(work / part)
         parts = {part: describe_model(work / part) for part in PARTS}
-        config = BundleConfig(
-            base=BaseConfig(path="base", fingerprint=parts["base"]["fingerprint"]),
-            auxiliary=auxiliary.model_copy(update={"fingerprint": parts["auxiliary"]["fingerprint"]}),
-            predictor=PredictorConfig(input=KEYS_VALUES, layer_map=entries),
-        )
+        config = bundle_config({part: row["fingerprint"] for part, row in parts.items()}, auxiliary, entries)
         predictor = build_predictor(models["base"], models["auxiliary"], config)
         load_maps(predictor, checkpoint, precision)
         save_arrays(dict(tree_flatten(predictor.parameters())), work / "predictor.safetensors")
@@ -104,6 +100,15 @@ def convert_kvp(
         report = origin | totals(parts | {"predictor": describe_module(predictor)})
         write_card(work, out.name, report)
     return {"out": str(out), **report}
+
+
+def bundle_config(marks: dict[str, str], auxiliary: AuxiliaryConfig, layer_map: LayerMap) -> BundleConfig:
+    """Describe the bundle, given the fingerprints of both models."""
+    return BundleConfig(
+        base=BaseConfig(path="base", fingerprint=marks["base"]),
+        auxiliary=auxiliary.model_copy(update={"fingerprint": marks["auxiliary"]}),
+        predictor=PredictorConfig(input=KEYS_VALUES, layer_map=layer_map),
+    )
 
 
 def _shapes(checkpoint: Checkpoint, names: dict[str, str]) -> Shapes:
@@ -130,7 +135,7 @@ def split_names(shapes: Shapes) -> dict[str, dict[str, str]]:
     return names
 
 
-def plan(
+def layout_of(
     preset: str | None, layer_map: Sequence[int] | None, configs: dict[str, dict[str, Any]]
 ) -> tuple[AuxiliaryConfig, LayerMap]:
     """Return the auxiliary's kind and the layer map, checked against the shapes of both models.
@@ -161,7 +166,7 @@ def plan(
 
 
 def fits(preset: str, base: dict[str, Any], auxiliary: dict[str, Any]) -> bool:
-    """Tell whether a preset's models have these shapes."""
+    """Return whether a preset's models have these shapes."""
     models = preset_parts(preset)[:2]
     return all(same_shapes(vars(model.args), config) for model, config in zip(models, (base, auxiliary), strict=True))
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..bundle.loading import KVPModel
-from ..engine.dial import Dial
+from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import PrefillTimes
 from ..errors import InputError
 from ..models.families import Cache
@@ -29,7 +29,7 @@ class Reading:
         times: filled with what each part took.
     """
 
-    dial: Dial = field(default=Dial("kvp", 0, 0))
+    dial: Dial = PREDICT
     step_size: int | None = None
     seed: int = 0
     times: PrefillTimes = field(default_factory=PrefillTimes)
@@ -50,7 +50,9 @@ class Kind:
         parse: reads what follows the name, where that is anything else.
         prunes: it leaves tokens of the prompt out.
         predicts: it predicts entries, and holds the maps.
+        is_of_bundle: it runs more than the base, so that it differs between bundles of one base.
         engine: opens its own engine, given the longest prompt.
+        is_foreign: its engine does not run in MLX: one prompt at a time, on the default model's own file.
     """
 
     form: str
@@ -62,7 +64,9 @@ class Kind:
     parse: Callable[[str, Sequence[str]], Numbers] | None = None
     prunes: bool = False
     predicts: bool = False
+    is_of_bundle: bool = False
     engine: Callable[[int], Engine] | None = None
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,4 +105,4 @@ class Arm:
 
     def weights(self, model: KVPModel) -> list[nn.Module]:
         """Return the modules whose weights it needs; they may share arrays."""
-        return [*self.networks(model), *([model.predictor] if self.kind.predicts else [])]
+        return [*self.networks(model), *([model.auxiliary, model.predictor] if self.kind.predicts else [])]

@@ -24,7 +24,7 @@ from ..engine.recompute import largest
 from ..models.attention import last_attention
 from ..models.entries import room_for
 from ..models.families import Cache, LayerCache
-from ..models.positions import rope_at
+from ..models.positions import at_positions
 from ..models.pruning import retained_layers
 from ..models.sections import early_exit, only_layers, run_layers, section
 
@@ -151,10 +151,10 @@ def read_layer(
     alone, outputs = section(model, layer, layer + 1), []
     for chunk, end in chunks(x, step_size):
         for stream, part, place in placed_parts(chunk, end, streams):
-            with mx.stream(stream), rope_at(alone, positions[:, place]):
-                output, heard = run_layers(alone, part, [cache], [0])
+            with mx.stream(stream):
+                output, captured = run_layers(at_positions(alone, positions[:, place]), part, [cache], [0])
             outputs.append(output)
-    return mx.concatenate(outputs, axis=1), to_others(alone, 0, heard[0].hidden, cache)
+    return mx.concatenate(outputs, axis=1), to_others(alone, 0, captured[0].hidden, cache)
 
 
 def read_kept(model: nn.Module, ids: mx.array, kept: mx.array, step_size: int | None = None) -> Cache:
@@ -165,8 +165,8 @@ def read_kept(model: nn.Module, ids: mx.array, kept: mx.array, step_size: int | 
     with reading(model, tokens, cache) as streams:
         for chunk, end in chunks(tokens, step_size):
             for stream, part, place in placed_parts(chunk, end, streams):
-                with mx.stream(stream), rope_at(model, positions[:, place]):
-                    run_layers(model, part, cache)
+                with mx.stream(stream):
+                    run_layers(at_positions(model, positions[:, place]), part, cache)
             mx.eval([layer.state for layer in cache])
     return cache
 
@@ -200,9 +200,9 @@ def last_token_attention(model: nn.Module, ids: mx.array, step_size: int | None 
         for chunk, _ in chunks(ids, step_size):
             for stream, part in parts(chunk, streams):
                 with mx.stream(stream):
-                    _, heard = run_layers(model, part, cache, layers)  # lazy: only the last part's are computed
+                    _, captured = run_layers(model, part, cache, layers)  # lazy: only the last part's are computed
             mx.eval([layer.state for layer in cache])
-        rows = [to_others(model, layer, heard[layer].hidden, cache[layer]) for layer in layers]
+        rows = [to_others(model, layer, captured[layer].hidden, cache[layer]) for layer in layers]
         mx.eval(rows)
     return rows
 

@@ -1,12 +1,14 @@
 """Time to first token of any arm, on the engine's clock."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..bundle.loading import KVPModel
 from ..device.streams import default_step_size
 from ..engine.clock import FirstToken, time_engine, time_first_token
-from ..engine.dial import Dial
+from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import PrefillTimes
 from ..models.families import Cache
 from .arm import Arm, Engine, Reading
@@ -16,7 +18,7 @@ def first_token(
     model: KVPModel,
     arm: Arm,
     ids: mx.array,
-    dial: Dial = Dial("kvp", 0, 0),  # noqa: B008 - frozen
+    dial: Dial = PREDICT,
     *,
     step_size: int | None = None,
     seed: int = 0,
@@ -44,5 +46,5 @@ def first_token(
     def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
         return arm.read(model, ids, Reading(dial, step_size, seed, times))
 
-    last: list[int] = ids[:, -1].tolist()
+    last: Any = ids[:, -1].tolist()
     return time_first_token(read, last)

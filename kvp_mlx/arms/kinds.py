@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
-from ..engine.dial import Dial
+from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import auxiliary_cache_for, base_prefill, fill
 from ..errors import InputError
 from ..models.families import Cache
@@ -35,11 +35,19 @@ def layers_number(name: str, rest: Sequence[str]) -> Numbers:
     return numbers
 
 
-def kvp_dial(numbers: Numbers, dial: Dial = Dial("kvp", 0, 0)) -> Dial:  # noqa: B008 - frozen
+def kvp_dial(numbers: Numbers, dial: Dial = PREDICT) -> Dial:
     """Return the dial of an arm ``kvp``, ``kvp-N`` or ``kvp-N-R``: what the name says wins over the given one."""
     tail = int(numbers[0]) if numbers else dial.exact_tail
     share = numbers[1] if len(numbers) > 1 else dial.recompute
     return replace(dial, path="kvp", exact_tail=tail, recompute=share)
+
+
+def with_dial(arm: Arm, dial: Dial) -> Arm:
+    """Return an arm that predicts with the exact tail and share that its name leaves to a dial; others as they are."""
+    if not arm.kind.predicts or dial.recompute is None:
+        return arm
+    chosen = kvp_dial(arm.numbers, dial)
+    return replace(arm, numbers=(chosen.exact_tail, dial.recompute if chosen.recompute is None else chosen.recompute))
 
 
 def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading) -> tuple[nn.Module, Cache]:
@@ -89,9 +97,9 @@ def spec_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Wor
     return prefill_work(model.auxiliary, tokens, batch) + kept_work(model.base, kept(numbers, tokens), batch)
 
 
-def base_and_auxiliary(model: KVPModel, _: Numbers) -> Sequence[nn.Module]:
-    """Return the base, after an auxiliary that has a cache of its own."""
-    return [model.base] if model.has_exact_prefix else [model.auxiliary, model.base]
+def kvp_networks(model: KVPModel, _: Numbers) -> Sequence[nn.Module]:
+    """Return the base, after an auxiliary that has a cache of its own; a prefix fills the base's."""
+    return [model.base] if model.is_prefix else [model.auxiliary, model.base]
 
 
 KINDS: dict[str, Kind] = {
@@ -117,8 +125,9 @@ KINDS: dict[str, Kind] = {
         read=read_kvp,
         parse=kvp_numbers,
         work=kvp_arm_work,
-        networks=base_and_auxiliary,
+        networks=kvp_networks,
         predicts=True,
+        is_of_bundle=True,
     ),
     "auxiliary": Kind(
         form="auxiliary",
@@ -126,6 +135,7 @@ KINDS: dict[str, Kind] = {
         read=lambda model, _, ids, reading: read_alone(baselines.auxiliary_alone(model), model, ids, reading),
         work=lambda model, _, tokens, batch: alone_work(baselines.auxiliary_alone(model), tokens, batch),
         networks=lambda model, _: [baselines.auxiliary_alone(model)],
+        is_of_bundle=True,
     ),
     "layers": Kind(
         form="layers-R",
@@ -184,14 +194,16 @@ KINDS: dict[str, Kind] = {
         ),
         numbers=1,
         work=spec_work,
-        networks=base_and_auxiliary,
+        networks=lambda model, _: [model.auxiliary, model.base],
         prunes=True,
+        is_of_bundle=True,
     ),
     "llama.cpp": Kind(
         form="llama.cpp",
         help="llama-cpp-python on the default model's own file (one prompt at a time)",
         read=None,
         engine=llama_cpp.open_engine,
+        is_foreign=True,
         work=lambda model, _, tokens, batch: full_work(model, tokens, batch),
         networks=lambda model, _: [model.base],
     ),

@@ -1,5 +1,7 @@
 """The arm ``mlx-lm``: its own ``generate_step``, to the first token of a prompt from scratch."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream
@@ -30,5 +32,5 @@ def batch_first_tokens(base: nn.Module, ids: mx.array, step_size: int) -> list[i
             base(ids[:, start : min(start + step_size, read)], cache=cache)
             mx.eval([layer.state for layer in cache])
             mx.clear_cache()
-        tokens: list[int] = mx.argmax(base(ids[:, -1:], cache=cache)[:, -1], axis=-1).tolist()
+        tokens: Any = mx.argmax(base(ids[:, -1:], cache=cache)[:, -1], axis=-1).tolist()
     return tokens

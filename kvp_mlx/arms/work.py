@@ -1,9 +1,9 @@
-"""The arithmetic: FLOPs and weight bytes of a first token, by full prefill and by prediction.
+"""The arithmetic: FLOPs and weight bytes of a first token, by full prefill, by prediction and by token pruning.
 
 Counted: every matmul that is evaluated, attention over the causal half, the predictor, the base's first step.
-Not counted: embedding look-up and output head, norms, softmax; of token pruning the few queries that choose. The last layer of a model that only fills a
-cache contributes its K and V projections (all of a fused projection) and nothing else: that is so for mlx-lm's
-own prefill too, since nothing asks for the rest.
+Not counted: embedding look-up and output head, norms, softmax; of token pruning the few queries that choose. The last
+layer of a model that only fills a cache contributes its K and V projections (all of a fused projection) and nothing
+else: that is so for mlx-lm's own prefill too, since nothing asks for the rest.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def span_work(model: KVPModel, span: Span, pairs: float, batch: int) -> Work:
         module = model.base.layers[layer]
         width = module[family_of(model.base).attention].n_heads * kv_shapes(model.base)[layer].head_dim
         work += Work(2.0 * batch * span.tokens * linear_size(module) + 4.0 * batch * width * pairs, _bytes(module))
-    return work + kv_work(model.base, last, span.tokens, batch) if span.last > last else work
+    return work + kv_work(model.base, last, span.tokens, batch) if span.first <= last < span.last else work
 
 
 def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:

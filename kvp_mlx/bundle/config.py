@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ..errors import BundleError
 from ..files import write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 2
 
 Sources = tuple[NonNegativeInt, ...]
 
@@ -93,7 +93,7 @@ class BundleConfig(_Part):
     Without a ``recompute`` section the predictor cannot tell which tokens to recompute.
     """
 
-    format_version: PositiveInt = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     base: BaseConfig
     auxiliary: AuxiliaryConfig
     predictor: PredictorConfig
@@ -145,12 +145,12 @@ def read_config(directory: Path) -> BundleConfig:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable JSON; get the bundle again.") from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
             f"{path} has format version {version}, newer than {FORMAT_VERSION}; run 'pip install -U kvp-mlx'."
         )
-    if version == 1:
-        data = _from_format_1(data)
+    if type(version) is int and version == 1:
+        data = _from_format_1(data, path)
     try:
         return BundleConfig.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -159,8 +159,10 @@ def read_config(directory: Path) -> BundleConfig:
         raise BundleError(f"{path}: {where}: {first['msg']}; get the bundle again or upgrade kvp-mlx.") from error
 
 
-def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what format 2 makes of format 1, in which the predictor named the share to recompute and nothing else."""
+def _from_format_1(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return format 1 as format 2; there the predictor named the share to recompute, and nothing else."""
+    if "recompute" in data:
+        raise BundleError(f"{path}: recompute: no field of format 1; get the bundle again.")
     predictor = data.get("predictor")
     share = predictor.get("recompute") if isinstance(predictor, dict) else None
     moved: dict[str, Any] = {"recompute": None if share is None else {"share": share}}

@@ -44,9 +44,9 @@ class Block:
         """Features of all targets together."""
         return sum(width for _, _, width in self.targets)
 
-    def gather(self, heard: dict[int, RawLayer]) -> mx.array:
+    def gather(self, captured: dict[int, RawLayer]) -> mx.array:
         """Return the map's input ``(B, T, in_width)``."""
-        parts = [getattr(heard[source], self.reads) for source in self.sources]
+        parts = [getattr(captured[source], self.reads) for source in self.sources]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
@@ -129,9 +129,9 @@ class Predictor(nn.Module):
         """The auxiliary layers that have to be listened to."""
         return sorted({source for block in self._blocks for source in block.sources})
 
-    def inputs(self, heard: dict[int, RawLayer]) -> dict[str, mx.array]:
-        """Return each map's input ``(B, T, in)`` from what the sources said."""
-        return {block.name: block.gather(heard) for block in self._blocks}
+    def inputs(self, captured: dict[int, RawLayer]) -> dict[str, mx.array]:
+        """Return each map's input ``(B, T, in)`` from what the sources' projections read and returned."""
+        return {block.name: block.gather(captured) for block in self._blocks}
 
     def deviations(self, inputs: dict[str, mx.array]) -> mx.array:
         """Return the expected deviation of each token's prediction (B, T); see ``DeviationEstimator``."""

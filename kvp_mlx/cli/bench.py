@@ -1,60 +1,73 @@
 """``kvp bench``."""
 
-import json as json_library
 import random
 from collections.abc import Callable
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ..arms.kinds import parse_arms
+from ..bench.calibrate import calibrate_auto
+from ..bench.capacity import require_memory
+from ..bench.compare import compare_results
+from ..bench.decode import measure_decode
+from ..bench.flops import flops_table
+from ..bench.memory import measure_memory
+from ..bench.plot import draw_ttft, read_drawable
+from ..bench.precision import bundle_for_bench, preset_for_bench
+from ..bench.report import CALIBRATION, COMPARE, DECODE, FLOPS, MEMORY, TTFT, print_table, write_result
+from ..bench.ttft import Sweep, measure_ttft
+from ..bundle.loading import KVPModel, load
+from ..device.streams import default_step_size
 from ..errors import InputError, KVPError
 from ..files import check_writable
-from .inference import DEMO_DOCUMENT
-from .options import DEFAULT_EXACT_TAIL, DEFAULT_MODEL, AllowMismatch, ExactTail, Json, Model, parse_numbers
+from .device import DeviceOption, use_device
+from .options import (
+    DEFAULT_EXACT_TAIL,
+    DEFAULT_MODEL,
+    DEMO_DOCUMENT,
+    AllowMismatch,
+    Arms,
+    Dtype,
+    DtypeOption,
+    ExactTail,
+    Json,
+    Model,
+    OutFile,
+    Plot,
+    PromptLengths,
+    QBits,
+    Rounds,
+    StepSize,
+    parse_numbers,
+)
 from .output import clean_stdout, print_json, progress_bar, say
-
-if TYPE_CHECKING:
-    from ..bench.ttft import Sweep
-    from ..bundle.loading import KVPModel
 
 RANDOM_PROMPT_TOKENS = 10_000
 
 app = typer.Typer(help="Measure time to first token, decoding speed and memory.", rich_markup_mode=None)
 
-
-class Dtype(StrEnum):
-    """The values of ``--dtype``."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+Preset = Annotated[str | None, typer.Option("--preset", help="A published OpenELM pair, random weights and prompts.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")]
+Result = dict[str, Any]
 
 
-class Device(StrEnum):
-    """The values of ``--device``."""
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a bundle, or a published pair, and in which precision."""
 
-    cpu = "cpu"
-    gpu = "gpu"
+    model: str
+    preset: str | None
+    dtype: Dtype | None
+    q_bits: int | None
+    allow_base_mismatch: bool
 
-
-Preset = Annotated[str | None, typer.Option(help="A published OpenELM pair, random weights and prompts.")]
-PromptTokens = Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at once.")]
-Arms = Annotated[
-    str,
-    typer.Option(
-        help="Arms, comma-separated: full, full-ours, kvp, kvp-N, kvp-N-R, auxiliary, layers-R, random-R, static-R, "
-        "lazy-A-B, spec-R, llama.cpp."
-    ),
-]
-Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds; one more is discarded.")]
-StepSize = Annotated[int | None, typer.Option(min=1, help="Prompt tokens per chunk, every arm.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Weights as this type, even where it is slow.")]
-QBits = Annotated[int | None, typer.Option(min=4, max=8, help="Quantise base and auxiliary, to 4 or 8 bits.")]
-DeviceOption = Annotated[Device | None, typer.Option("--device", help="Default: the GPU where there is one.")]
-Out = Annotated[Path | None, typer.Option(help="Also write the result here: JSON, or by its name .csv or .md.")]
+    @property
+    def name(self) -> str:
+        """How the user called it."""
+        return self.preset or self.model
 
 
 @app.callback()
@@ -66,16 +79,16 @@ def group() -> None:
 def ttft(
     model: Model = DEFAULT_MODEL,
     preset: Preset = None,
-    prompt_tokens: PromptTokens = "128,512,1024",
+    prompt_tokens: PromptLengths = "128,512,1024",
     batch_size: BatchSize = 1,
-    arms: Arms = "full,kvp",
+    arms: Arms = "mlx-lm,full,kvp",
     rounds: Rounds = 5,
     prefill_step_size: StepSize = None,
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     device: DeviceOption = None,
-    out: Out = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result here (.png, .svg, .pdf).")] = None,
+    out: OutFile = None,
+    plot: Plot = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -83,25 +96,14 @@ def ttft(
 
     Ctrl-C or SIGTERM keeps the prompt lengths that are finished.
     """
-    lengths = parse_lengths(prompt_tokens)
-    check_writable(out, plot)
     use_device(device)
-    from ..bench.llama_cpp import llama_cpp_engine
-    from ..bench.plot import draw_ttft
-    from ..bench.report import TTFT
-    from ..bench.ttft import Sweep, measure_ttft, parse_bench_arms
-    from ..device.streams import default_step_size
-
-    sweep = Sweep(lengths, batch_size, parse_bench_arms(arms), rounds, prefill_step_size or default_step_size())
-    has_llama_cpp = any(arm.kind == "llama.cpp" for arm in sweep.arms)
-    if has_llama_cpp and (preset is not None or model != DEFAULT_MODEL):
-        raise InputError(
-            f"the arm llama.cpp reads the default model's file; leave out that arm, or take {DEFAULT_MODEL}."
-        )
-    other_engine = llama_cpp_engine(max(lengths)) if has_llama_cpp else None
+    sweep = make_sweep(prompt_tokens, batch_size, arms, rounds, prefill_step_size)
+    subject = Subject(model, preset, dtype, q_bits, allow_base_mismatch)
+    check_writable(out, plot)
+    require_default_model(sweep, subject)
     with clean_stdout(json), progress_bar("measuring") as progress:
-        loaded, text_ids = prepare(model, preset, dtype, q_bits, sweep, allow_base_mismatch)
-        result = measure_ttft(loaded, preset or model, text_ids, sweep, other_engine=other_engine, progress=progress)
+        loaded, text_ids = load_subject(subject, sweep)
+        result = measure_ttft(loaded, subject.name, text_ids, sweep, progress=progress)
     report(result, TTFT, f"Time to first token, median of {rounds}", out, json)
     if plot is not None:
         draw_ttft([result], plot)
@@ -113,7 +115,7 @@ def ttft(
 def decode(
     model: Model = DEFAULT_MODEL,
     preset: Preset = None,
-    prompt_tokens: PromptTokens = "512",
+    prompt_tokens: PromptLengths = "512",
     arms: Arms = "full,kvp",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to time.")] = 64,
     rounds: Rounds = 5,
@@ -121,25 +123,18 @@ def decode(
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     device: DeviceOption = None,
-    out: Out = None,
+    out: OutFile = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
     """Time decoding after a predicted and after a true cache."""
-    lengths = parse_lengths(prompt_tokens)
-    check_writable(out)
     use_device(device)
-    from ..arms.arm import parse_arms
-    from ..bench.decode import measure_decode
-    from ..bench.report import DECODE
-    from ..bench.ttft import Sweep
-    from ..device.streams import default_step_size
-
-    sweep = Sweep(lengths, 1, parse_arms(arms), rounds, prefill_step_size or default_step_size())
+    sweep = make_sweep(prompt_tokens, 1, arms, rounds, prefill_step_size)
+    subject = Subject(model, preset, dtype, q_bits, allow_base_mismatch)
+    check_writable(out)
     with clean_stdout(json), progress_bar("measuring") as progress:
-        loaded, text_ids = prepare(model, preset, dtype, q_bits, sweep, allow_base_mismatch)
-        name = preset or model
-        result = measure_decode(loaded, name, text_ids, sweep, new_tokens=new_tokens, progress=progress)
+        loaded, text_ids = load_subject(subject, sweep)
+        result = measure_decode(loaded, subject.name, text_ids, sweep, new_tokens=new_tokens, progress=progress)
     report(result, DECODE, f"Decoding {new_tokens} tokens, median of {rounds}", out, json)
 
 
@@ -147,31 +142,25 @@ def decode(
 def memory(
     model: Model = DEFAULT_MODEL,
     preset: Preset = None,
-    prompt_tokens: PromptTokens = "128,512,1024",
+    prompt_tokens: PromptLengths = "128,512,1024",
     batch_size: BatchSize = 1,
     arms: Arms = "full,kvp",
     prefill_step_size: StepSize = None,
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     device: DeviceOption = None,
-    out: Out = None,
+    out: OutFile = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
     """Measure each arm's peak memory up to the first token, beside what it is made of."""
-    lengths = parse_lengths(prompt_tokens)
-    check_writable(out)
     use_device(device)
-    from ..arms.arm import parse_arms
-    from ..bench.memory import measure_memory
-    from ..bench.report import MEMORY
-    from ..bench.ttft import Sweep
-    from ..device.streams import default_step_size
-
-    sweep = Sweep(lengths, batch_size, parse_arms(arms), 1, prefill_step_size or default_step_size())
+    sweep = make_sweep(prompt_tokens, batch_size, arms, 1, prefill_step_size)
+    subject = Subject(model, preset, dtype, q_bits, allow_base_mismatch)
+    check_writable(out)
     with clean_stdout(json), progress_bar("measuring") as progress:
-        loaded, text_ids = prepare(model, preset, dtype, q_bits, sweep, allow_base_mismatch)
-        result = measure_memory(loaded, preset or model, text_ids, sweep, progress=progress)
+        loaded, text_ids = load_subject(subject, sweep)
+        result = measure_memory(loaded, subject.name, text_ids, sweep, progress=progress)
     report(result, MEMORY, "Peak memory, MiB", out, json)
 
 
@@ -180,7 +169,7 @@ def flops(
     preset: Annotated[list[str] | None, typer.Option(help="Repeatable; default: all 11.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length of the true ratio.")] = 1024,
     batch_size: BatchSize = 1,
-    out: Out = None,
+    out: OutFile = None,
     json: Json = False,
 ) -> None:
     """Print the arithmetic of the published pairs beside the paper's ratios.
@@ -189,9 +178,6 @@ def flops(
     computed, attention and predictor included, embeddings and skipped layers not.
     """
     check_writable(out)
-    from ..bench.flops import flops_table
-    from ..bench.report import FLOPS, print_table, write_result
-
     result = flops_table(preset or [], prompt_tokens, batch_size)
     if out is not None:
         write_result(out, result, FLOPS)
@@ -211,9 +197,6 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two results row by row: ratio of medians, with a bootstrap interval."""
-    from ..bench.compare import compare as compare_results
-    from ..bench.report import COMPARE, print_table
-
     result = compare_results(before, after, fail_above)
     if json:
         print_json(result)
@@ -238,19 +221,14 @@ def calibrate(
 ) -> None:
     """Find the prompt length from which prediction pays here, and keep it for --prefill auto."""
     use_device(device)
-    exact_tail = DEFAULT_EXACT_TAIL if exact_tail is None else exact_tail
-    from ..bench.calibrate import calibrate as calibrate_model
-    from ..bench.report import CALIBRATION, print_table
-    from ..bundle.loading import load
-
+    tail = DEFAULT_EXACT_TAIL if exact_tail is None else exact_tail
     with clean_stdout(json), progress_bar("measuring") as progress:
         loaded = load(model, allow_base_mismatch=allow_base_mismatch)
-        ids = demo_ids(loaded)
-        result = calibrate_model(loaded, model, ids, exact_tail=exact_tail, rounds=rounds, progress=progress)
+        result = calibrate_auto(loaded, model, demo_ids(loaded), exact_tail=tail, rounds=rounds, progress=progress)
     if json:
         print_json(result)
         return
-    print_table(f"Time to first token, {model}, exact tail {exact_tail}", CALIBRATION, result["rows"])
+    print_table(f"Time to first token, {model}, exact tail {tail}", CALIBRATION, result["rows"])
     pays = f"from {result['pays_from']} tokens on" if result["pays_from"] else "at none of these lengths"
     say(f"prediction pays {pays}; kept in {result['stored']}", style="")
 
@@ -262,76 +240,17 @@ def plot(
 ) -> None:
     """Draw saved results: the first one's times and parts, and what all of them realise."""
     check_writable(out)
-    from ..bench.plot import draw_ttft
-
-    documents = []
-    for path in results:
-        try:
-            documents.append(json_library.loads(path.read_text(encoding="utf-8")))
-            _ = [row["speedup"] for row in documents[-1]["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a result of 'kvp bench ttft --out FILE.json'.") from error
-    draw_ttft(documents, out)
+    draw_ttft([read_drawable(path) for path in results], out)
 
 
-def prepare(
-    model: str, preset: str | None, dtype: Dtype | None, q_bits: int | None, sweep: "Sweep", allow_base_mismatch: bool
-) -> "tuple[KVPModel, list[int]]":
-    """Load or build what is measured, and the text of the prompts, unless the run would not fit into memory.
+def make_sweep(prompt_tokens: str, batch_size: int, arms: str, rounds: int, step_size: int | None) -> Sweep:
+    """Return what the options of a measurement ask for.
 
     Raises:
-        InputError: too little memory, or ``--q-bits`` other than 4 or 8.
+        InputError: prompt lengths or arms that are none.
     """
-    from ..bench.capacity import require_memory
-    from ..bench.precision import bundle_for_bench, preset_for_bench
-
-    if q_bits not in (None, 4, 8):
-        raise InputError(f"--q-bits is 4 or 8, not {q_bits}.")
-    size = {"prompt_tokens": max(sweep.prompt_tokens), "batch": sweep.batch_size, "step_size": sweep.step_size}
-    kind = None if dtype is None else dtype.value
-    if preset is not None:
-        loaded = preset_for_bench(preset, kind, q_bits, **size)
-        return loaded, random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)
-    loaded = bundle_for_bench(model, kind, q_bits, allow_base_mismatch=allow_base_mismatch)
-    require_memory(loaded, **size, loaded=True)
-    return loaded, demo_ids(loaded)
-
-
-def demo_ids(loaded: "KVPModel") -> list[int]:
-    """Return the shipped document as token ids."""
-    return loaded.text_tokenizer.encode(DEMO_DOCUMENT.read_text(encoding="utf-8"))
-
-
-def use_device(device: Device | None) -> None:
-    """Choose the device, before mlx-lm is imported: its stream stays on what is the default then.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    import mlx.core as mx
-
-    if device is None:
-        return
-    wanted = getattr(mx, device.value)
-    if not mx.is_available(wanted):
-        raise InputError(f"this machine has no {device.value} that mlx can use; leave out --device.")
-    mx.set_default_device(wanted)
-
-
-def report(
-    result: dict[str, Any], columns: dict[str, Callable[[Any], str]], title: str, out: Path | None, json: bool
-) -> None:
-    """Write the result to ``out``, and print it as JSON or as a table."""
-    from ..bench.report import print_table, write_result
-
-    if out is not None:
-        write_result(out, result, columns)
-    if json:
-        print_json(result)
-        return
-    machine = result["machine"]
-    where = f"{machine['chip']} ({machine['cores']} cores, {machine['device']})"
-    print_table(f"{title}: {result['model']}, {result['precision']}, {where}", columns, result["rows"])
+    lengths = parse_lengths(prompt_tokens)
+    return Sweep(lengths, batch_size, parse_arms(arms), rounds, step_size or default_step_size())
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -344,3 +263,51 @@ def parse_lengths(text: str) -> list[int]:
     if min(lengths) < 2:
         raise InputError(f"prompts have 2 tokens or more, not {min(lengths)}; change --prompt-tokens.")
     return lengths
+
+
+def require_default_model(sweep: Sweep, subject: Subject) -> None:
+    """Refuse to time an engine on the default model's file beside other models.
+
+    Raises:
+        InputError: that is asked for.
+    """
+    foreign = [arm.name for arm in sweep.arms if arm.kind.is_foreign]
+    if foreign and subject.name != DEFAULT_MODEL:
+        raise InputError(
+            f"the arm {foreign[0]} reads the default model's file; leave out that arm, or take {DEFAULT_MODEL}."
+        )
+
+
+def load_subject(subject: Subject, sweep: Sweep) -> tuple[KVPModel, list[int]]:
+    """Load or build what is measured, and the text of the prompts, unless the run would not fit into memory.
+
+    Raises:
+        InputError: too little memory, or ``--q-bits`` other than 4 or 8.
+    """
+    if subject.q_bits not in (None, 4, 8):
+        raise InputError(f"--q-bits is 4 or 8, not {subject.q_bits}.")
+    size = {"prompt_tokens": max(sweep.prompt_tokens), "batch": sweep.batch_size, "step_size": sweep.step_size}
+    dtype, q_bits = None if subject.dtype is None else subject.dtype.value, subject.q_bits
+    if subject.preset is not None:
+        loaded = preset_for_bench(subject.preset, dtype, q_bits, **size)
+        return loaded, random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)
+    loaded = bundle_for_bench(subject.model, dtype, q_bits, allow_base_mismatch=subject.allow_base_mismatch)
+    require_memory(loaded, **size, loaded=True)
+    return loaded, demo_ids(loaded)
+
+
+def demo_ids(loaded: KVPModel) -> list[int]:
+    """Return the shipped document as token ids."""
+    return loaded.text_tokenizer.encode(DEMO_DOCUMENT.read_text(encoding="utf-8"))
+
+
+def report(result: Result, columns: dict[str, Callable[[Any], str]], title: str, out: Path | None, json: bool) -> None:
+    """Write the result to ``out``, and print it as JSON or as a table."""
+    if out is not None:
+        write_result(out, result, columns)
+    if json:
+        print_json(result)
+        return
+    machine = result["machine"]
+    where = f"{machine['chip']} ({machine['cores']} cores, {machine['device']})"
+    print_table(f"{title}: {result['model']}, {result['precision']}, {where}", columns, result["rows"])

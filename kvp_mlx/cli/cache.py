@@ -5,16 +5,23 @@ from typing import Annotated, Any
 
 import typer
 
+from ..bundle.loading import load
+from ..engine.saved_caches import (
+    Role,
+    build_cache,
+    cache_place,
+    directory_bytes,
+    limit_from_environment,
+    read_saved,
+    remove_cache,
+    save_cache,
+    saved_places,
+)
 from ..errors import BundleError, InputError
 from .options import DEFAULT_MODEL, AllowMismatch, Json, Model
 from .output import clean_stdout, print_json, progress_bar, read_text, say
 
-app = typer.Typer(help="Read a document or system prompt once, use it many times.", rich_markup_mode=None)
-
-
-@app.callback()
-def group() -> None:
-    """Read a document or system prompt once, use it many times."""
+app = typer.Typer()
 
 
 @app.command()
@@ -34,16 +41,6 @@ def build(
     All saved caches together take up to 4 GB (KVP_CACHE_LIMIT_GB); the least recently used ones make room.
     """
     text = read_text(file, "check the path")
-    from ..bundle.loading import load
-    from ..engine.saved_caches import (
-        Role,
-        build_cache,
-        cache_place,
-        directory_bytes,
-        limit_from_environment,
-        save_cache,
-    )
-
     name = name or ("stdin" if file == "-" else Path(file).stem)
     place = cache_place(name)
     limit_from_environment()
@@ -73,8 +70,6 @@ def build(
 @app.command("ls")
 def list_caches(json: Json = False) -> None:
     """List the saved caches, most recently used first."""
-    from ..engine.saved_caches import directory_bytes, read_saved, saved_places
-
     rows: list[dict[str, Any]] = []
     damaged: list[str] = []
     for place in reversed(saved_places()):
@@ -112,8 +107,6 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="Saved caches.")],
 ) -> None:
     """Remove saved caches."""
-    from ..engine.saved_caches import cache_place, remove_cache
-
     missing = [name for name in names if not cache_place(name).is_dir()]
     if missing:
         raise InputError(f"there is no saved cache '{missing[0]}'; 'kvp cache ls' lists them.")

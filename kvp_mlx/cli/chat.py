@@ -4,37 +4,46 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 from rich.console import Console
 
-from ..engine.dial import QUALITIES, Dial
+from ..bundle.loading import load
+from ..engine.conversation import Conversation
+from ..engine.dial import QUALITIES, Dial, dial_of
+from ..engine.reply import Piece
+from ..engine.saved_caches import (
+    DOCUMENT_END,
+    cache_place,
+    load_cache,
+    load_conversation,
+    save_cache,
+    save_conversation,
+)
+from ..engine.worker import Emit, Worker
 from ..errors import InputError, KVPError
 from ..files import cache_dir
 from .options import (
     DEFAULT_MODEL,
     AllowMismatch,
+    Cache,
     ExactHead,
     ExactTail,
     MaxTokens,
     Model,
     PrefillOption,
     Quality,
-    QualityChoice,
     Recompute,
     Seed,
     Temperature,
     TopP,
-    make_dial,
     make_sampler,
 )
-from .output import read_text, say
+from .output import read_text, say, summary
 from .terminal import Editor, MarkdownReply, PlainReply, is_interactive, read_line
-
-if TYPE_CHECKING:
-    from ..engine.conversation import Conversation, Turn
-    from ..engine.worker import Emit, Worker
 
 LAST = "last"
 COMMANDS = {
@@ -56,12 +65,12 @@ HINT = "/help lists the commands, Alt-Enter begins a new line, Ctrl-C stops a re
 def chat(
     model: Model = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Begin with a saved cache ('kvp cache build').")] = None,
+    cache: Cache = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    quality: Quality = QualityChoice.balanced,
+    quality: Quality = "balanced",
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
     exact_tail: ExactTail = None,
@@ -78,15 +87,13 @@ def chat(
     """
     if system is not None and cache is not None:
         raise InputError("--system and --cache both say how the conversation begins; give one.")
-    from ..engine.worker import Worker
-
-    dial = make_dial(quality.value, prefill and prefill.value, exact_head, exact_tail)
+    dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     session = Session(dial, refine, max_tokens, sampling)
     session.keep_heads = exact_head is not None
     session.worker = Worker(session.idle_work)
     try:
-        session.open(model, system, cache, recompute, allow_base_mismatch)
+        session.open(model, system, cache, allow_base_mismatch)
         with session.handling_ctrl_c():
             session.run(model)
     finally:
@@ -99,34 +106,28 @@ class Session:
     The conversation is touched on the worker's thread only; the status line reads two of its counts.
     """
 
-    conversation: "Conversation"
-    worker: "Worker"
+    conversation: Conversation
+    worker: Worker
 
     def __init__(self, dial: Dial, refine: bool, max_tokens: int, sampling: dict[str, Any]):
         self.dial, self.refine, self.max_tokens, self.sampling = dial, refine, max_tokens, sampling
         self.interactive = is_interactive()
-        self.turns: list[Turn] = []
+        self.turns: list[Piece] = []  # the last piece of each
         self.attached = ""
         self.next_text = ""  # what the editor begins with
         self.keep_heads = False
         self.stopped = False
         self._warned = False
 
-    def open(
-        self, model: str, system: str | None, cache: str | None, recompute: float | None, allow_base_mismatch: bool
-    ) -> None:
+    def open(self, model: str, system: str | None, cache: str | None, allow_base_mismatch: bool) -> None:
         """Load the model, and the saved cache if one is named."""
 
         def start() -> str:
-            from ..bundle.loading import load
-            from ..engine.conversation import Conversation
-            from ..engine.saved_caches import DOCUMENT_END, load_cache
-
-            loaded = load(model, recompute=recompute, allow_base_mismatch=allow_base_mismatch)
+            loaded = load(model, allow_base_mismatch=allow_base_mismatch)
             conversation = Conversation(loaded, system)
             attached = ""
             if cache is not None:
-                saved, context = load_cache(loaded, cache, exact=self.dial.prefill == "full")
+                saved, context = load_cache(loaded, cache, exact=self.dial.path == "full")
                 *before, message = saved.messages_with("")
                 conversation.restore(before)
                 conversation.context = context
@@ -224,16 +225,14 @@ class Session:
 
     def quality_name(self) -> str:
         """Return the dial's name, or what it says."""
-        named = (name for name, dial in QUALITIES.items() if dial == self.dial)
-        own = f"{self.dial.prefill}, exact head {self.dial.exact_head}, exact tail {self.dial.exact_tail}"
+        named = (name for name, dial in QUALITIES.items() if dial == replace(self.dial, recompute=None))
+        own = f"{self.dial.path}, exact head {self.dial.exact_head}, exact tail {self.dial.exact_tail}"
         return next(named, own)
 
     # Turns
 
     def send(self, text: str) -> None:
         """Answer a message, with the attached file in front of it."""
-        from ..engine.saved_caches import DOCUMENT_END
-
         text = f"{self.attached}{DOCUMENT_END}{text}" if self.attached else text
         if self.answer("reply", text):
             self.attached = ""
@@ -259,7 +258,7 @@ class Session:
         """Take one turn and show it; returns whether the conversation has it now."""
         shown = MarkdownReply(Console()) if self.interactive else PlainReply()
         sampling = self.sampling if temperature is None else self.sampling | {"temperature": temperature}
-        turn: Turn | None = None
+        last: Piece | None = None
         self.stopped = False
         try:
             with closing(self.worker.run(lambda emit: self._turn(emit, kind, text, sampling))) as steps:
@@ -267,7 +266,7 @@ class Session:
                     if isinstance(step, tuple):
                         shown.progress(*step)
                     else:
-                        turn = step
+                        last = step
                         shown.feed(step.text)
         except Exception:
             if not self.stopped:  # Ctrl-C also reaches the compiler that mlx runs on CPUs, which fails then
@@ -275,30 +274,28 @@ class Session:
         finally:
             shown.close()
         if self.stopped:
-            say("[stopped]" if turn else "[stopped before the reply began; the message was not taken]")
-        if turn is None:
+            say("[stopped]" if last else "[stopped before the reply began; the message was not taken]")
+        if last is None:
             return False
-        self.turns.append(turn)
-        if turn.dropped_turns:
-            say(f"the context window was full: the oldest {turn.dropped_turns} turns left it.", "yellow")
-        say(turn.summary())
+        self.turns.append(last)
+        if dropped := self.conversation.dropped_turns:
+            say(f"the context window was full: the oldest {dropped} turns left it.", "yellow")
+        say(summary(last))
         self._after_turn()
         return True
 
-    def _turn(self, emit: "Emit", kind: str, text: tuple[str, ...], sampling: dict[str, Any]) -> None:
+    def _turn(self, emit: Emit, kind: str, text: tuple[str, ...], sampling: dict[str, Any]) -> None:
         """Take a turn on the worker's thread."""
-        options = vars(self.dial) | {"max_tokens": self.max_tokens, "sampler": make_sampler(**sampling)}
+        options = {"dial": self.dial, "max_tokens": self.max_tokens, "sampler": make_sampler(**sampling)}
         self.sampling["seed"] = None  # it is for the chat as a whole: the next turn goes on from here
         reply = getattr(self.conversation, kind)(*text, progress=lambda done, total: emit((done, total)), **options)
         with closing(reply):
-            for turn in reply:
-                emit(turn)
+            for piece in reply:
+                emit(piece)
 
     def _after_turn(self) -> None:
         """Keep the transcript where ``/load last`` finds it; say what failed in the background."""
         if self.interactive:
-            from ..engine.saved_caches import save_conversation
-
             save_conversation(LAST, self.conversation.messages, self.conversation.first)
         if self.worker.idle_error and not self._warned:
             self._warned = True
@@ -325,10 +322,8 @@ class Session:
 
     def show_stats(self, _: str) -> None:
         """Print a line per turn, and what the context holds."""
-        import mlx.core as mx
-
-        for number, turn in enumerate(self.turns, 1):
-            say(f"{number:4}  {turn.summary()}", "default")
+        for number, last in enumerate(self.turns, 1):
+            say(f"{number:4}  {summary(last)}", "default")
         say(f"{self.status().strip()}; peak memory {mx.get_peak_memory() / 1e9:.2f} GB", "default")
 
     def set_quality(self, rest: str) -> None:
@@ -336,7 +331,7 @@ class Session:
         if rest:
             if rest not in QUALITIES:
                 raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{rest}'.")
-            self.dial = QUALITIES[rest]
+            self.dial = replace(QUALITIES[rest], recompute=self.dial.recompute)
             if rest == "exact":  # nothing predicted may answer for exact context
                 self.worker.call(lambda: self.conversation.context.keep(self.conversation.context.exact_tokens))
         say(f"quality: {self.quality_name()}")
@@ -351,8 +346,6 @@ class Session:
 
     def save(self, name: str) -> None:
         """Keep transcript and cache."""
-        from ..engine.saved_caches import save_cache, save_conversation
-
         conversation = self.conversation
         save_conversation(name, conversation.messages, conversation.first)
         removed: list[str] = []
@@ -362,8 +355,6 @@ class Session:
 
     def load(self, name: str) -> None:
         """Go on with a saved conversation; its cache is taken along if it is there and fits the model."""
-        from ..engine.saved_caches import cache_place, load_cache, load_conversation
-
         messages, first = load_conversation(name)
         self.conversation.restore(messages, first)
         self.attached = ""
@@ -375,7 +366,7 @@ class Session:
                 say(f"{error} The context is read again.", "yellow")
             else:
                 self.worker.call(lambda: setattr(self.conversation, "context", context))
-                if self.dial.prefill == "full":
+                if self.dial.path == "full":
                     self.worker.call(lambda: context.keep(context.exact_tokens))
         say(f"'{name}': {sum(message['role'] == 'user' for message in messages)} turns")
 

@@ -1,47 +1,35 @@
 """``kvp convert`` and ``kvp push``."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ..bundle.named import find_model
+from ..convert.bundles.kvp import convert_kvp
+from ..convert.bundles.verify import verify_conversion
+from ..convert.gguf import convert_gguf_file
+from ..convert.hf import convert_hf
+from ..convert.openelm import convert_openelm
+from ..convert.output import Precision
 from ..errors import InputError
-from .options import Json
+from ..models.hub import push_directory
+from .options import Dtype, DtypeOption, Force, Json, OutDirectory, QBits
 from .output import clean_stdout, print_json, progress_bar, say
 
-if TYPE_CHECKING:
-    from ..convert.output import Precision
-
-app = typer.Typer(help="Make mlx-lm models and bundles of other projects' checkpoints.", rich_markup_mode=None)
-
-
-class Dtype(StrEnum):
-    """The values of ``--dtype``."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
-DtypeOption = Annotated[
-    Dtype | None,
-    typer.Option("--dtype", help="Of what is not quantised; default: as stored."),
-]
-QBits = Annotated[int | None, typer.Option("--q-bits", help="Quantise to 4 or 8 bits.")]
 QGroupSize = Annotated[int | None, typer.Option("--q-group-size", help="Numbers per scale: 32, 64 (default) or 128.")]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Llama tokenizer.model, or a directory or Hub id with a tokeniser.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Upload = Annotated[str | None, typer.Option("--upload", help="Afterwards push to this Hub repository (owner/name).")]
+
+app = typer.Typer()
 
 
 @app.command("openelm")
 def openelm(
     source: Annotated[str, typer.Argument(help="CoreNet .pt file, or Hugging Face OpenELM directory or id.")],
-    out: Out,
+    out: OutDirectory,
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     q_group_size: QGroupSize = None,
@@ -54,18 +42,18 @@ def openelm(
 
     Any size, whole or layer-pruned: the dimensions are read off the tensors.
     """
-    from ..convert.openelm import convert_openelm
-
     precision = make_precision(dtype, q_bits, q_group_size)
     with clean_stdout(json), progress_bar("tensors") as progress:
-        result = convert_openelm(source, out, precision, tokenizer=tokenizer, force=force, progress=progress)
+        result = convert_openelm(
+            source, out, precision, tokenizer=find_tokenizer(tokenizer), force=force, progress=progress
+        )
     finish(result, upload, json)
 
 
 @app.command("kvp")
 def kvp(
     source: Annotated[Path, typer.Argument(help="CoreNet KV-prediction checkpoint (.pt).")],
-    out: Out,
+    out: OutDirectory,
     preset: Annotated[str | None, typer.Option("--preset", help="Which published pair it is.")] = None,
     layer_map: Annotated[
         str | None, typer.Option("--layer-map", help="Or the auxiliary layer of each base layer: 0,0,1,...")
@@ -82,8 +70,6 @@ def kvp(
 
     Base, auxiliary and maps come out of one file; every tensor has to have its place.
     """
-    from ..convert.bundles.kvp import convert_kvp
-
     precision, entries = make_precision(dtype, q_bits, q_group_size), parse_layer_map(layer_map)
     with clean_stdout(json), progress_bar("tensors") as progress:
         result = convert_kvp(
@@ -92,7 +78,7 @@ def kvp(
             precision,
             preset=preset,
             layer_map=entries,
-            tokenizer=tokenizer,
+            tokenizer=find_tokenizer(tokenizer),
             force=force,
             progress=progress,
         )
@@ -102,7 +88,7 @@ def kvp(
 @app.command("hf")
 def hf(
     source: Annotated[str, typer.Argument(help="Hugging Face or mlx-lm model directory or id.")],
-    out: Out,
+    out: OutDirectory,
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     q_group_size: QGroupSize = None,
@@ -112,18 +98,24 @@ def hf(
     json: Json = False,
 ) -> None:
     """Convert a Hugging Face model of a supported family, through mlx-lm."""
-    from ..convert.hf import convert_hf
-
     precision = make_precision(dtype, q_bits, q_group_size)
     with clean_stdout(json), progress_bar("tensors") as progress:
-        result = convert_hf(source, out, precision, tokenizer=tokenizer, force=force, progress=progress)
+        result = convert_hf(
+            source,
+            out,
+            precision,
+            directory=find_model(source),
+            tokenizer=find_tokenizer(tokenizer),
+            force=force,
+            progress=progress,
+        )
     finish(result, upload, json)
 
 
 @app.command("gguf")
 def gguf(
     source: Annotated[Path, typer.Argument(help="GGUF file of the llama family.")],
-    out: Out,
+    out: OutDirectory,
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     q_group_size: QGroupSize = None,
@@ -133,11 +125,11 @@ def gguf(
     json: Json = False,
 ) -> None:
     """Convert a llama-family GGUF file in Q4_0, Q4_1, Q8_0, F16 or F32."""
-    from ..convert.gguf import convert_gguf_file
-
     precision = make_precision(dtype, q_bits, q_group_size)
     with clean_stdout(json), progress_bar("tensors") as progress:
-        result = convert_gguf_file(source, out, precision, tokenizer=tokenizer, force=force, progress=progress)
+        result = convert_gguf_file(
+            source, out, precision, tokenizer=find_tokenizer(tokenizer), force=force, progress=progress
+        )
     finish(result, upload, json)
 
 
@@ -152,8 +144,6 @@ def verify(
     A few prompts are recomputed from the checkpoint by an independent PyTorch implementation; exit code 1 if the
     logits differ by more than the stored precision explains.
     """
-    from ..convert.bundles.verify import verify_conversion
-
     with clean_stdout(json), progress_bar("prompts") as progress:
         result = verify_conversion(model, checkpoint, progress=progress)
     if json:
@@ -174,8 +164,6 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload a bundle or model to the Hugging Face Hub."""
-    from ..models.hub import push_directory
-
     with clean_stdout(json):
         url = push_directory(directory, repository, private=private)
     if json:
@@ -184,15 +172,22 @@ def push(
         say(f"Pushed {directory} to {url}.")
 
 
-def make_precision(dtype: Dtype | None, q_bits: int | None, q_group_size: int | None) -> "Precision":
+def make_precision(dtype: Dtype | None, q_bits: int | None, q_group_size: int | None) -> Precision:
     """Return the wanted precision of the output.
 
     Raises:
         InputError: unusable values.
     """
-    from ..convert.output import Precision
-
     return Precision(dtype.value if dtype else None, q_bits, q_group_size)
+
+
+def find_tokenizer(name: str | None) -> str | None:
+    """Return the file or directory that ``--tokenizer`` names, the default's alias among them.
+
+    Raises:
+        InputError: nothing of that name here, and no Hub to ask.
+    """
+    return name if name is None or Path(name).expanduser().is_file() else str(find_model(name))
 
 
 def parse_layer_map(text: str | None) -> list[int] | None:
@@ -210,8 +205,6 @@ def parse_layer_map(text: str | None) -> list[int] | None:
 def finish(result: dict[str, Any], upload: str | None, json: bool) -> None:
     """Push what was written where that is wanted, and report."""
     if upload is not None:
-        from ..models.hub import push_directory
-
         with clean_stdout(json):
             result["upload"] = push_directory(Path(result["out"]), upload)
     if json:

@@ -6,11 +6,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
+import mlx.core as mx
+import typer
 from packaging.requirements import Requirement
 
 from ..bundle import named
 from ..device import blas
+from ..device.machine import matmul_flops_per_s
 from ..files import cache_dir
+from .options import Json
+from .output import print_json
 
 SLOW_GFLOPS = 20.0
 NEEDED_BYTES = 2**29
@@ -24,6 +29,21 @@ class Check:
     status: str
     detail: str
     remedy: str = ""
+
+
+def doctor(json: Json = False) -> None:
+    """Check this machine.
+
+    OK, WARN or FAIL, each with its remedy; exit code 1 on FAIL.
+    """
+    checks = run_checks()
+    if json:
+        print_json({"checks": [vars(check) for check in checks]})
+    else:
+        for check in checks:
+            print(f"{check.status:4}  {check.name}: {check.detail}" + (f"  -> {check.remedy}" if check.remedy else ""))
+    if any(check.status == "FAIL" for check in checks):
+        raise typer.Exit(1)
 
 
 def run_checks() -> list[Check]:
@@ -60,10 +80,6 @@ def check_blas() -> Check:
 
 def check_speed() -> Check:
     """Measure a small fp32 matmul."""
-    import mlx.core as mx
-
-    from ..device.machine import matmul_flops_per_s
-
     gflops = matmul_flops_per_s(mx.float32, rows=128, width=1024) / 1e9
     detail = f"{gflops:.0f} GFLOP/s fp32 matmul on {mx.default_device().type.name}"
     if gflops < SLOW_GFLOPS:

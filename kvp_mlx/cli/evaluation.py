@@ -1,25 +1,57 @@
-"""``kvp eval``."""
+"""``kvp eval``: its tasks (see ``tasks``), and what is measured and written beside them."""
 
-from typing import Annotated
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from . import results, tasks, turns
-from .options import DEFAULT_MODEL, AllowMismatch, Json, Recompute
-from .output import clean_stdout, print_json, progress_bar
-
-CONTEXT_ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
+from ..bundle.loading import KVPModel, load
+from ..device.machine import describe_machine
+from ..engine.dial import Dial
+from ..errors import InputError
+from ..evaluate.diagnose import diagnose as examine
+from ..evaluate.diagnose import short_needles
+from ..evaluate.layers import measure_layers
+from ..evaluate.likelihood import Scoring
+from ..evaluate.pareto import draw, points, read_documents
+from ..evaluate.records import SAMPLE
+from ..evaluate.report import page, read_results
+from ..evaluate.runs import answering_arms
+from ..evaluate.suite import estimate, plan, run_suite
+from ..evaluate.tasks import all_tasks
+from ..evaluate.trade_off import dials, measure_dials
+from ..evaluate.turns import measure_sets, read_conversations, script_sets, yield_times_ms
+from ..files import check_writable, write_json, write_text
+from ..train.recovery import ARMS, RecoveryMeasurement
+from ..train.text import data_files, token_windows
+from .options import (
+    DEFAULT_MODEL,
+    AllowCode,
+    AllowMismatch,
+    ContinuationTokens,
+    DataSeed,
+    Documents,
+    Json,
+    Limit,
+    Model,
+    ModelArgument,
+    OutFile,
+    Plot,
+    PromptTokens,
+    Recompute,
+    TextData,
+    TextOrSample,
+    parse_numbers,
+)
+from .output import clean_stdout, print_json, progress_bar, say
+from .tasks import AnsweringArms, ScoringOption, task_command
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
-for task in (
-    *(tasks.triviaqa, tasks.squad, tasks.gsm8k, tasks.mcq, tasks.humaneval),
-    *(tasks.needle, tasks.quote, tasks.chat, tasks.perplexity),
-):
-    app.command()(tasks.task_command(task))
-for command in (results.suite, results.lm_eval, results.pareto, results.diagnose, results.report):
-    app.command()(command)
-app.command("turns")(turns.turns)
-app.command("dial")(turns.dial)
+for task in all_tasks().values():
+    app.command(task.name)(task_command(task))
 
 
 @app.callback()
@@ -27,22 +59,33 @@ def group() -> None:
     """Measure what a sooner first token costs."""
 
 
+def documents_of(model: KVPModel, data: list[str], tokens: int, seed: int, limit: int) -> list[list[int]]:
+    """Return documents of exactly ``tokens`` token ids, at most ``limit``."""
+    windows = token_windows(data_files(data), model.text_tokenizer, tokens, seed)
+    return list(islice((window for window in windows if len(window) == tokens), limit))
+
+
+def hand_out(result: dict[str, Any], out: Path | None, json: bool) -> bool:
+    """Write and print a result as JSON where that is wanted; returns whether it is still to be shown to people."""
+    if out is not None:
+        write_json(out, result)
+    if json:
+        print_json(result)
+    return not json
+
+
 @app.command()
 def context(
-    data: Annotated[
-        list[str], typer.Option(help="Text (.txt, .md, .jsonl, also .gz): file, folder, pattern, hub:NAME; repeatable.")
-    ],
-    model: Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")] = DEFAULT_MODEL,
-    arms: Annotated[str, typer.Option(help="What to measure; full and no_context always are.")] = ",".join(
-        CONTEXT_ARMS
-    ),
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 384,
-    continuation_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after it.")] = 128,
+    data: TextData,
+    model: ModelArgument = DEFAULT_MODEL,
+    arms: Annotated[str, typer.Option(help="What to measure; full and no_context always are.")] = ",".join(ARMS),
+    prompt_tokens: PromptTokens = 384,
+    continuation_tokens: ContinuationTokens = 128,
     exact_tail: Annotated[int, typer.Option(min=0, help="Prompt tokens before the last that the base reads.")] = 0,
     recompute: Recompute = None,
-    limit: Annotated[int, typer.Option(min=2, help="Documents at most.")] = 24,
+    limit: Documents = 24,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the caches layer by layer.")] = False,
-    seed: Annotated[int, typer.Option(help="Chooses the passages.")] = 0,
+    seed: DataSeed = 0,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -50,28 +93,21 @@ def context(
 
     How much of what a prompt tells the full model still reaches it through the predicted cache.
     """
-    from itertools import islice
-
-    from ..bundle.loading import load
-    from ..evaluate.layers import measure_layers
-    from ..train.recovery import ContextMeasurement
-    from ..train.text import data_files, token_windows
-
-    files = data_files(data)
-    length = prompt_tokens + continuation_tokens
+    data_files(data)  # refused before a model is loaded
     with clean_stdout(json), progress_bar("documents") as progress:
-        loaded = load(model, recompute=recompute, allow_base_mismatch=allow_base_mismatch)
-        windows = token_windows(files, loaded.text_tokenizer, length, seed)
-        documents = list(islice((window for window in windows if len(window) == length), limit))
-        measurement = ContextMeasurement(
-            loaded, documents, continuation_tokens, exact_tail=exact_tail, arms=arms.split(",")
-        )
-        result = measurement.measure(progress)
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        share = Dial("kvp", 0, exact_tail, recompute).share(loaded.config)
+        documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
+        how: dict[str, Any] = {"exact_tail": exact_tail, "recompute": share, "arms": arms.split(",")}
+        result = RecoveryMeasurement(loaded, documents, continuation_tokens, **how).measure(progress)
         if per_layer:
-            result["layers"] = measure_layers(loaded, documents, continuation_tokens)
-    if json:
-        print_json(result)
-        return
+            result["layers"] = measure_layers(loaded, documents, continuation_tokens, recompute=share)
+    if hand_out(result, None, json):
+        print_recovery(result)
+
+
+def print_recovery(result: dict[str, Any]) -> None:
+    """Print context recovery for people."""
     for arm, row in result["arms"].items():
         print(f"{arm:20} nll {row['nll']:.3f}   recovery {row['recovery']:+.3f}")
     for row in result.get("layers", []):
@@ -79,3 +115,253 @@ def context(
         print(f"attention cosine {row['attention_cosine']:.3f}")
     if result["separation"] is not None:
         print(f"separation {result['separation']:.3f} over {result['documents']} documents")
+
+
+@app.command()
+def dial(
+    data: TextData,
+    model: ModelArgument = DEFAULT_MODEL,
+    prompt_tokens: PromptTokens = 384,
+    continuation_tokens: ContinuationTokens = 64,
+    heads: Annotated[str, typer.Option(help="Exact heads to try, comma-separated.")] = "0,4,32",
+    tails: Annotated[str, typer.Option(help="Exact tails to try, comma-separated.")] = "0,8,16,32,64,128",
+    limit: Documents = 12,
+    seed: DataSeed = 0,
+    allow_base_mismatch: AllowMismatch = False,
+    out: OutFile = None,
+    json: Json = False,
+) -> None:
+    """Measure what exact heads and tails cost and give.
+
+    Time to the first token and context recovery of each combination; those that nothing beats are marked.
+    """
+    check_writable(out)
+    choices = dials(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"))
+    if max(choice.exact_head + choice.exact_tail for choice in choices) > prompt_tokens - 2:
+        raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
+    data_files(data)  # refused before a model is loaded
+    with clean_stdout(json), progress_bar("documents") as progress:
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
+        if len(documents) < 2:
+            raise InputError("two documents are the least; give more --data.")
+        result: dict[str, Any] = {
+            "model": model,
+            "machine": describe_machine(),
+            "documents": len(documents),
+            "prompt_tokens": prompt_tokens,
+            "continuation_tokens": continuation_tokens,
+            "rows": measure_dials(loaded, documents, continuation_tokens, choices, progress),
+        }
+    if hand_out(result, out, json):
+        for row in result["rows"]:
+            print(
+                f"{row['path']:5} head {row['exact_head']:4} tail {row['exact_tail']:4}   {row['ttft_ms']:7.0f} ms   "
+                f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{'   *' if row['is_best'] else ''}"
+            )
+
+
+@app.command()
+def turns(
+    model: ModelArgument = DEFAULT_MODEL,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Conversations (.jsonl, also .gz) with 'messages', or 'turns' of the user; repeatable."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Conversations of each set at most.")] = 8,
+    exact_tail: Annotated[int, typer.Option(min=0, help="New tokens before the last that the base reads.")] = 8,
+    seed: DataSeed = 0,
+    allow_base_mismatch: AllowMismatch = False,
+    out: OutFile = None,
+    json: Json = False,
+) -> None:
+    """Measure what happens over several turns.
+
+    Full prefill, prediction, and prediction with refinement between turns: agreement, divergence and recall by turn,
+    on made-up conversations of ten turns and on the files named.
+    """
+    check_writable(out)
+    records = {path: read_conversations(path) for path in data or []}
+    with clean_stdout(json), progress_bar("conversations") as progress:
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        sets = script_sets(records, limit, seed)
+        result: dict[str, Any] = {
+            "model": model,
+            "machine": describe_machine(),
+            "exact_tail": exact_tail,
+            "refine_step_ms": yield_times_ms(loaded),
+            "sets": measure_sets(loaded, sets, exact_tail=exact_tail, progress=progress),
+        }
+    if hand_out(result, out, json):
+        print_turns(result)
+
+
+def print_turns(result: dict[str, Any]) -> None:
+    """Print a table per set."""
+    arms = ("kvp", "kvp+refine")
+    for name, measured in result["sets"].items():
+        table = Table(title=f"{name}, {measured['conversations']} conversations")
+        columns = ["turn", "tokens", *(f"{n} {arm}" for n in ("agreement", "KL") for arm in arms), "recall full"]
+        for column in (*columns, *(f"recall {arm}" for arm in arms), "fresh/turn TTFT"):
+            table.add_column(column, justify="right")
+        for row in measured["turns"]:
+            cells = [row[arm][key] for key in ("agreement", "kl") for arm in arms]
+            cells += [row[arm]["recall"] for arm in ("full", *arms)]
+            fresh = row["fresh_ttft_ms"]
+            sooner = f"{fresh / row['kvp+refine']['ttft_ms']:.1f}x" if fresh else ""
+            shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+            table.add_row(str(row["turn"]), f"{row['context_tokens']:.0f}", *shown, sooner)
+        Console(width=max(Console().width, 120)).print(table)
+    step = result["refine_step_ms"]
+    print(f"refinement can be left every {step['median']:.1f} ms (largest {step['largest']:.1f})")
+
+
+@app.command()
+def diagnose(
+    data: TextOrSample = None,
+    model: ModelArgument = DEFAULT_MODEL,
+    prompt_tokens: PromptTokens = 384,
+    continuation_tokens: ContinuationTokens = 64,
+    limit: Documents = 4,
+    seed: DataSeed = 0,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Say what is wrong with a bundle and what to do about it.
+
+    Layers that hurt most, facts that are lost, an auxiliary that does not fit, a gain in time that does not show.
+    """
+    with clean_stdout(json), progress_bar("examining") as progress:
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        documents = documents_of(loaded, data or [str(SAMPLE)], prompt_tokens + continuation_tokens, seed, limit)
+        needles = short_needles(loaded.text_tokenizer, seed)
+        result = examine(loaded, documents, continuation_tokens, progress, needles=needles)
+    if hand_out(result, None, json):
+        print_findings(result)
+
+
+def print_findings(result: dict[str, Any]) -> None:
+    """Print what was found wrong with a bundle."""
+    line = "layer {layer:3}   gain of exact entries {gain:+.3f}   attention cosine {attention_cosine:.3f}"
+    for row in result["layers"]:
+        print(line.format(**row))
+    print(
+        "TTFT {full_ms:.0f} ms full, {kvp_ms:.0f} ms kvp: {speedup:.2f}x of {flops_ratio:.2f}x".format(**result["ttft"])
+    )
+    print("needles found: full {full}, kvp {kvp}, kvp-64 {kvp-64} of {of}".format(**result["needles"]))
+    for found in result["findings"]:
+        print("{problem}: {evidence}. To do: {remedy}.".format(**found))
+    if not result["findings"]:
+        print("nothing stands out")
+
+
+@app.command()
+def suite(
+    data: Annotated[Path, typer.Argument(help="Folder with the tasks' files (docs/evaluating.md names them).")],
+    model: Model = DEFAULT_MODEL,
+    results: Annotated[Path, typer.Option(help="Folder for a JSON document per task.")] = Path("docs/results"),
+    records: Annotated[Path | None, typer.Option(help="Folder for the rows (default: RESULTS/records).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these of the plan, comma-separated.")] = None,
+    limit: Limit = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Time three items a task and print the plan.")] = False,
+    allow_code_execution: AllowCode = False,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Measure all tasks, beside token pruning at equal TTFT.
+
+    Goes on where it stopped. Several processes on one folder share the work; OPENBLAS_NUM_THREADS=1 gives each a core.
+    """
+    entries = plan(data, limit, None if tasks is None else [name.strip() for name in tasks.split(",")])
+    for name in (entry.name for entry in entries if entry.task.runs_code and not allow_code_execution):
+        say(f"{name} is left out: it runs programs that a model wrote (--allow-code-execution).")
+    entries = [entry for entry in entries if allow_code_execution or not entry.task.runs_code]
+    places, rows = (results, records or results / "records"), []
+    done: list[str] = []
+    with clean_stdout(json), progress_bar("rows") as progress:
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        if dry_run:
+            for row in estimate(entries, loaded, model, places[1]):
+                rows.append(row)
+                if not json:
+                    print_estimate(row, sum(row["hours"] for row in rows))
+        else:
+            done = run_suite(entries, loaded, model, *places, progress=progress, say=say)
+    hand_out({"plan": rows, "done": done}, None, json)
+
+
+def print_estimate(row: dict[str, Any], hours: float) -> None:
+    """Print one task of the plan for people, with the hours up to its end."""
+    print(f"{row['name']:12} n {row['n']:4}   {row['prompt_tokens']:4} prompt tokens   {row['hours']:5.2f} h", end="")
+    print(f"   {hours:5.2f} h in all")
+    print("    " + "   ".join(f"{arm} {seconds:.2f} s" for arm, seconds in row["seconds_per_item"].items()))
+
+
+@app.command()
+def lm_eval(
+    tasks: Annotated[str, typer.Option(help="Its tasks, or ours (kvp_triviaqa, kvp_humaneval), comma-separated.")],
+    model: ModelArgument = DEFAULT_MODEL,
+    arms: AnsweringArms = "full,kvp",
+    limit: Limit = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples (default: the task's).")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="JSONL in place of the tasks' own data.")] = None,
+    scoring: ScoringOption = Scoring.continuation,
+    allow_code_execution: AllowCode = False,
+    out: OutFile = None,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Run lm-evaluation-harness's tasks under any arms (pip install 'kvp-mlx[eval]').
+
+    JSON: its own results, per arm and task.
+    """
+    from ..evaluate.harness import KVPLM, run_harness  # an optional package
+
+    check_writable(out)
+    chosen, names = answering_arms(arms), [name.strip() for name in tasks.split(",")]
+    how: dict[str, Any] = {"limit": limit, "shots": shots, "data": data or []}
+    how["allow_code_execution"] = allow_code_execution
+    with clean_stdout(True):
+        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        results = {arm.name: run_harness(KVPLM(loaded, arm, scoring), names, **how)["results"] for arm in chosen}
+    if hand_out({"model": model, "scoring": scoring.value, "arms": results}, out, json):
+        for arm_name, of_arm in results.items():
+            for name, scores in of_arm.items():
+                shown = {key.split(",")[0]: value for key, value in scores.items() if isinstance(value, float)}
+                print(f"{arm_name:16} {name:20}", "   ".join(f"{key} {value:.3f}" for key, value in shown.items()))
+
+
+@app.command()
+def pareto(
+    results: Annotated[list[Path], typer.Argument(help="What 'kvp eval TASK --out' wrote, all of one task.")],
+    plot: Plot = None,
+    out: OutFile = None,
+    json: Json = False,
+) -> None:
+    """Score against time to first token and against prefill work, over arms, dials and bundles."""
+    check_writable(plot, out)
+    documents = read_documents(results)
+    rows = points(documents)
+    document = {"task": documents[0]["task"], "points": rows}
+    if plot is not None:
+        draw(rows, documents[0]["task"], plot)
+    if not hand_out(document, out, json):
+        return
+    print(f"{document['task']}, n = {rows[0]['n']} (* none is both faster and as good, + none cheaper and as good)")
+    for row in rows:
+        mark = ("*" if row["fastest_so_good"] else " ") + ("+" if row["cheapest_so_good"] else " ")
+        low, high = row["interval"]
+        print(
+            f"{mark} {row['label']:24} {row['score']:.3f} [{low:.3f}, {high:.3f}]   TTFT {row['ttft_ms']:.0f} ms   "
+            f"work {1 / row['flops_ratio']:.2f} of full"
+        )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Holds what 'kvp eval TASK --out' wrote, and no other JSON.")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")],
+) -> None:
+    """Write the page of results from their JSON documents."""
+    check_writable(out)
+    write_text(out, page(read_results(folder)))

@@ -1,31 +1,25 @@
-"""``kvp info`` and ``kvp doctor``."""
+"""``kvp info``."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from .options import DEFAULT_MODEL, Json
+from ..bundle.loading import describe
+from .options import DEFAULT_MODEL, Json, ModelArgument
 from .output import print_json
 
 
-def info(
-    model: Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")] = DEFAULT_MODEL,
-    json: Json = False,
-) -> None:
+def info(model: ModelArgument = DEFAULT_MODEL, json: Json = False) -> None:
     """Show what a bundle is.
 
     Its parts, their sizes, how it was made, and what was measured on it.
     """
-    from ..bundle.loading import describe
-
     result = describe(model)
     if json:
         print_json(result)
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(show_header=False, title=Text(model))
     for _ in range(2):
         table.add_column(overflow="fold")
@@ -43,20 +37,3 @@ def flatten(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) else str(value)))
     return rows
-
-
-def doctor(json: Json = False) -> None:
-    """Check this machine.
-
-    OK, WARN or FAIL, each with its remedy; exit code 1 on FAIL.
-    """
-    from .doctor import run_checks
-
-    checks = run_checks()
-    if json:
-        print_json({"checks": [vars(check) for check in checks]})
-    else:
-        for check in checks:
-            print(f"{check.status:4}  {check.name}: {check.detail}" + (f"  -> {check.remedy}" if check.remedy else ""))
-    if any(check.status == "FAIL" for check in checks):
-        raise typer.Exit(1)

@@ -4,35 +4,80 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
 
 from .. import __version__
 from ..errors import KVPError
-from . import bench, cache, chat, convert, evaluation, inference, models, training
-from . import info as status
+
+
+class Command(NamedTuple):
+    """Where a command is: its module in this room, the function or typer app there, and its line of help."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "generate": Command("inference", "generate", "Answer one prompt."),
+    "chat": Command("chat", "chat", "Hold a conversation."),
+    "demo": Command("inference", "demo", "Show both paths side by side."),
+    "fit": Command("training", "fit", "Make a bundle in closed form."),
+    "train": Command("training", "train", "Train a bundle."),
+    "push": Command("convert", "push", "Upload a bundle or model to the Hugging Face Hub."),
+    "info": Command("info", "info", "Show what a bundle is."),
+    "doctor": Command("doctor", "doctor", "Check this machine."),
+    "convert": Command("convert", "app", "Make mlx-lm models and bundles of other projects' checkpoints."),
+    "eval": Command("evaluation", "app", "Measure what a sooner first token costs."),
+    "bench": Command("bench", "app", "Measure time to first token, decoding speed and memory."),
+    "cache": Command("cache", "app", "Read a document or system prompt once, use it many times."),
+    "models": Command("models", "app", "What is on this machine: bundles and bases."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """``kvp`` itself: a command's module is imported when the command is run, so that the help of all stays quick."""
+
+    def __init__(self, **attributes: Any):
+        super().__init__(**attributes)
+        for name, command in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=command.help))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Put the command itself in the place of its line of help, then go on as typer does."""
+        name = args[0]
+        if name == "bench":
+            import_module(".device", __package__).use_device_of(args)
+        if name in COMMANDS:
+            self.add_command(load_command(name))
+        return super().resolve_command(ctx, args)
+
+
+def load_command(name: str) -> Any:
+    """Import a command and return it as typer runs it."""
+    module, attribute, line = COMMANDS[name]
+    found = getattr(import_module(f".{module}", __package__), attribute)
+    holder = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+    if isinstance(found, typer.Typer):
+        holder.add_typer(found, name=name, help=line)
+    else:
+        holder.command(name)(found)
+    return get_group(holder).commands[name]
+
 
 app = typer.Typer(
     name="kvp",
+    cls=LazyGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Answer long prompts sooner: a small auxiliary reads the prompt, the base model's KV cache is predicted.",
 )
-app.command("generate")(inference.generate)
-app.command("chat")(chat.chat)
-app.command("demo")(inference.demo)
-app.command("fit")(training.fit)
-app.command("train")(training.train)
-app.command("push")(convert.push)
-app.command("info")(status.info)
-app.command("doctor")(status.doctor)
-app.add_typer(convert.app, name="convert")
-app.add_typer(evaluation.app, name="eval")
-app.add_typer(bench.app, name="bench")
-app.add_typer(cache.app, name="cache")
-app.add_typer(models.app, name="models")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,16 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ..bundle import library
+from ..bundle.config import read_config
+from ..bundle.loading import base_directory, bundle_directory
 from ..errors import InputError
 from .options import Json
 from .output import print_json, say
 
-app = typer.Typer(help="What is on this machine: bundles and bases.", rich_markup_mode=None)
-
-
-@app.callback()
-def group() -> None:
-    """What is on this machine: bundles and bases."""
+app = typer.Typer()
 
 
 @app.command("ls")
@@ -27,8 +25,6 @@ def list_models(
 
     The shipped default, the Hub's cache, and the folders named with their direct subfolders.
     """
-    from ..bundle import library
-
     folders = folders or [Path()]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise InputError(f"{missing[0]} is no folder; name one that holds models.")
@@ -69,9 +65,6 @@ def _is_number(value: Any) -> bool:
 @app.command()
 def pull(name: Annotated[str, typer.Argument(help="Hub id (owner/name, owner/name@revision) or alias.")]) -> None:
     """Get a bundle with its base, or a base, so that it works offline."""
-    from ..bundle.config import read_config
-    from ..bundle.loading import base_directory, bundle_directory
-
     directory = bundle_directory(name)
     places = [directory]
     if (directory / "kvp.json").is_file():
@@ -86,12 +79,10 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a bundle or base from this machine."""
-    from ..bundle.library import removable, remove_model
-
-    path = removable(name)
+    path = library.removable(name)
     if not yes:
         if not sys.stdin.isatty():
             raise InputError(f"this would remove {path}; say --yes.")
         typer.confirm(f"Remove {path}?", abort=True)
-    path, size = remove_model(name)
+    path, size = library.remove_model(name)
     print(f"removed {path} ({size / 1e6:.1f} MB)")

@@ -1,62 +1,57 @@
-"""What the commands share: option types, progress bars, JSON output."""
+"""The options that several commands share, each declared once: types for typer, and what reads their values."""
 
-import contextlib
-import json
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import mlx.core as mx
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from mlx_lm.sample_utils import make_sampler as mlx_lm_make_sampler
 
+from ..arms.kinds import forms
 from ..bundle.named import ALIAS
+from ..engine.dial import QUALITIES
+from ..engine.dial import Path as PrefillPath
 from ..errors import InputError
 
-errors = Console(stderr=True, highlight=False)
+DEFAULT_MODEL = ALIAS
+DEFAULT_EXACT_TAIL = QUALITIES["balanced"].exact_tail  # a question, and the chat template around it
+DEMO_DOCUMENT = Path(__file__).parents[1] / "data" / "demo.md"
+TEXT_HELP = "Text (.txt, .md, .jsonl, also .gz): file, folder, pattern, hub:NAME; repeatable."
 
 
-@dataclass(frozen=True)
-class Dial:
-    """How a prompt is read: the path, and how many of its first and last tokens the base reads itself."""
+class Dtype(StrEnum):
+    """The values of ``--dtype``."""
 
-    prefill: str
-    exact_head: int
-    exact_tail: int
-
-
-QUALITIES = {
-    "fast": Dial("auto", 0, 32),
-    "balanced": Dial("auto", 32, 32),
-    "exact": Dial("full", 0, 0),
-}
-"""Chosen from the measured trade-off between recovery and time (README, "Chat")."""
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
-class QualityChoice(StrEnum):
-    """The values of ``--quality``."""
-
-    fast = "fast"
-    balanced = "balanced"
-    exact = "exact"
-
-
-class PrefillChoice(StrEnum):
-    """The three values of ``--prefill``."""
-
-    kvp = "kvp"
-    full = "full"
-    auto = "auto"
-
+# What is run
 
 Model = Annotated[str, typer.Option("--model", help="Bundle directory, Hub id or the alias of the default.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-Quality = Annotated[QualityChoice, typer.Option("--quality", help="Sets the next three; what is given beside it wins.")]
+ModelArgument = Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Type of the weights that are not quantised; default: as they are.")
+]
+QBits = Annotated[int | None, typer.Option("--q-bits", help="Quantise to 4 or 8 bits.")]
+Arms = Annotated[
+    str,
+    typer.Option("--arms", help=f"Arms, comma-separated: {forms()}; mlx-lm and llama.cpp are timed only."),
+]
+
+# How a prompt is read
+
+Quality = Annotated[
+    Literal["fast", "balanced", "exact"],
+    typer.Option("--quality", help="Sets the next three; what is given beside it wins."),
+]
 PrefillOption = Annotated[
-    PrefillChoice | None,
+    PrefillPath | None,
     typer.Option("--prefill", help="kvp: predict; full: the base reads all; auto: predict if long."),
 ]
 ExactHead = Annotated[
@@ -65,10 +60,6 @@ ExactHead = Annotated[
 ExactTail = Annotated[
     int | None, typer.Option("--exact-tail", min=0, help="Prompt tokens before the last that the base reads itself.")
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 Recompute = Annotated[
     float | None,
     typer.Option(
@@ -79,78 +70,50 @@ Recompute = Annotated[
         "(default: the bundle's).",
     ),
 ]
-AllowMismatch = Annotated[
-    bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
+Cache = Annotated[str | None, typer.Option("--cache", help="Begin with a saved cache ('kvp cache build').")]
+StepSize = Annotated[int | None, typer.Option("--prefill-step-size", min=1, help="Prompt tokens per chunk, every arm.")]
+
+# What is generated
+
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code-execution", help="Run what the model writes, fenced in; nothing of it runs without."),
 ]
-DEFAULT_MODEL = ALIAS
-DEFAULT_EXACT_TAIL = QUALITIES["balanced"].exact_tail  # a question, and the chat template around it
 
+# The data, and how much of it
 
-def make_dial(quality: str, prefill: str | None, exact_head: int | None, exact_tail: int | None) -> Dial:
-    """Return a named quality with what was given beside it."""
-    named = QUALITIES[quality]
-    return Dial(
-        prefill=named.prefill if prefill is None else prefill,
-        exact_head=named.exact_head if exact_head is None else exact_head,
-        exact_tail=named.exact_tail if exact_tail is None else exact_tail,
-    )
+TextData = Annotated[list[str], typer.Option("--data", help=TEXT_HELP)]
+TextOrSample = Annotated[list[str] | None, typer.Option("--data", help=f"{TEXT_HELP}  [default: a sample]")]
+ItemData = Annotated[
+    list[str], typer.Option("--data", help="JSONL (also .gz): file, folder, pattern, hub:NAME; repeatable.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Items at most; a larger limit extends a smaller one.")
+]
+Documents = Annotated[int, typer.Option("--limit", min=2, help="Documents at most.")]
+DataSeed = Annotated[int, typer.Option("--seed", help="Orders the data, and draws what is drawn from it.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=2, help="Prompt length.")]
+ContinuationTokens = Annotated[int, typer.Option("--continuation-tokens", min=1, help="Tokens scored after it.")]
+PromptLengths = Annotated[str, typer.Option("--prompt-tokens", help="Prompt lengths, comma-separated.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds; one more is discarded.")]
 
+# Where the outcome goes
 
-def print_json(data: Any) -> None:
-    """Print one JSON document on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def say(text: str, style: str = "dim") -> None:
-    """Print one line for people on stderr, never broken by a narrow or absent terminal."""
-    errors.print(text, style=style, soft_wrap=True, markup=False)
-
-
-@contextlib.contextmanager
-def clean_stdout(json: bool) -> Iterator[None]:
-    """With ``json``, send what libraries print to stderr while the block runs (mlx-lm warns on stdout)."""
-    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while the block runs, on a terminal only; yields its (done, total) callback."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def read_text(path: str, remedy: str = "check --prompt-file") -> str:
-    """Return the text of a file, or of stdin for ``-``.
-
-    Args:
-        path: the file.
-        remedy: what to do where it cannot be read.
-
-    Raises:
-        InputError: missing, empty or not UTF-8.
-    """
-    name = "stdin" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read ({error.strerror}); {remedy}.") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start}); convert it first.") from error
-    if not text.strip():
-        raise InputError(f"{name} is empty; give it some text.")
-    return text
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", help="Also write the result here: JSON (of a bench by its name .csv or .md).")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result here (.png, .svg, .pdf).")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
 def make_sampler(temperature: float, top_p: float, seed: int | None) -> Any:
     """Return mlx-lm's sampler, after seeding MLX's generator."""
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler as mlx_lm_make_sampler
-
     if seed is not None:
         mx.random.seed(seed)
     return mlx_lm_make_sampler(temp=temperature, top_p=top_p)

@@ -5,17 +5,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
 
 STATUS_REFRESH_SECONDS = 0.5
 REDRAW_SECONDS = 0.125
@@ -70,11 +69,7 @@ class Editor:
         return self._session.prompt("> ", default=default, prompt_continuation="  ", handle_sigint=False)
 
 
-def _prompt_session(history: Path, status: Callable[[], str]) -> "PromptSession[str]":
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
+def _prompt_session(history: Path, status: Callable[[], str]) -> PromptSession[str]:
     keys = KeyBindings()
 
     @keys.add("enter")

@@ -8,36 +8,32 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..device.machine import matmul_flops_per_s
 from ..train import SAMPLE
-from .options import Json
+from ..train.fit import FitOptions, fit_bundle
+from ..train.loop import TrainOptions
+from ..train.objectives import weights_of
+from ..train.run import require_unstarted, train_bundle
+from .options import DataSeed, Force, Json, OutDirectory, TextOrSample
 from .output import clean_stdout, errors, print_json, progress_bar, say
 
 Base = Annotated[str, typer.Argument(help="mlx-lm model: directory, Hub id or the default's alias.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        help="Text (.txt, .md, .jsonl, also .gz): file, folder, pattern, hub:NAME; repeatable.  [default: a sample]",
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", help="Bundle directory to write.")]
 Layers = Annotated[int | None, typer.Option("--layers", help="Prefix: the base's own first K layers read the prompt.")]
 Auxiliary = Annotated[Path | None, typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser.")]
 Prune = Annotated[float | None, typer.Option("--prune", help="Keep 0.75, 0.5 or 0.25 of the base's layers.")]
 Sources = Annotated[int, typer.Option("--sources", help="Auxiliary layers that each base layer reads.")]
 Window = Annotated[int, typer.Option("--window", help="Tokens per window.")]
 Penalty = Annotated[float, typer.Option("--penalty", help="Ridge penalty, relative to the inputs' mean square.")]
-Seed = Annotated[int, typer.Option("--seed", help="Orders the text.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
 def fit(
     base: Base,
-    out: Out,
-    data: Data = None,
+    out: OutDirectory,
+    data: TextOrSample = None,
     layers: Layers = None,
     auxiliary: Auxiliary = None,
     prune: Prune = None,
@@ -45,7 +41,7 @@ def fit(
     tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = 200_000,
     window: Window = 512,
     penalty: Penalty = 1e-4,
-    seed: Seed = 0,
+    seed: DataSeed = 0,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -53,8 +49,6 @@ def fit(
 
     Ridge regression from what the auxiliary reads to the base's keys and values.
     """
-    from ..train.fit import FitOptions, fit_bundle
-
     options = FitOptions(layers, auxiliary, prune, sources, tokens, window, penalty, seed)
     with clean_stdout(json), progress_bar("tokens read") as progress:
         result = fit_bundle(base, data or [str(SAMPLE)], out, options, force=force, progress=progress)
@@ -76,8 +70,8 @@ Weight = float | None
 
 def train(
     base: Base,
-    out: Out,
-    data: Data = None,
+    out: OutDirectory,
+    data: TextOrSample = None,
     layers: Layers = None,
     auxiliary: Auxiliary = None,
     prune: Prune = None,
@@ -106,7 +100,7 @@ def train(
     splits: Annotated[int, typer.Option(help="Split points per batch.")] = 3,
     right: Annotated[int, typer.Option(help="Tokens after a split; every other split has a quarter.")] = 128,
     validate_every: Annotated[float, typer.Option(help="Minutes between validations.")] = 10.0,
-    seed: Seed = 0,
+    seed: DataSeed = 0,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -115,14 +109,6 @@ def train(
     From a ridge fit on, by gradient: the base must go on from the predicted cache as from the true one. The best
     state so far is in --out at any time; the log and what --resume needs are in OUT.training.
     """
-    import mlx.core as mx
-
-    from ..device.machine import matmul_flops_per_s
-    from ..train.fit import FitOptions, fit_bundle
-    from ..train.loop import TrainOptions
-    from ..train.objectives import weights_of
-    from ..train.run import require_unstarted, train_bundle
-
     options = TrainOptions(
         minutes=20.0 if minutes is None and tokens is None else minutes,
         tokens=tokens,

@@ -1,7 +1,7 @@
 """Puts a fast BLAS in front of mlx on Linux.
 
 mlx's Linux wheel bundles the reference BLAS. Symbols of a library that is loaded globally before mlx win, so
-loading OpenBLAS first makes fp32 matmuls about 30 times faster (README, "Where it runs").
+loading OpenBLAS first makes fp32 matmuls about 30 times faster (docs/benchmarks.md).
 """
 
 import ctypes

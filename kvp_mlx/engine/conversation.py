@@ -9,7 +9,7 @@ from mlx_lm.utils import common_prefix_len
 from ..bundle.loading import KVPModel
 from ..errors import InputError
 from .context import Context
-from .dial import Dial
+from .dial import QUALITIES, Dial
 from .prompt import Message, check_text, check_window, render
 from .reply import Piece, reply
 from .saved_caches import load_head, save_head
@@ -86,7 +86,12 @@ class Conversation:
         return numbers[-1]
 
     def _answer(
-        self, messages: list[Message], dial: Dial = Dial(), *, max_tokens: int = 512, **options: Any  # noqa: B008
+        self,
+        messages: list[Message],
+        dial: Dial = QUALITIES["balanced"],
+        *,
+        max_tokens: int = 512,
+        **options: Any,
     ) -> Iterator[Piece]:
         """Answer the last of ``messages``, yielding text as it is generated.
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..bundle.config import BundleConfig
 from ..errors import InputError
@@ -81,6 +81,8 @@ class Dial:
         return prompt_tokens - 1 - self.exact_tail - max(cached_tokens, self.exact_head)
 
 
+PREDICT = Dial("kvp", 0, 0)
+"""Predict everything but what the bundle recomputes."""
 QUALITIES = {
     "fast": Dial("auto", 0, 32),
     "balanced": Dial("auto", 32, 32),
@@ -104,5 +106,5 @@ def dial_of(
     """
     if quality not in QUALITIES:
         raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{quality}'.")
-    given = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
+    given: dict[str, Any] = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
     return replace(QUALITIES[quality], **{name: value for name, value in given.items() if value is not None})

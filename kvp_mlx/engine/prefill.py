@@ -105,38 +105,40 @@ def predict_base_cache(
     auxiliary_cache = auxiliary_cache_for(model, cache) if auxiliary_cache is None else auxiliary_cache
     times = PrefillTimes() if times is None else times
     share = Dial("kvp", 0, exact_tail, recompute).share(model.config)
-    if auxiliary_cache[0].offset != cache[0].offset:
-        raise InputError(
-            f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
-            "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
-        )
     is_repaired = bool(model.predictor.blocks) and (share > 0 or exact_tail > 0)
-    if is_repaired and not all(isinstance(layer, KVCache) for layer in cache):
-        raise InputError(
-            "a quantised cache takes predictions only; leave out kv_bits, or recomputation and exact tail."
-        )
+    _check_caches(cache, auxiliary_cache, is_repaired)
     below: list[mx.array] = []
     deviations: list[mx.array] = []
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
         with side_by_side(ids.size) as streams:
             for chunk, done in chunks(ids, prefill_step_size):
-                prefix_outputs, estimates = predict_chunk(
-                    model, chunk, streams, cache, auxiliary_cache, times, is_estimated=share > 0
-                )
+                outputs, estimates = predict_chunk(model, chunk, streams, cache, auxiliary_cache, times, share > 0)
                 if is_repaired:
-                    below += prefix_outputs
+                    below += outputs
                     deviations += estimates
                 release_buffers()
                 if progress:
                     progress(done, ids.shape[1])
         if is_repaired:
-            start = time.perf_counter()
+            start, size = time.perf_counter(), prefill_step_size or default_step_size()
             estimated = mx.concatenate(deviations, axis=1) if deviations else None
-            step_size, tail = prefill_step_size or default_step_size(), min(exact_tail, ids.shape[1])
-            below_all = mx.concatenate(below, axis=1)
-            times.recomputed_tokens += repair(model, below_all, estimated, cache, share, tail, step_size)
+            x, tail = mx.concatenate(below, axis=1), min(exact_tail, ids.shape[1])
+            times.recomputed_tokens += repair(model, x, estimated, cache, share, tail, size)
             times.recompute_ms += 1e3 * (time.perf_counter() - start)
     return cache
+
+
+def _check_caches(cache: Cache, auxiliary_cache: Cache, is_repaired: bool) -> None:
+    """Refuse caches that prediction cannot go on from (see ``predict_base_cache``)."""
+    if auxiliary_cache[0].offset != cache[0].offset:
+        raise InputError(
+            f"the auxiliary has read {auxiliary_cache[0].offset} positions, the base's cache holds {cache[0].offset}; "
+            "pass the auxiliary_cache that belongs to it (catch_up_auxiliary brings it up to date)."
+        )
+    if is_repaired and not all(isinstance(layer, KVCache) for layer in cache):
+        raise InputError(
+            "a quantised cache takes predictions only; leave out kv_bits, or recomputation and exact tail."
+        )
 
 
 def predict_chunk(
@@ -146,7 +148,6 @@ def predict_chunk(
     cache: Cache,
     auxiliary_cache: Cache,
     times: PrefillTimes,
-    *,
     is_estimated: bool,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Read a chunk (B, T), part by part, and append its prediction to the base's ``cache``, evaluated.

@@ -74,3 +74,13 @@ def check_window(model: KVPModel, tokens: int, max_tokens: int = 1) -> None:
         raise InputError(
             f"the prompt has {tokens} tokens, the model's context window {model.context_length}; shorten the prompt."
         )
+
+
+def allowed_tokens(model: KVPModel, prompt_tokens: int, max_tokens: int) -> int:
+    """Return how many tokens an answer may have: ``max_tokens``, or what the context window leaves.
+
+    Raises:
+        InputError: see ``check_window``.
+    """
+    check_window(model, prompt_tokens, max_tokens)
+    return max_tokens if model.context_length is None else min(max_tokens, model.context_length - prompt_tokens)

@@ -17,12 +17,12 @@ from ..bundle.loading import KVPModel
 from ..device.streams import parts, side_by_side
 from ..models.attention import last_attention
 from ..models.families import Cache, LayerCache
-from ..models.positions import rope_at
+from ..models.positions import at_positions
 from ..models.sections import run_layers, section
 
 
 def settings_of(model: KVPModel) -> RecomputeConfig:
-    """Return how a bundle chooses tokens: its own section of kvp.json, or the defaults (an exact tail needs no more)."""
+    """Return how a bundle chooses tokens: its section of kvp.json, or the defaults (an exact tail needs no more)."""
     return model.config.recompute or RecomputeConfig()
 
 
@@ -45,7 +45,7 @@ def spans(model: KVPModel, share: float, tokens: int, exact_tail: int) -> list[S
     The mean over layers of their tokens is the exact tail and ``share`` of the others.
     """
     settings, first, end = settings_of(model), first_layer(model), len(model.base.layers)
-    middle = first + round(settings.lower_layers * (end - first))
+    middle = first + max(1, round(settings.lower_layers * (end - first)))
     upper = max(0.0, share - settings.upper_from) / (1 - settings.upper_from)
     lower = (share - (1 - settings.lower_layers) * upper) / settings.lower_layers
     most, least = (exact_tail + round(part * (tokens - exact_tail)) for part in (lower, upper))
@@ -118,7 +118,7 @@ def repair(
         harm = harm + settings.attention_weight * mx.log(attention[:, -tokens:] + 1e-9)
     harm = mx.where(mx.arange(tokens) < tokens - last, harm, mx.inf)
     positions = mx.broadcast_to(mx.arange(cache[0].offset - tokens, cache[0].offset), (batch, tokens))
-    for span in (lower, upper):
+    for span in (span for span in (lower, upper) if span.first < span.last):
         kept = largest(harm, span.tokens)
         harm, positions = (mx.take_along_axis(numbers, kept, axis=1) for numbers in (harm, positions))
         x = mx.take_along_axis(x, kept if x.ndim == 2 else kept[..., None], axis=1)
@@ -168,7 +168,9 @@ def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span) -> 
         return most
 
 
-def recompute_span(model: KVPModel, x: mx.array, positions: mx.array, cache: Cache, span: Span, step_size: int) -> mx.array:
+def recompute_span(
+    model: KVPModel, x: mx.array, positions: mx.array, cache: Cache, span: Span, step_size: int
+) -> mx.array:
     """Let some of the base's layers read tokens that its cache holds, and replace their entries.
 
     Args:
@@ -192,8 +194,8 @@ def recompute_span(model: KVPModel, x: mx.array, positions: mx.array, cache: Cac
             for stream, part in parts(x[:, begin : begin + step_size], streams):
                 places = positions[:, done : done + part.shape[1]]
                 done += part.shape[1]
-                with mx.stream(stream), rope_at(layers, places):
+                with mx.stream(stream):
                     rewritten: Any = [RewrittenCache(layer, places, seen[done - 1]) for layer in entries]
-                    outputs.append(run_layers(layers, part, rewritten)[0])
+                    outputs.append(run_layers(at_positions(layers, places), part, rewritten)[0])
             mx.eval([layer.state for layer in entries], [] if is_last else outputs)
     return mx.concatenate(outputs, axis=1)

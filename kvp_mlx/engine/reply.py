@@ -1,11 +1,11 @@
 """A request from token ids to streamed text: keep the common prefix, choose the path, read, decode, count, clock."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.generate import wired_limit
+from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
@@ -16,9 +16,9 @@ from .calibration import auto_min_tokens
 from .clock import Chooser, FirstStep, greedy, time_first_token
 from .context import Context
 from .decode import LogitsProcessor, decode, processed
-from .dial import Dial, Path, dial_of
+from .dial import QUALITIES, Dial, Path, dial_of
 from .prefill import PrefillTimes, Progress
-from .prompt import check_window, encode
+from .prompt import allowed_tokens, encode
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Piece:
 def reply(
     context: Context,
     ids: list[int],
-    dial: Dial = Dial(),  # noqa: B008 - frozen
+    dial: Dial = QUALITIES["balanced"],
     *,
     max_tokens: int = 256,
     sampler: Chooser | None = None,
@@ -71,7 +71,7 @@ def reply(
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Answer a prompt on what a context holds of it, yielding text as it is generated.
 
     The context then holds prompt and answer. Stopping early (closing the iterator, an exception in ``progress``) leaves
@@ -93,12 +93,10 @@ def reply(
             ``draft_model``, whose own cache would lack the prompt.
     """
     model = context.model
-    check_window(model, len(ids), max_tokens)
     dial.share(model.config)  # refused before anything changes
     if options.pop("draft_model", None) is not None:
         raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
-    if model.context_length is not None:
-        max_tokens = min(max_tokens, model.context_length - len(ids))
+    max_tokens = allowed_tokens(model, len(ids), max_tokens)
     choosing: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors}
     with wired_limit(model.base):  # around prefill and decoding, so that nothing is unwired in between
         cached = context.keep(common_prefix_len(context.tokens, ids[:-1]))
@@ -109,25 +107,32 @@ def reply(
             options["prefill_step_size"] = prefill_step_size or default_step_size()
             for piece in decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options):
                 generated.append(piece.token)
-                yield Piece(
-                    text=piece.text,
-                    token=piece.token,
-                    finish_reason=piece.finish_reason,
-                    path=settled.path,
-                    exact_tail=settled.exact_tail,
-                    prompt_tokens=len(ids),
-                    cached_tokens=cached,
-                    new_tokens=len(ids) - cached,
-                    predicted_tokens=settled.predicted_tokens(len(ids), cached) if settled.path == "kvp" else 0,
-                    recomputed_tokens=first.times.recomputed_tokens,
-                    times=first.times,
-                    ttft_ms=first.ttft_ms,
-                    first_step_ms=first.first_step_ms,
-                    generation_tokens=len(generated),
-                    generation_tps=piece.generation_tps,
-                )
+                yield _piece(piece, first, settled, len(ids), cached, len(generated))
         finally:
             context.grown_to(ids + generated)
+
+
+def _piece(
+    piece: GenerationResponse, first: FirstStep, dial: Dial, prompt_tokens: int, cached_tokens: int, generated: int
+) -> Piece:
+    """Return mlx-lm's record of a token with what is known of the prompt."""
+    return Piece(
+        text=piece.text,
+        token=piece.token,
+        finish_reason=piece.finish_reason,
+        path=dial.path,
+        exact_tail=dial.exact_tail,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        new_tokens=prompt_tokens - cached_tokens,
+        predicted_tokens=dial.predicted_tokens(prompt_tokens, cached_tokens) if dial.path == "kvp" else 0,
+        recomputed_tokens=first.times.recomputed_tokens,
+        times=first.times,
+        ttft_ms=first.ttft_ms,
+        first_step_ms=first.first_step_ms,
+        generation_tokens=generated,
+        generation_tps=piece.generation_tps,
+    )
 
 
 def first_token_on(

@@ -5,22 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..arms.arm import Arm, parse_arm
-from ..arms.work import arm_work
+from ..arms.clock import first_token
+from ..arms.kinds import parse_arm
 from ..bundle.loading import KVPModel
 from ..engine.prefill import Progress, base_prefill, predict_base_cache
 from ..models.families import Cache
-from ..train.recovery import ARMS, ContextMeasurement, token_losses
-from .answer import timed_prefill
+from ..train.recovery import ARMS, RecoveryMeasurement, token_losses
+from .generation import measure_generation
 from .layers import measure_layers
-from .measures import measure_generation
-from .tasks import Item
+from .passages import grid_items
+from .records import read_texts
+from .task import Item
+from .tasks import needle
 
 MIN_RECOVERY, MIN_SEPARATION, MIN_COSINE, MIN_REALISED = 0.7, 0.5, 0.9, 0.6
 ROUNDS = 3
 NEEDLE_ARMS = ("full", "kvp", "kvp-64")
-NEEDLE_LENGTHS, NEEDLE_DEPTHS = [128, 256], [0.1, 0.5, 0.9]
+NEEDLE_LENGTHS, NEEDLE_DEPTHS = (128, 256), (0.1, 0.5, 0.9)
 MIN_FOUND = 0.5
 """Share of the full model's needles below which they count as lost."""
 
@@ -47,7 +50,7 @@ def diagnose(
         token, of putting its exact entries in), ``ttft``, ``needles`` (how many each arm found, of how many) and
         ``findings``: problem, evidence, remedy.
     """
-    context = ContextMeasurement(model, windows, continuation_tokens, arms=ARMS).measure()
+    recovery = RecoveryMeasurement(model, windows, continuation_tokens, arms=ARMS).measure()
     progress(1, 5)
     layers = measure_layers(model, windows, continuation_tokens)
     progress(2, 5)
@@ -59,13 +62,19 @@ def diagnose(
     progress(4, 5)
     found = count_needles(model, needles)
     progress(5, 5)
-    findings = [*coherence(context, layers), *memory(found), *fit_of_auxiliary(context, model), *speed(ttft)]
-    return {"context": context, "layers": layers, "ttft": ttft, "needles": found, "findings": findings}
+    findings = [*coherence(recovery, layers), *lost_facts(found), *fit_of_auxiliary(recovery, model), *speed(ttft)]
+    return {"context": recovery, "layers": layers, "ttft": ttft, "needles": found, "findings": findings}
+
+
+def short_needles(tokenizer: TokenizerWrapper, seed: int) -> list[Item]:
+    """Return an item of the task ``needle`` for every length and depth that is examined, in our sample of text."""
+    cells = len(NEEDLE_LENGTHS) * len(NEEDLE_DEPTHS)
+    return grid_items(needle.ask, read_texts([]), tokenizer, NEEDLE_LENGTHS, NEEDLE_DEPTHS, seed, cells)
 
 
 def count_needles(model: KVPModel, needles: Sequence[Item]) -> dict[str, int]:
     """Return how many hidden numbers each arm says, and ``of`` how many."""
-    measure, found = measure_generation("needle"), {"of": len(needles)}
+    measure, found = measure_generation(needle.ANSWER), {"of": len(needles)}
     for name in NEEDLE_ARMS:
         rows = measure(model, [(parse_arm(name), item) for item in needles])
         found[name] = sum(int(row["score"]) for row in rows)
@@ -98,16 +107,16 @@ def loss_on(model: KVPModel, cache: Cache, rest: list[int]) -> float:
 
 def compare_ttft(model: KVPModel, prompts: Sequence[list[int]]) -> dict[str, float]:
     """Return median TTFT of both paths in ms, the speed-up, what the arithmetic promises, and the share realised."""
-    arms = {name: Arm(name, name) for name in ("full", "kvp")}
+    arms = {name: parse_arm(name) for name in ("full", "kvp")}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(ROUNDS + 1):
         for name, arm in arms.items():
-            ttft_ms = timed_prefill(model, arm, prompts[number % len(prompts)])[2]
+            ttft_ms = first_token(model, arm, mx.array([prompts[number % len(prompts)]])).ttft_ms
             if number:  # the first round warms up
                 times[name].append(ttft_ms)
     median = {name: statistics.median(values) for name, values in times.items()}
     tokens = len(prompts[0])
-    promised = arm_work(model, arms["full"], tokens).flops / arm_work(model, arms["kvp"], tokens).flops
+    promised = arms["full"].work(model, tokens).flops / arms["kvp"].work(model, tokens).flops
     speedup = median["full"] / median["kvp"]
     return {
         "prompt_tokens": tokens,
@@ -124,9 +133,9 @@ def finding(problem: str, evidence: str, remedy: str) -> dict[str, str]:
     return {"problem": problem, "evidence": evidence, "remedy": remedy}
 
 
-def coherence(context: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def coherence(measured: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Return what says that answers from the predicted cache will not hang together."""
-    found, recovery, separation = [], context["arms"]["kvp"]["recovery"], context["separation"]
+    found, recovery, separation = [], measured["arms"]["kvp"]["recovery"], measured["separation"]
     worst = sorted(layers, key=lambda row: -row["gain"])[:3]
     named = ", ".join(f"{row['layer']} (gain {row['gain']:.3f}, cosine {row['attention_cosine']:.2f})" for row in worst)
     if recovery < MIN_RECOVERY:
@@ -157,7 +166,7 @@ def coherence(context: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list
     return found
 
 
-def memory(needles: dict[str, int]) -> list[dict[str, str]]:
+def lost_facts(needles: dict[str, int]) -> list[dict[str, str]]:
     """Return what says that single facts of a prompt are lost, though its gist arrives."""
     full, kvp, tail, of = (needles[name] for name in ("full", "kvp", "kvp-64", "of"))
     if full == 0 or kvp >= MIN_FOUND * full:
@@ -172,9 +181,9 @@ def memory(needles: dict[str, int]) -> list[dict[str, str]]:
     ]
 
 
-def fit_of_auxiliary(context: dict[str, Any], model: KVPModel) -> list[dict[str, str]]:
+def fit_of_auxiliary(measured: dict[str, Any], model: KVPModel) -> list[dict[str, str]]:
     """Return what says that the auxiliary reads another language than the base."""
-    auxiliary, without = context["arms"]["auxiliary"]["nll"], context["arms"]["no_context"]["nll"]
+    auxiliary, without = measured["arms"]["auxiliary"]["nll"], measured["arms"]["no_context"]["nll"]
     if model.is_prefix or auxiliary < without:
         return []
     return [

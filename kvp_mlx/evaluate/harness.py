@@ -10,14 +10,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arms.arm import Arm, answering_model, arm_prefill, parse_arm
+from ..arms.arm import Arm
+from ..arms.kinds import parse_arm, with_dial
 from ..bundle.loading import KVPModel
 from ..errors import InputError
 from ..models.families import Cache
 from ..train.text import data_files
-from .answer import Question, generate, predicted_losses
-from .measures import split_choices
-from .runs import all_predicted
+from .answer import Question, generate
+from .likelihood import Scoring, all_predicted, predicted_losses, split_choices
 
 try:
     from lm_eval import simple_evaluate
@@ -41,27 +41,28 @@ class KVPLM(MLXLM):
             ``predicted`` (arm kvp: the paper's, all keys and values are predicted).
     """
 
-    def __init__(self, model: KVPModel, arm: Arm | str = "kvp", scoring: str = "continuation"):
+    def __init__(self, model: KVPModel, arm: Arm | str = "kvp", scoring: str = Scoring.continuation):
         LM.__init__(self)  # MLXLM's own would load a model
-        self.arm = parse_arm(arm) if isinstance(arm, str) else arm
-        self.model = all_predicted(model, [self.arm]) if scoring == "predicted" else model
+        arm = parse_arm(arm) if isinstance(arm, str) else arm
+        self.arm = with_dial(arm, all_predicted([arm])) if scoring == Scoring.predicted else arm
+        self.model = model
         self.scoring = scoring
         self.tokenizer = model.text_tokenizer
         self.use_chat_template = False
-        self._model = answering_model(model, self.arm)
+        self._model = self.arm.networks(model)[-1]
         self._max_tokens = model.context_length
         self._batch_size = 1
 
     def _process_prompt(self, prompt: Sequence[int], step_size: int = 0) -> tuple[mx.array, Cache]:
         """Return log-probabilities (1, vocabulary) of the token after a prompt, and the arm's cache of it."""
         ids = mx.array([list(prompt)])
-        answering, cache = arm_prefill(self.model, self.arm, ids)
-        logits = answering(ids[:, -1:], cache=cache)[:, -1]
+        network, cache = self.arm.read(self.model, ids)
+        logits = network(ids[:, -1:], cache=cache)[:, -1]
         return nn.log_softmax(logits.astype(mx.float32)), cache
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood, and whether it is the greedy one."""
-        if self.scoring != "predicted" or self.arm.kind != "kvp":
+        if self.scoring != Scoring.predicted or not self.arm.kind.predicts:
             return super().loglikelihood(requests)
         results = []
         for request in requests:
@@ -76,7 +77,7 @@ class KVPLM(MLXLM):
         Raises:
             InputError: the arm differs from the full model in how it reads a prompt, and here is none.
         """
-        if self.arm.kind not in ("full", "auxiliary", "layers"):
+        if self.arm.kind.predicts or self.arm.kind.prunes:
             raise InputError(f"{self.arm.name} reads prompts, and these texts have none; take 'kvp eval perplexity'.")
         likelihoods: list[float] = super().loglikelihood_rolling(requests)
         return likelihoods

@@ -1,13 +1,30 @@
 """Score against time to first token and against prefill work, over all arms and dials: the figure of the paper."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arms.kinds import parse_arm
 from ..errors import InputError
+from .tasks import all_tasks
 
-LOWER_IS_BETTER = ("perplexity",)
 Point = dict[str, Any]
+
+
+def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the JSON documents of files.
+
+    Raises:
+        InputError: a file that is not readable JSON.
+    """
+    documents = []
+    for path in paths:
+        try:
+            documents.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is no JSON document of 'kvp eval TASK --out' ({error}).") from error
+    return documents
 
 
 def points(results: Sequence[dict[str, Any]]) -> list[Point]:
@@ -28,15 +45,16 @@ def points(results: Sequence[dict[str, Any]]) -> list[Point]:
     for key, what in (("data", "the same data"), ("seed", "one seed"), ("n", "one n"), ("base", "one base")):
         if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes):
             raise InputError(f"pareto compares results of {what}, which these are not.")
-    sign = -1 if results[0]["task"] in LOWER_IS_BETTER else 1
+    task = all_tasks().get(results[0]["task"])
+    sign = -1 if task is not None and task.less_is_better else 1
     several = len({result["model"] for result in results}) > 1
     found: dict[str, Point] = {}
     for result in results:
         for name, arm in result["arms"].items():
-            own = arm_of_the_base(name)
-            label = f"{result['model']}: {name}" if several and not own else name
+            is_shared = not parse_arm(name).kind.is_of_bundle  # one point stands for all bundles
+            label = name if is_shared or not several else f"{result['model']}: {name}"
             kept = {key: arm[key] for key in ("score", "interval", "ttft_ms", "flops_ratio")}
-            if label in found and not own:
+            if label in found and not is_shared:
                 raise InputError(f"two of these results measure {label}; leave one out.")
             found.setdefault(label, {"label": label, "arm": name, "n": result["n"], **kept})
     rows = sorted(found.values(), key=lambda point: -sign * point["score"])
@@ -51,9 +69,11 @@ def points(results: Sequence[dict[str, Any]]) -> list[Point]:
     return rows
 
 
-def arm_of_the_base(name: str) -> bool:
-    """Return whether an arm is the same whatever the bundle, so that one point stands for all."""
-    return name.split("-", maxsplit=1)[0] in ("full", "layers", "random", "static", "lazy")
+def colour_of(arm: str) -> str:
+    """Return an arm's colour in the pictures."""
+    if parse_arm(arm).kind.predicts:
+        return "tab:blue"
+    return "tab:orange" if arm == "full" else "0.6"
 
 
 def draw(rows: Sequence[Point], task: str, out: Path) -> None:
@@ -78,8 +98,7 @@ def draw(rows: Sequence[Point], task: str, out: Path) -> None:
         for row in rows:
             low, high = row["interval"]
             bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
-            colour = "tab:blue" if row["arm"].startswith("kvp") else "tab:orange" if row["arm"] == "full" else "0.6"
-            panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour, ecolor="0.85")
+            panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour_of(row["arm"]), ecolor="0.85")
             panel.annotate(
                 row["label"], (place(row), row["score"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
             )

@@ -4,16 +4,15 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import sha256_of
 from ..train.text import data_files
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "test.jsonl.gz"
-
-
 Kind = tuple[str, Callable[[Any], bool]]
 """What a field holds, in words, and whether a value is that."""
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
@@ -79,3 +78,25 @@ def read_texts(places: Iterable[str]) -> list[str]:
 def shuffled(records: list[Any], seed: int) -> list[Any]:
     """Return the records in a seeded order, so that any ``--limit`` is a fair sample and a larger one extends it."""
     return random.Random(seed).sample(records, len(records))
+
+
+def after_examples(records: list[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """Return the first ``count`` of the shuffled records, which are shown solved, and those that are asked.
+
+    Raises:
+        InputError: there are no more than the examples.
+    """
+    if len(records) <= count:
+        raise InputError(f"{len(records)} records are no more than the {count} examples; give more --data.")
+    in_order = shuffled(records, seed)
+    return in_order[:count], in_order[count:]
+
+
+def hashes(places: Sequence[str]) -> dict[str, str]:
+    """Return the data files' names and SHA-256, for the recipe."""
+    return {path.name: sha256_of(path) for path in data_files(list(places))}
+
+
+def hash_of(text: str) -> int:
+    """Return a number that is the same in every process."""
+    return zlib.crc32(text.encode())

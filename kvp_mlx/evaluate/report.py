@@ -6,22 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arms.kinds import parse_arm
 from ..errors import InputError
-from .pareto import LOWER_IS_BETTER
+from .task import Task
+from .tasks import all_tasks
 
 NEEDED = {"task", "n", "prompt_tokens", "arms", "model", "recipe"}
-METRICS = {
-    "mcq": "accuracy",
-    "squad": "F1",
-    "triviaqa": "exact match",
-    "gsm8k": "right number",
-    "needle": "found",
-    "quote": "verbatim",
-    "humaneval": "pass@1",
-    "chat": "agreement",
-    "perplexity": "perplexity",
-}
-ORDER = ("squad", "needle", "arc_easy", "piqa", "chat", "triviaqa", "quote", "gsm8k", "humaneval", "perplexity")
 INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; but for notes below
 a table nothing here is written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap
 intervals over items (differences and shares: paired). TTFT is the median over the items as they were measured, other
@@ -64,17 +54,18 @@ def summary(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def summary_lines(documents: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of ``summary``, and the average difference over multiple-choice tasks."""
-    ordered = sorted(documents, key=lambda each: ORDER.index(title(each)) if title(each) in ORDER else len(ORDER))
+    """Return the lines of ``summary``, and the average differences of tasks with several documents."""
+    order = [place.name for task in all_tasks().values() for place in task.places]
+    ordered = sorted(documents, key=lambda each: order.index(title(each)) if title(each) in order else len(order))
     arms = (arm for each in ordered for arm in each["arms"] if arm not in each.get("dials", []))
-    predicted = list(dict.fromkeys(arm for arm in arms if arm.startswith("kvp")))
+    predicted = list(dict.fromkeys(arm for arm in arms if parse_arm(arm).kind.predicts))
     columns = [part for arm in predicted for part in (f"{arm} (of full)", f"best as fast as {arm}")]
     lines = ["| task | n | full | " + " | ".join(columns) + " | auxiliary alone |", "|---" * (4 + len(columns)) + "|"]
     for each in ordered:
         cells = [part for arm in predicted for part in (score_cell(each, arm), rival_cell(each, arm))]
         shown = [score_name(each), str(each["n"]), score_cell(each, "full"), *cells, score_cell(each, "auxiliary")]
         lines.append(f"| {' | '.join(shown)} |")
-    return [*lines, *choice_average(ordered, predicted)]
+    return [*lines, *averages(ordered, predicted)]
 
 
 def title(document: dict[str, Any]) -> str:
@@ -89,9 +80,24 @@ def shown(score: float) -> str:
 
 def score_name(document: dict[str, Any]) -> str:
     """Return the name of a document's file and what its score is."""
-    if document["task"] in LOWER_IS_BETTER:
-        return f"{title(document)} (less is better; differences in nats per token)"
-    return f"{title(document)}, {METRICS.get(document['task'], 'score')}"
+    name, metric = title(document), metric_of(document)
+    shown_name = name if name == metric else f"{name}, {metric}"
+    task = task_of(document)
+    if task is None or not task.less_is_better:
+        return shown_name
+    unit = f"; differences in {task.difference_unit}" if task.difference_unit else ""
+    return f"{shown_name} (less is better{unit})"
+
+
+def task_of(document: dict[str, Any]) -> Task | None:
+    """Return a document's task, if we know it."""
+    return all_tasks().get(document["task"])
+
+
+def metric_of(document: dict[str, Any]) -> str:
+    """Return what a document's score is."""
+    task = task_of(document)
+    return "score" if task is None else task.metric
 
 
 def score_cell(document: dict[str, Any], arm: str) -> str:
@@ -99,7 +105,7 @@ def score_cell(document: dict[str, Any], arm: str) -> str:
     found = document["arms"].get(arm)
     if found is None:
         return ""
-    if arm.startswith("kvp") and not saves_work(document, arm):
+    if parse_arm(arm).kind.predicts and not saves_work(document, arm):
         return f"{shown(found['score'])} (no work saved)"
     retention = found.get("retention")
     if retention is None or arm == "full":
@@ -113,7 +119,8 @@ def rival_cell(document: dict[str, Any], arm: str) -> str:
     rivals = [row for row in document.get("equal_ttft", []) if row["arm"] == arm and row["other"] in pruned(document)]
     if not rivals or not saves_work(document, arm):
         return ""
-    sign = -1 if document["task"] in LOWER_IS_BETTER else 1
+    task = task_of(document)
+    sign = -1 if task is not None and task.less_is_better else 1
     best = max(rivals, key=lambda row: sign * document["arms"][row["other"]]["score"])
     low, high = best["difference"]["interval"]
     rival = f"{best['other']} {document['arms'][best['other']]['score']:.3f} at {best['ttft_ratio']:.2f} of its time"
@@ -127,25 +134,34 @@ def saves_work(document: dict[str, Any], arm: str) -> bool:
 
 def pruned(document: dict[str, Any]) -> set[str]:
     """Return the token-pruning arms of a document."""
-    return {name for name in document["arms"] if name.split("-")[0] in ("random", "static", "lazy", "spec")}
+    return {name for name in document["arms"] if parse_arm(name).kind.prunes}
 
 
-def choice_average(documents: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[str]:
-    """Return a line on the mean difference from the full model over multiple-choice tasks, with its interval.
+def averages(documents: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[str]:
+    """Return a line for each task that has one, on the mean difference from the full model over its documents."""
+    lines = []
+    for task in all_tasks().values():
+        own = [each for each in documents if each["task"] == task.name and "full" in each["arms"]]
+        if task.average and (parts := average_parts(own, arms)):
+            names = ", ".join(title(each) for each in own)
+            lines += ["", f"{task.average}, mean difference from full over {names}: {'; '.join(parts)}."]
+    return lines
 
-    The tasks are independent, so the interval's half-width is the root of the sum of squares over their number.
+
+def average_parts(documents: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[str]:
+    """Return the mean difference over several documents of each arm that all have, with its interval.
+
+    The documents are independent, so the interval's half-width is the root of the sum of squares over their number.
     """
-    choices = [each for each in documents if each["task"] == "mcq" and "full" in each["arms"]]
     parts = []
-    for arm in arms if len(choices) > 1 else ():
-        if not all(arm in each["arms"] and saves_work(each, arm) for each in choices):
+    for arm in arms if len(documents) > 1 else ():
+        if not all(arm in each["arms"] and saves_work(each, arm) for each in documents):
             continue
-        apart = [each["arms"][arm]["difference"] for each in choices]
-        mean = sum(one["mean"] for one in apart) / len(apart)
-        half = math.hypot(*((one["interval"][1] - one["interval"][0]) / 2 for one in apart)) / len(apart)
+        found = [each["arms"][arm]["difference"] for each in documents]
+        mean = sum(one["mean"] for one in found) / len(found)
+        half = math.hypot(*((one["interval"][1] - one["interval"][0]) / 2 for one in found)) / len(found)
         parts.append(f"{arm} {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
-    names = ", ".join(title(each) for each in choices)
-    return ["", f"Multiple choice, mean difference from full over {names}: {'; '.join(parts)}."] if parts else []
+    return parts
 
 
 def equal_ttft_lines(document: dict[str, Any]) -> list[str]:
@@ -174,8 +190,8 @@ def section(document: dict[str, Any]) -> list[str]:
     known = ", ".join(f"{name} {recipe[name][:19]}" for name in ("base", "predictor"))
     version = recipe.get("kvp_mlx", "0.1.0")
     data = ", ".join(f"{name} ({digest[:8]})" for name, digest in recipe["data"].items())
-    score = METRICS.get(document["task"], "score")
-    unit = ", nats per token" if score == "perplexity" else ""
+    task, score = task_of(document), metric_of(document)
+    unit = f", {task.difference_unit}" if task is not None and task.difference_unit else ""
     lines = [
         f"## {title(document)}: {data}",
         "",
@@ -187,8 +203,8 @@ def section(document: dict[str, Any]) -> list[str]:
     ]
     for name, arm in document["arms"].items():
         low, high = arm["interval"]
-        apart = arm.get("difference")
-        difference = f"{apart['mean']:+.3f} [{apart['interval'][0]:+.3f}, {apart['interval'][1]:+.3f}]" if apart else ""
+        gap = arm.get("difference")
+        difference = f"{gap['mean']:+.3f} [{gap['interval'][0]:+.3f}, {gap['interval'][1]:+.3f}]" if gap else ""
         kept = arm.get("retention")
         share = f"{kept['mean']:.0%} [{kept['interval'][0]:.0%}, {kept['interval'][1]:.0%}]" if kept else ""
         lines.append(

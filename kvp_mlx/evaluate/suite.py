@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..arms.arm import Arm, parse_arm, parse_arms
-from ..arms.work import arm_work
+from ..arms.arm import Arm
+from ..arms.kinds import parse_arm, parse_arms, with_dial
 from ..bundle.loading import KVPModel
+from ..engine.dial import PREDICT
 from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import write_json
-from . import runs
-from .match import match, match_by_work
-from .measures import encode_item
-from .runs import Run, carry_out, items_of, setting
-from .tasks import GENERATIONS, Item
+from .equal_ttft import match, match_by_work
+from .runs import carry_out, items_of, setting
+from .task import Item, Place, Run, Task
+from .tasks import all_tasks
 
 ARMS = "full,kvp,kvp-64,auxiliary"
 TARGETS = ("kvp", "kvp-64")
@@ -35,66 +35,47 @@ MATCH_ROUNDS = 5
 NO_GAIN = 0.9
 """A target's share of full prefill's work above which nothing is pruned to match it: its prompts are too short."""
 TIMED_ITEMS = 3
-LENGTHS, DEPTHS = [256, 512, 1024], [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One task of the suite.
+    """One place of a task in the suite, with the task on its data."""
 
-    Attributes:
-        name: of its files.
-        run: the task on its data.
-        is_matched: whether token pruning is measured beside it.
-        dials: further arms of the bundle, for the picture of ``kvp eval pareto``.
-    """
-
-    name: str
+    task: Task
+    place: Place
     run: Run
-    is_matched: bool = True
-    dials: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return self.place.name
 
 
 def plan(data: Path, limit: int | None = None, names: Sequence[str] | None = None) -> list[Entry]:
-    """Return the tasks in the order of what they tell, on the data files of the README's names.
-
-    Small bases get nothing right, or almost, in the last ones. There, and where answers are long, only the bundle's own
-    arms are measured.
+    """Return the places of all tasks, in the order of ``tasks.MODULES``.
 
     Args:
-        data: folder of the files.
+        data: folder of the files, under the names that the places give.
         limit: items of each at most, where that is fewer than its own.
         names: only these (default: all).
 
     Raises:
         InputError: a file is missing, or no task has such a name.
     """
-
-    def file(name: str) -> list[str]:
-        return [str(data / name)]
-
-    entries: dict[str, Callable[[], Entry]] = {
-        "squad": lambda: Entry(
-            "squad", runs.squad(file("squad_dev_half.jsonl.gz"), None, 500, 0), dials=("kvp-0-0", "kvp-0-0.5")
-        ),
-        "needle": lambda: Entry("needle", runs.needle(None, LENGTHS, DEPTHS, 60, 0)),
-        "chat": lambda: Entry("chat", runs.chat(file("mt_bench_questions.jsonl.gz"), 80, 0)),
-        "arc_easy": lambda: Entry("arc_easy", runs.mcq(file("arc_easy.jsonl.gz"), "continuation", 500, 0)),
-        "piqa": lambda: Entry("piqa", runs.mcq(file("piqa.jsonl.gz"), "continuation", 500, 0)),
-        "triviaqa": lambda: Entry("triviaqa", runs.triviaqa(file("triviaqa_validation.jsonl.gz"), 1, None, 500, 0)),
-        "humaneval": lambda: Entry(
-            "humaneval", runs.humaneval(file("humaneval.jsonl.gz"), 1, 0.0, 164, 0), is_matched=False
-        ),
-        "perplexity": lambda: Entry("perplexity", runs.perplexity(file("wikitext2_test_raw.txt.gz"), 384, 128, 60, 0)),
-        "quote": lambda: Entry("quote", runs.quote(None, LENGTHS, DEPTHS, 30, 0), is_matched=False),
-        "gsm8k": lambda: Entry("gsm8k", runs.gsm8k(file("gsm8k_test.jsonl.gz"), 1, None, 500, 0), is_matched=False),
-    }
-    if unknown := set(names or ()) - set(entries):
-        raise InputError(f"no task '{min(unknown)}'; tasks are {', '.join(entries)}.")
-    chosen = [make() for name, make in entries.items() if names is None or name in names]
+    places = {place.name: (task, place) for task in all_tasks().values() for place in task.places}
+    if unknown := set(names or ()) - set(places):
+        raise InputError(f"no task '{min(unknown)}'; tasks are {', '.join(places)}.")
+    chosen = [pair for name, pair in places.items() if names is None or name in names]
+    entries = [Entry(task, place, run_at(task, place, data)) for task, place in chosen]
     if limit is None:
-        return chosen
-    return [replace(entry, run=replace(entry.run, limit=min(limit, entry.run.limit or limit))) for entry in chosen]
+        return entries
+    return [replace(entry, run=replace(entry.run, limit=min(limit, entry.run.limit or limit))) for entry in entries]
+
+
+def run_at(task: Task, place: Place, data: Path) -> Run:
+    """Return a task with a place's options, on its files in a folder."""
+    files = {option: [str(data / name)] for option, name in place.files.items()}
+    return task.run(**files, **place.options)
 
 
 def run_suite(
@@ -116,7 +97,7 @@ def run_suite(
         results: folder of the documents, whole or absent.
         records: folder of the rows and of the matched arms, gone on with.
         progress: called with (rows done, rows in all) of the entry at hand.
-        say: told what begins and ends.
+        say: called with what begins and ends.
 
     Returns:
         The names of the entries that were carried out.
@@ -136,7 +117,7 @@ def run_suite(
             arms = arms_of(entry, model, matched)
             log = folder / f"{entry.name}.jsonl"
             document = carry_out(entry.run, model, name, arms, log=log, progress=progress)
-            document |= {"matched": matched, "dials": [arm.name for arm in arms if arm.name in entry.dials]}
+            document |= {"matched": matched, "dials": [arm.name for arm in arms if arm.name in entry.place.dials]}
             write_unless_known(results / f"{entry.name}.json", document)
             say(f"{entry.name}: {document['n']} items, {results / f'{entry.name}.json'}")
             done.append(entry.name)
@@ -154,8 +135,8 @@ def write_unless_known(path: Path, document: dict[str, Any]) -> None:
 
 def records_of(model: KVPModel, name: str, records: Path) -> Path:
     """Return the folder of a bundle's rows, named by what they depend on: version, weights, machine (``setting``)."""
-    digest = hashlib.sha256(json.dumps(setting(model, name)).encode()).hexdigest()[:12]
-    return records / f"{__version__}-{digest}-{model.recompute:g}"
+    digest = hashlib.sha256(json.dumps(setting(model, name, PREDICT)).encode()).hexdigest()[:12]
+    return records / f"{__version__}-{digest}-{PREDICT.share(model.config):g}"
 
 
 @contextlib.contextmanager
@@ -184,32 +165,23 @@ def matched_arms(entry: Entry, model: KVPModel, folder: Path) -> list[dict[str, 
 def gaining_targets(entry: Entry, model: KVPModel, prompts: Sequence[list[int]]) -> list[Arm]:
     """Return the arms that something is to be as fast as: of matched entries, those that save work at all."""
     tokens = len(prompts[0])
-    full = arm_work(model, parse_arm("full"), tokens).flops
-    targets = [parse_arm(name) for name in TARGETS] if entry.is_matched else []
-    return [target for target in targets if arm_work(model, target, tokens).flops < NO_GAIN * full]
+    full = parse_arm("full").work(model, tokens).flops
+    targets = [parse_arm(name) for name in TARGETS] if entry.place.is_matched else []
+    return [target for target in targets if target.work(model, tokens).flops < NO_GAIN * full]
 
 
 def arms_of(entry: Entry, model: KVPModel, matched: Sequence[dict[str, Any]]) -> list[Arm]:
     """Return the bundle's own arms, those matched to them, and the entry's dials if the bundle can recompute."""
-    dials = () if model.config.predictor.recompute is None else entry.dials
+    dials = () if model.config.recompute is None else entry.place.dials
     return parse_arms(",".join([ARMS, *(row["arm"] for row in matched if row["arm"]), *dials]))
 
 
 def typical_prompts(entry: Entry, model: KVPModel) -> list[list[int]]:
     """Return the token ids of the prompts nearest to the entry's median length, that one first."""
     items = items_of(entry.run, model)
-    prompts = [prompt_ids(entry, model, item) for item in items]
+    prompts = [entry.run.encode(model, item) for item in items]
     middle = statistics.median(map(len, prompts))
     return sorted(prompts, key=lambda ids: abs(len(ids) - middle))[:MATCH_ROUNDS]
-
-
-def prompt_ids(entry: Entry, model: KVPModel, item: Item) -> list[int]:
-    """Return what a task's arms read of an item."""
-    if "prompt" in item.extra and not item.prompt:
-        ids: list[int] = item.extra["prompt"]  # a window of text
-        return ids
-    form = GENERATIONS.get(entry.run.task)
-    return encode_item(model, item.prompt, chat=entry.run.task == "chat" or (form is not None and form.chat))
 
 
 def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path) -> Iterator[dict[str, Any]]:
@@ -226,10 +198,8 @@ def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path
         else:
             targets = gaining_targets(entry, model, prompts)
             matched = [row for target in targets for row in match_by_work(model, target, len(prompts[0]))]
-        spread = items[:: max(1, len(items) // TIMED_ITEMS)][:TIMED_ITEMS]
-        seconds = {
-            arm.name: timed(entry.run, model, arm, spread) / len(spread) for arm in arms_of(entry, model, matched)
-        }
+        few = items[:: max(1, len(items) // TIMED_ITEMS)][:TIMED_ITEMS]
+        seconds = {arm.name: timed(entry.run, model, arm, few) / len(few) for arm in arms_of(entry, model, matched)}
         yield {
             "name": entry.name,
             "n": len(items),
@@ -242,5 +212,5 @@ def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path
 def timed(run: Run, model: KVPModel, arm: Arm, items: Sequence[Item]) -> float:
     """Return the seconds that an arm takes for items; full batches take less."""
     start = time.perf_counter()
-    list(run.measure(model, [(arm, item) for item in items]))
+    list(run.measure(model, [(with_dial(arm, run.dial([arm])), item) for item in items]))
     return time.perf_counter() - start

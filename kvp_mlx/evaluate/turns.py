@@ -3,7 +3,7 @@
 Every conversation is replayed under each arm with the same words: its replies are given (or the full model's own, where
 the data has none), so that all arms answer the same question at every turn. Per turn, with the base reading the reply
 on top of each arm's context: ``agreement``, the share of positions whose most likely token is the full arm's, and
-``kl``, the mean divergence from the full arm's distribution, in nats per token. The synthetic set tells facts and asks
+``kl``, the mean divergence from the full arm's distribution, in nats per token. The synthetic set states facts and asks
 for them later: ``recall`` is the share of questions whose asked-for word is the most likely one, token by token.
 """
 
@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,14 +19,20 @@ import numpy as np
 from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
+from ..engine.clock import FirstStep
 from ..engine.context import Context, refine
 from ..engine.decode import decode
-from ..engine.dial import choose_prefill
+from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import Progress
+from ..engine.prompt import render
+from ..engine.reply import first_token_on
+from ..errors import InputError
 from ..models.sections import output_head, run_layers
+from .records import read_records
 
 ARMS = ("full", "kvp", "kvp+refine")
 REPLY_TOKENS = 32
+MAX_TURNS = 10
 
 NAMES = ("Clara", "Peter", "Maria", "Henry", "Laura", "Simon", "Alice", "David", "Emma", "Paul")
 CITIES = ("Paris", "London", "Berlin", "Rome", "Madrid", "Vienna", "Boston", "Chicago", "Dublin", "Tokyo")
@@ -70,20 +77,20 @@ Script = list[Exchange]
 
 
 def synthetic_scripts(count: int, seed: int = 0) -> list[Script]:
-    """Return ten-turn conversations: odd turns tell a fact amid talk, even ones ask for an earlier fact.
+    """Return ten-turn conversations: odd turns state a fact amid talk, even ones ask for an earlier fact.
 
-    The question at turn 2 asks for turn 1's fact; later ones for any of those told so far, all equally often.
+    The question at turn 2 asks for turn 1's fact; later ones for any of those before, all equally often.
     """
     rng, scripts = random.Random(seed), []
     for _ in range(count):
         facts, talk = rng.sample(FACTS, 5), rng.sample(TALK, 5)
-        told: list[tuple[str, str, str]] = []
+        stated: list[tuple[str, str, str]] = []
         script: Script = []
         for (statement, question, answer, words), around in zip(facts, talk, strict=True):
             word = rng.choice(words)
-            told.append((question, answer, word))
+            stated.append((question, answer, word))
             script.append(Exchange(f"{around} {statement.format(word)}", "Thank you for telling me."))
-            asked, opening, asked_word = rng.choice(told)
+            asked, opening, asked_word = rng.choice(stated)
             message = f"{rng.choice(TALK)} Now tell me: {asked}"
             script.append(Exchange(message, f"{opening} {asked_word}.", asked_word))
         scripts.append(script)
@@ -103,11 +110,44 @@ def message_scripts(records: list[dict[str, Any]], turns: int, count: int) -> li
         if "turns" in record:
             script = [Exchange(text) for text in record["turns"]]
         else:
-            said = [message["content"] for message in record["messages"] if message["role"] != "system"]
-            script = [Exchange(text, reply) for text, reply in zip(said[::2], said[1::2], strict=False)]
+            texts = [message["content"] for message in record["messages"] if message["role"] != "system"]
+            script = [Exchange(text, reply) for text, reply in zip(texts[::2], texts[1::2], strict=False)]
         if len(script) >= turns:
             scripts.append(script[:turns])
     return scripts[:count]
+
+
+def read_conversations(path: str) -> list[dict[str, Any]]:
+    """Read a file of conversations.
+
+    Raises:
+        InputError: unreadable, or something else.
+    """
+    records = read_records([path], {})
+    if not all("messages" in record or "turns" in record for record in records):
+        raise InputError(f"{path} holds records without 'messages' or 'turns'; name another file.")
+    return records
+
+
+def script_sets(files: dict[str, list[dict[str, Any]]], count: int, seed: int) -> dict[str, list[Script]]:
+    """Return sets of scripts by name: the synthetic one, and one of each file of ``read_conversations``.
+
+    Args:
+        files: records by path; those with ``turns`` of the user give scripts of two turns, others of ``MAX_TURNS``.
+        count: scripts of each set at most.
+        seed: makes the synthetic ones.
+
+    Raises:
+        InputError: a file without a conversation of that length.
+    """
+    scripts = {"synthetic": synthetic_scripts(count, seed)}
+    for path, records in files.items():
+        length = 2 if "turns" in records[0] else MAX_TURNS
+        name = path if Path(path).name in scripts else Path(path).name
+        scripts[name] = message_scripts(records, length, count)
+        if not scripts[name]:
+            raise InputError(f"{path} has no conversation of {length} turns; name another file.")
+    return scripts
 
 
 class Replay:
@@ -120,23 +160,23 @@ class Replay:
     """
 
     def __init__(self, model: KVPModel, arm: str, exact_tail: int):
-        self.model, self.arm, self.exact_tail = model, arm, exact_tail
+        self.model, self.arm = model, arm
+        self.dial = Dial("full", 0, 0) if arm == "full" else Dial("kvp", 0, exact_tail)
         self.context = Context(model)
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []
         self.predicted_tokens = 0
 
-    def hear(self, message: str) -> float:
-        """Take the user's message and read it, up to the first token's logits; returns the seconds that took."""
+    def read(self, message: str) -> FirstStep:
+        """Take the user's message and read it, up to the first token, on the clock."""
         self.messages.append({"role": "user", "content": message})
-        start = time.perf_counter()
-        self.ids = self.model.text_tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        self.ids = render(self.model.text_tokenizer, self.messages)
         reused = self.context.keep(common_prefix_len(self.context.tokens, self.ids[:-1]))
-        path = choose_prefill("full" if self.arm == "full" else "kvp", len(self.ids) - reused, self.exact_tail)
-        self.predicted_tokens = len(self.ids) - 1 - self.exact_tail - reused if path == "kvp" else 0
-        self.context.read(self.ids, path, exact_tail=self.exact_tail)
-        mx.eval(self.logits([]))
-        return time.perf_counter() - start
+        dial = self.dial.settled(self.model.config, len(self.ids), reused, 0)
+        self.predicted_tokens = dial.predicted_tokens(len(self.ids), reused) if dial.path == "kvp" else 0
+        first = first_token_on(self.context, self.ids, dial)
+        self.context.grown_to(self.ids)
+        return first
 
     def logits(self, reply: list[int]) -> mx.array:
         """Let the base read what is left of the prompt and the reply (but its last token); returns (tokens, vocab).
@@ -152,11 +192,24 @@ class Replay:
         self.context.grown_to(ids)
         return logits
 
-    def say(self, reply: str) -> None:
-        """Close the turn; the arm with refinement now has the time until the next message."""
+    def close_turn(self, reply: str) -> None:
+        """Add the assistant's reply; the arm with refinement now has the time until the next message."""
         self.messages.append({"role": "assistant", "content": reply})
         if self.arm == "kvp+refine":
             refine(self.context)
+
+
+def measure_sets(
+    model: KVPModel, sets: dict[str, list[Script]], *, exact_tail: int, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
+    """Measure every set of ``script_sets``; returns by name how many conversations, and the rows of their turns."""
+    return {
+        name: {
+            "conversations": len(scripts),
+            "turns": measure_turns(model, scripts, exact_tail=exact_tail, progress=progress),
+        }
+        for name, scripts in sets.items()
+    }
 
 
 def measure_turns(
@@ -181,24 +234,24 @@ def _measured_turns(model: KVPModel, script: Script, exact_tail: int) -> Iterato
     arms = {arm: Replay(model, arm, exact_tail) for arm in ARMS}
     for number, exchange in enumerate(script, 1):
         before = len(arms["full"].context.tokens)
-        seconds = {arm: replay.hear(exchange.message) for arm, replay in arms.items()}
+        first = {arm: replay.read(exchange.message) for arm, replay in arms.items()}
         full = arms["full"]
-        reply = exchange.reply if exchange.reply is not None else _greedy_reply(full)
+        reply = exchange.reply if exchange.reply is not None else _greedy_reply(full, first["full"])
         tokens = model.text_tokenizer.encode(reply, add_special_tokens=False)[:REPLY_TOKENS]
         true = full.logits(tokens)
         row: dict[str, Any] = {
             "context_tokens": len(full.ids),
             "new_tokens": len(full.ids) - before,
-            "fresh_ttft_ms": 1e3 * _fresh_seconds(model, full.ids) if number in (2, len(script)) else None,
+            "fresh_ttft_ms": _fresh_ttft_ms(model, full.ids) if number in (2, len(script)) else None,
         }
         for arm, replay in arms.items():
             logits = true if arm == "full" else replay.logits(tokens)
             row[arm] = compared(logits, true) | {
                 "recall": None if exchange.asked is None else _recalled(model, logits, tokens, exchange),
                 "predicted_tokens": replay.predicted_tokens,
-                "ttft_ms": 1e3 * seconds[arm],
+                "ttft_ms": first[arm].ttft_ms,
             }
-            replay.say(reply)
+            replay.close_turn(reply)
         yield row
 
 
@@ -219,22 +272,18 @@ def _recalled(model: KVPModel, logits: mx.array, tokens: list[int], exchange: Ex
     return float(best == tokens[start:word])
 
 
-def _greedy_reply(replay: Replay) -> str:
-    """Return the beginning of what the full model answers."""
-    replay.context.keep(len(replay.ids) - 1)
-    pieces = decode(replay.model, replay.ids, replay.context.cache, max_tokens=REPLY_TOKENS)
+def _greedy_reply(replay: Replay, first: FirstStep) -> str:
+    """Return the beginning of what the full model answers after its first step."""
+    pieces = decode(first, replay.model.text_tokenizer, replay.ids, max_tokens=REPLY_TOKENS)
     text = "".join(piece.text for piece in pieces)
     replay.context.keep(len(replay.ids) - 1)
     return text.replace("\N{REPLACEMENT CHARACTER}", "").strip() or "..."
 
 
-def _fresh_seconds(model: KVPModel, ids: list[int]) -> float:
-    """Return how long the first token's logits take without any cache."""
-    context, start = Context(model), time.perf_counter()
-    context.read(ids, "full")
-    hidden, _ = run_layers(model.base, mx.array([ids[-1:]]), context.cache)
-    mx.eval(output_head(model.base, hidden))
-    return time.perf_counter() - start
+def _fresh_ttft_ms(model: KVPModel, ids: list[int]) -> float:
+    """Return the time to the first token by full prefill, without any cache."""
+    dial = Dial("full", 0, 0).settled(model.config, len(ids), 0, 0)
+    return first_token_on(Context(model), ids, dial).ttft_ms
 
 
 def _mean_row(turn: int, rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
@@ -267,11 +316,12 @@ def yield_times_ms(model: KVPModel, tokens: int = 2048) -> dict[str, float]:
         model: the bundle.
         tokens: predicted context to refine; cut to the context window.
     """
-    ids = np.random.default_rng(0).integers(0, model.base.args.vocab_size, min(tokens, model.context_length or tokens))
+    count = min(tokens, model.context_length or tokens)
+    ids = [*np.random.default_rng(0).integers(0, model.base.args.vocab_size, count).tolist(), 0]
     context, steps = Context(model), []
-    context.read([*ids.tolist(), 0], "kvp")
+    context.read(ids, PREDICT.settled(model.config, len(ids), 0, 0))
     start = time.perf_counter()
     for _ in context.refining():
         steps.append(1e3 * (time.perf_counter() - start))
         start = time.perf_counter()
-    return {"tokens": len(ids), "median": float(np.median(steps)), "largest": float(np.max(steps))}
+    return {"tokens": count, "median": float(np.median(steps)), "largest": float(np.max(steps))}

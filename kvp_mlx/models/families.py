@@ -32,6 +32,11 @@ class Family:
     v_proj: str = "v_proj"
     qkv_proj: str | None = None
 
+    @property
+    def kv_projections(self) -> tuple[str, ...]:
+        """The modules that raw keys and values come from: the fused one, or one each."""
+        return (self.qkv_proj,) if self.qkv_proj else (self.k_proj, self.v_proj)
+
 
 FAMILIES = {
     "llama": Family(),

@@ -1,12 +1,12 @@
 """Tokens at positions of their own, where those in between are left out."""
 
-import contextlib
-from collections.abc import Iterator
+import copy
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .families import attention_of
+from .sections import with_attention
 
 
 class _RoPEAt(nn.Module):
@@ -24,15 +24,10 @@ class _RoPEAt(nn.Module):
         return turned.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)  # -> (B, H, T, D)
 
 
-@contextlib.contextmanager
-def rope_at(model: nn.Module, positions: mx.array) -> Iterator[None]:
-    """Let all layers of a model turn what they read to ``positions`` (B, T) while the block runs."""
-    attentions = [attention_of(model, layer) for layer in range(len(model.layers))]
-    ropes = [attention.rope for attention in attentions]
-    for attention, rope in zip(attentions, ropes, strict=True):
-        attention.rope = _RoPEAt(rope, positions)
-    try:
-        yield
-    finally:
-        for attention, rope in zip(attentions, ropes, strict=True):
-            attention.rope = rope
+def at_positions(model: nn.Module, positions: mx.array) -> nn.Module:
+    """Return a model whose layers turn what they read to ``positions`` (B, T), sharing everything else."""
+    attentions = {}
+    for layer in range(len(model.layers)):
+        attentions[layer] = copy.copy(attention_of(model, layer))
+        attentions[layer].rope = _RoPEAt(attentions[layer].rope, positions)
+    return with_attention(model, attentions)

@@ -1,15 +1,17 @@
-"""Parts of a model as models of their own, run layer by layer, and listened to."""
+"""Parts of a model as models of their own, run layer by layer, and listened to.
 
-import contextlib
+Every view shares the weights of the model it is cut from, and changes nothing in it: threads may share a model.
+"""
+
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .families import Cache, Family, family_of, kv_shape
+from .families import Cache, Family, attention_of, family_of
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,13 @@ def run_layers(
         listen: layers whose raw keys and values are wanted.
 
     Returns:
-        The inner model's output ``(B, T, hidden)``, and what each layer in ``listen`` said.
+        The inner model's output ``(B, T, hidden)``, and what the projections of each layer in ``listen`` read and
+        returned.
     """
-    family = family_of(model)
-    with contextlib.ExitStack() as stack:
-        heard = {
-            layer: stack.enter_context(_listening(model.layers[layer][family.attention], family)) for layer in listen
-        }
-        output = model[family.inner](ids, cache)
-    return output, {layer: read() for layer, read in heard.items()}
+    family, listen = family_of(model), list(listen)
+    view = with_attention(model, {layer: _listening(model.layers[layer][family.attention], family) for layer in listen})
+    output = view[family.inner](ids, cache)
+    return output, {layer: _captured(view.layers[layer][family.attention], family) for layer in listen}
 
 
 def run_streams(
@@ -92,16 +92,17 @@ def run_streams(
         listen: whether to listen to these layers.
 
     Returns:
-        ``x``, what each layer but the last returned, and the inner model's normed output; and what each layer said.
+        ``x``, what each layer but the last returned, and the inner model's normed output; and, with ``listen``, what
+        each layer's projections read and returned.
     """
-    streams, heard = [x], {}
+    streams, captured = [x], {}
     for layer in range(first, len(model.layers)):
         alone = section(model, layer, layer + 1)
-        x, said = run_layers(alone, x, cache[layer : layer + 1], [0] if listen else [])
+        x, raw = run_layers(alone, x, cache[layer : layer + 1], [0] if listen else [])
         streams.append(x)
         if listen:
-            heard[layer] = said[0]
-    return streams, heard
+            captured[layer] = raw[0]
+    return streams, captured
 
 
 def attention_outputs(
@@ -115,16 +116,13 @@ def attention_outputs(
         cache: the model's cache.
         streams: what each layer is to take, in place of what the one below returned (from an earlier run).
     """
-    family = family_of(model)
     outputs, taken, x = [], [], ids
-    for number, layer in enumerate(model.layers):
+    for number in range(len(model.layers)):
         taken.append(x if streams is None else streams[number])
-        listener = layer[family.attention] = _Listener(layer[family.attention])
-        try:
-            x, _ = run_layers(section(model, number, number + 1), taken[-1], cache[number : number + 1])
-        finally:
-            layer[family.attention] = listener.projection
-        outputs.append(listener.heard[1])
+        listener = _Listener(attention_of(model, number))
+        alone = section(with_attention(model, {number: listener}), number, number + 1)
+        x, _ = run_layers(alone, taken[-1], cache[number : number + 1])
+        outputs.append(listener.output)
     return taken, outputs
 
 
@@ -153,36 +151,47 @@ def output_head(model: nn.Module, hidden: mx.array) -> mx.array:
     return model[family.inner][family.embedding].as_linear(hidden)
 
 
-class _Listener(nn.Module):
-    """Stands in for a module, calls it, and keeps what went in and came out."""
+def with_attention(model: nn.Module, attention: dict[int, nn.Module]) -> nn.Module:
+    """Return a model with other attention modules in some layers, sharing everything else."""
+    if not attention:
+        return model
+    family = family_of(model)
+    view, inner = copy.copy(model), copy.copy(model[family.inner])
+    inner.layers = list(inner.layers)
+    for layer, module in attention.items():
+        inner.layers[layer] = copy.copy(inner.layers[layer])
+        inner.layers[layer][family.attention] = module
+    view[family.inner] = inner
+    return view
 
-    def __init__(self, projection: nn.Module):
+
+class _Listener(nn.Module):
+    """Stands in for a module, calls it, and keeps its input and output."""
+
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.projection = projection
+        self.module = module
 
     def __call__(self, x: mx.array, *rest: Any) -> mx.array:
-        self.heard = (x, self.projection(x, *rest))
-        return self.heard[1]
+        self.input, self.output = x, self.module(x, *rest)
+        return self.output
 
 
-@contextlib.contextmanager
-def _listening(attention: nn.Module, family: Family) -> Iterator[Callable[[], RawLayer]]:
-    """Listen to one layer's projections while the block runs; the yielded function tells what they said."""
-    names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
-    listeners = [_Listener(attention[name]) for name in names]
+def _listening(attention: nn.Module, family: Family) -> nn.Module:
+    """Return an attention module whose K and V projections are listened to."""
+    view = copy.copy(attention)
+    for name in family.kv_projections:
+        view[name] = _Listener(attention[name])
+    return view
 
-    def read() -> RawLayer:
-        hidden, output = listeners[0].heard
-        if not family.qkv_proj:
-            return RawLayer(hidden, output, listeners[1].heard[1])
-        width = kv_shape(attention, family).width
-        _, keys, values = mx.split(output, [output.shape[-1] - 2 * width, output.shape[-1] - width], axis=-1)
-        return RawLayer(hidden, keys, values)
 
-    for name, listener in zip(names, listeners, strict=True):
-        attention[name] = listener
-    try:
-        yield read
-    finally:
-        for name, listener in zip(names, listeners, strict=True):
-            attention[name] = listener.projection
+def _captured(attention: nn.Module, family: Family) -> RawLayer:
+    """Return what the projections of a module that was listened to read and returned."""
+    listeners = [attention[name] for name in family.kv_projections]
+    hidden, output = listeners[0].input, listeners[0].output
+    if not family.qkv_proj:
+        return RawLayer(hidden, output, listeners[1].output)
+    rows, heads = output.shape[-1], attention.n_kv_heads
+    width = rows // (attention.n_heads + 2 * heads) * heads
+    _, keys, values = mx.split(output, [rows - 2 * width, rows - width], axis=-1)
+    return RawLayer(hidden, keys, values)

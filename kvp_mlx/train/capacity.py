@@ -53,9 +53,9 @@ def _rows_alone(options: TrainOptions) -> int:
     return options.window if options.weights.paper else 0
 
 
-def _layer_floats(model: KVPModel, context: int) -> int:
+def _layer_floats(model: KVPModel, entries: int) -> int:
     """Floats that one token leaves in one layer for the backward pass: scores, FFN, and the residual's copies."""
     hidden = hidden_size(model.base)
     heads = getattr(model.base.args, "num_attention_heads", None) or max(model.base.args.num_query_heads)
     ffn = getattr(model.base.args, "intermediate_size", None) or 4 * hidden
-    return 3 * heads * context + 4 * ffn + 8 * hidden
+    return 3 * heads * entries + 4 * ffn + 8 * hidden

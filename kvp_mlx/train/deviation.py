@@ -1,4 +1,4 @@
-"""Fitting the estimator that tells which tokens the base had better read itself."""
+"""Fitting the estimator that says which tokens the base had better read itself."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from ..bundle.config import RecomputeConfig
 from ..bundle.loading import KVPModel
-from ..engine.recompute import ASKING_TOKENS
+from ..engine.recompute import settings_of
 from ..errors import KVPError
 from ..models.entries import RawPair
 from ..models.sections import output_head, run_streams
@@ -25,11 +26,10 @@ PENALTY = 0.1
 
 def with_estimator(model: KVPModel) -> KVPModel:
     """Return a bundle whose predictor has an estimator of deviation, not fitted if it had none."""
-    if model.config.predictor.recompute is not None:
+    if model.config.recompute is not None:
         return model
     model.predictor.add_estimator()
-    predictor = model.config.predictor.model_copy(update={"recompute": 0.0})
-    return replace(model, config=model.config.model_copy(update={"predictor": predictor}))
+    return replace(model, config=model.config.model_copy(update={"recompute": RecomputeConfig()}))
 
 
 def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None:
@@ -49,16 +49,16 @@ def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None
     Raises:
         KVPError: the deviations are not finite (a broken model).
     """
-    inputs, deviations = [], []
+    inputs, deviations, asking = [], [], settings_of(model).asking_tokens
     for window in windows if model.predictor.blocks else []:
         split = round(PREDICTED_SHARE * len(window))
-        if split <= ASKING_TOKENS + 2:
+        if split <= asking + 2:
             continue
         batch = make_batch([window])
         teacher = teach(model, batch)
         reading = teacher.reading or read(model, batch.ids)
-        found = np.array(deviation(model, teacher, reading, split)[0, 1:-ASKING_TOKENS], dtype=np.float64)
-        inputs.append(np.array(estimator_input(model, reading)[0, 1 : split - ASKING_TOKENS], dtype=np.float64))
+        found = np.array(deviation(model, teacher, reading, split)[0, 1:-asking], dtype=np.float64)
+        inputs.append(np.array(estimator_input(model, reading)[0, 1 : split - asking], dtype=np.float64))
         deviations.append(found - found.mean())
         mx.clear_cache()
     if not inputs:
@@ -93,8 +93,8 @@ def deviation(model: KVPModel, teacher: Teacher, reading: Reading, split: int) -
     error = mx.array(0.0)
     for layer, pair in predicted.items():
         values = true[layer]["values"].astype(mx.float32)
-        apart = mx.square(pair["values"].astype(mx.float32) - values).sum(axis=-1)
-        error = error + apart / mx.square(values).sum(axis=-1).mean()
+        squared = mx.square(pair["values"].astype(mx.float32) - values).sum(axis=-1)
+        error = error + squared / mx.square(values).sum(axis=-1).mean()
     return mx.log(error + 1e-12) + 0.5 * mx.log(harm(model, teacher, reading, predicted, true) + 1e-12)
 
 

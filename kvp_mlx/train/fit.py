@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,34 +102,41 @@ def fit_bundle(
         auxiliary = load_auxiliary(base, config, work)
         predictor = build_predictor(base, auxiliary, config)
         fit_to_device(base)
-        is_prefix = auxiliary_config.kind == "prefix"
-        if not is_prefix:
+        if auxiliary_config.kind != "prefix":
             fit_to_device(auxiliary)
-        tokens = fit_predictor(
-            base,
-            None if is_prefix else auxiliary,
-            predictor,
-            budgeted(token_windows(files, tokenizer, options.window, options.seed), options.tokens),
-            penalty=options.penalty,
-            progress=lambda done: progress(min(done, options.tokens), options.tokens),
+        record = fit_maps(
+            KVPModel(base, auxiliary, predictor, tokenizer, config, base_config), files, options, progress
         )
-        reading = budgeted(token_windows(files, tokenizer, options.window, options.seed), DEVIATION_TOKENS)
-        explained = fit_deviation(
-            KVPModel(base, auxiliary, predictor, tokenizer, config, base_config),
-            list(budgeted(reading, options.tokens)),
-        )
-        record = {
-            "method": "ridge",
-            "kvp_mlx": __version__,
-            "tokens": tokens,
-            "deviation_explained": explained,
-            "data": [path.name for path in files],
-            **{key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")},
-        }
         write_predictor(predictor, work / "predictor.safetensors")
         config.model_copy(update={"training": record}).save(work)
         size = (work / "predictor.safetensors").stat().st_size
-    return {"tokens": tokens, "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
+    return {"tokens": record["tokens"], "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
+
+
+def fit_maps(
+    model: KVPModel, files: list[Path], options: FitOptions, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Set a bundle's maps and its estimator of deviation; returns what kvp.json keeps of how that was done."""
+
+    def windows(tokens: int) -> Iterator[list[int]]:
+        return budgeted(token_windows(files, model.text_tokenizer, options.window, options.seed), tokens)
+
+    tokens = fit_predictor(
+        model.base,
+        None if model.is_prefix else model.auxiliary,
+        model.predictor,
+        windows(options.tokens),
+        penalty=options.penalty,
+        progress=lambda done: progress(min(done, options.tokens), options.tokens),
+    )
+    return {
+        "method": "ridge",
+        "kvp_mlx": __version__,
+        "tokens": tokens,
+        "deviation_explained": fit_deviation(model, list(windows(min(options.tokens, DEVIATION_TOKENS)))),
+        "data": [path.name for path in files],
+        **{key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")},
+    }
 
 
 def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work: Path) -> AuxiliaryConfig:
@@ -185,7 +192,7 @@ def write_float16(arrays: dict[str, mx.array], path: Path) -> None:
     mx.save_safetensors(str(path), halved, metadata={"format": "mlx"})
 
 
-def budgeted(windows: Any, tokens: int) -> Any:
+def budgeted(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
     """Cut a stream of windows off once it has yielded ``tokens`` tokens, shortening the last one."""
     left = tokens
     for window in windows:

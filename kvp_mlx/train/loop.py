@@ -135,7 +135,7 @@ def train(
         state = load_state(directory, trained, optimizer, state.options)
         if options.share(state) >= 1:
             return state
-    size, leads = mx.distributed.init().size(), mx.distributed.init().rank() == 0
+    leads = mx.distributed.init().rank() == 0
     stream = batches(state.batches)
     log = Log(directory / "log.jsonl" if leads else Path(os.devnull), keep=state.step)
     clock, saved = time.perf_counter() - 60 * state.minutes, time.perf_counter()
@@ -152,23 +152,39 @@ def train(
             saved = time.perf_counter()
         if finished:
             return state
-        optimizer.learning_rate = options.learning_rate * schedule(state.step, options.share(state))
-        started = time.perf_counter()
-        losses, tokens = take_step(model, trained, optimizer, stream, state, options)
-        if not all(map(math.isfinite, losses.values())):
-            raise KVPError(
-                f"the loss is not a number after {state.tokens:,} tokens; the best bundle so far is kept. "
-                "Start again with a lower --learning-rate."
-            )
-        state.step += 1
-        state.batches += options.accumulate * size
-        state.tokens += tokens
-        speed = tokens / (time.perf_counter() - started)
-        state.speeds.append(speed)
-        entry = {"step": state.step, "tokens": state.tokens, **losses}
-        entry |= {"minutes": round(state.minutes, 2), "tokens_per_second": round(speed, 1)}
+        entry = counted_step(model, trained, optimizer, stream, state, options)
         log.write(entry)
         progress(options.share(state), entry)
+
+
+def counted_step(
+    model: KVPModel,
+    trained: Trained,
+    optimizer: optim.Optimizer,
+    stream: Iterator[list[list[int]]],
+    state: TrainingState,
+    options: TrainOptions,
+) -> dict[str, Any]:
+    """Take one step at the learning rate of its time and count it in ``state``; returns its log entry.
+
+    Raises:
+        KVPError: the loss is not finite.
+    """
+    optimizer.learning_rate = options.learning_rate * schedule(state.step, options.share(state))
+    started = time.perf_counter()
+    losses, tokens = take_step(model, trained, optimizer, stream, state, options)
+    if not all(map(math.isfinite, losses.values())):
+        raise KVPError(
+            f"the loss is not a number after {state.tokens:,} tokens; the best bundle so far is kept. "
+            "Start again with a lower --learning-rate."
+        )
+    state.step += 1
+    state.batches += options.accumulate * mx.distributed.init().size()
+    state.tokens += tokens
+    speed = tokens / (time.perf_counter() - started)
+    state.speeds.append(speed)
+    entry = {"step": state.step, "tokens": state.tokens, **losses}
+    return entry | {"minutes": round(state.minutes, 2), "tokens_per_second": round(speed, 1)}
 
 
 def keep_best(state: TrainingState, record: dict[str, Any], log: "Log", save: Callable[[dict[str, Any]], None]) -> None:

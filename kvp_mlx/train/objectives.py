@@ -145,7 +145,7 @@ def continuation_losses(
     """Return how far the base strays when it goes on from a predicted cache, as decoding does.
 
     The cache of positions below ``split`` is predicted; the base reads ``split`` to ``end - 1`` on top of it with
-    its own keys and values. With ``checkpoint``, activations are computed again for the backward pass.
+    its own keys and values. With ``checkpoint``, activations are computed once more for the backward pass.
 
     Returns:
         The KL divergence of its next-token distribution from the one on the true cache, nats per token; and the
@@ -212,7 +212,7 @@ def predict(model: KVPModel, teacher: Teacher, reading: Reading, tokens: int) ->
 
 
 def student_cache(model: KVPModel, reading: Reading, predicted: dict[int, RawPair], split: int) -> Cache:
-    """Return the base's cache of the first ``split`` positions as prediction makes it."""
+    """Return the base's cache of the first ``split`` positions as prediction leaves it."""
     cache: Cache = [ConcatenateKVCache() for _ in model.base.layers]
     for own, shared in zip(cache, reading.cache, strict=False):
         keys, values = shared.keys_and_values()

@@ -1,4 +1,4 @@
-"""The picture of a training run: its loss, and what validation said of it."""
+"""The picture of a training run: its loss, and what validation measured."""
 
 import json
 from pathlib import Path
@@ -46,10 +46,10 @@ def draw_training(log: Path, picture: Path) -> bool:
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
-    """Return a running mean whose memory is a share of the run, at least five steps."""
-    memory = max(5.0, share * len(values))
+    """Return a running mean over a share of the run, at least five steps."""
+    steps = max(5.0, share * len(values))
     out: list[float] = []
     for value in values:
-        weight = max(1 / memory, 1 / (len(out) + 1))
+        weight = max(1 / steps, 1 / (len(out) + 1))
         out.append(value if not out else out[-1] + weight * (value - out[-1]))
     return out

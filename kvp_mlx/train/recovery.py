@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
+from ..engine.dial import Dial
 from ..engine.prefill import Progress, base_prefill, predict_base_cache
 from ..errors import InputError
 from ..models.families import Cache
@@ -26,19 +27,21 @@ OF_THE_BASE = ("full", "wrong_document_full", "no_context")
 WITHOUT_AUXILIARY = tuple(arm for arm in ARMS if arm != "auxiliary")
 
 
-class ContextMeasurement:
-    """Context recovery on documents of one kind, which can be measured again after the maps have changed.
+class RecoveryMeasurement:
+    """Context recovery on documents of one kind, which can be measured anew after the maps have changed.
 
     Args:
         model: the bundle.
         windows: token ids, each a prompt followed by ``continuation_tokens`` to score; all of one length. Each
             document's wrong document is the next one's prompt.
         continuation_tokens: tokens scored.
-        exact_tail: prompt tokens before the last that the base reads itself.
+        exact_tail: predicting, prompt tokens before the last that the base reads itself.
+        recompute: predicting, the share of the other tokens that it also reads itself (default: the bundle's).
         arms: which of ``ARMS`` to measure; ``full`` and ``no_context`` always are, recovery is made of them.
 
     Raises:
-        InputError: fewer than two documents, nothing left to predict, or an unknown arm.
+        InputError: fewer than two documents, nothing left to predict, an unknown arm, or a share that the bundle
+            cannot recompute.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ContextMeasurement:
         continuation_tokens: int,
         *,
         exact_tail: int = 0,
+        recompute: float | None = None,
         arms: Collection[str] = WITHOUT_AUXILIARY,
     ):
         if len(windows) < 2:
@@ -58,6 +62,7 @@ class ContextMeasurement:
             raise InputError(f"an exact tail of {exact_tail} leaves nothing to predict of {self.split} prompt tokens.")
         self.windows = windows
         self.exact_tail = exact_tail
+        self.recompute = Dial("kvp", 0, exact_tail, recompute).share(model.config)
         if unknown := set(arms) - set(ARMS):
             raise InputError(f"unknown arm '{min(unknown)}'; choose from {','.join(ARMS)}.")
         self.arms = [arm for arm in ARMS if arm in arms or arm in ("full", "no_context")]
@@ -100,7 +105,8 @@ class ContextMeasurement:
             run_layers(alone, right, cache)
             return token_losses(alone, cache, rest)
         ids = right if arm == "kvp" else other
-        return token_losses(model.base, predict_base_cache(model, ids, exact_tail=self.exact_tail), rest)
+        cache = predict_base_cache(model, ids, exact_tail=self.exact_tail, recompute=self.recompute)
+        return token_losses(model.base, cache, rest)
 
     def summary(self, losses: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return the JSON of losses (documents, continuation_tokens) by arm."""
@@ -119,7 +125,7 @@ class ContextMeasurement:
             "prompt_tokens": self.split,
             "continuation_tokens": tokens,
             "exact_tail": self.exact_tail,
-            "recompute": self.model.recompute,
+            "recompute": self.recompute,
             "separation": None if np.isnan(separation) else float(separation),
             "recovery_by_position": by_position,
             "arms": {arm: {"nll": float(losses[arm].mean()), "recovery": recovery[arm]} for arm in self.arms},
@@ -136,6 +142,10 @@ def token_losses(model: nn.Module, cache: Cache, ids: list[int]) -> np.ndarray:
     """Return the negative log-likelihoods of ``ids[1:]``, the model reading ``ids[:-1]`` on top of ``cache``."""
     inputs, targets = mx.array([ids[:-1]]), mx.array([ids[1:]])
     hidden, _ = run_layers(model, inputs, cache)
-    logits = output_head(model, hidden).astype(mx.float32)
+    return losses_of(output_head(model, hidden).astype(mx.float32), targets)[0]
+
+
+def losses_of(logits: mx.array, targets: mx.array) -> np.ndarray:
+    """Return the negative log-likelihoods (B, T) of ``targets`` (B, T) under ``logits`` (B, T, vocab)."""
     chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # (B, T, vocab) -> (B, T)
-    return np.array((mx.logsumexp(logits, axis=-1) - chosen)[0])
+    return np.array(mx.logsumexp(logits, axis=-1) - chosen)

@@ -62,7 +62,7 @@ def fit_predictor(
 
     Args:
         base: the model whose cache is to be predicted.
-        auxiliary: the model that reads the prompt; None for a prefix, where the base's own pass tells all.
+        auxiliary: the model that reads the prompt; None for a prefix, where the base's own pass has it all.
         predictor: receives the maps, fp32.
         windows: token ids; each window is one independent prompt.
         penalty: see ``RidgeSums.solve``.
@@ -79,10 +79,10 @@ def fit_predictor(
     for window in windows:
         ids = mx.array([window])
         _, raw = run_layers(base, ids, make_prompt_cache(base), listen=range(len(base.layers)))
-        heard = raw
+        captured = raw
         if auxiliary is not None:
-            _, heard = run_layers(auxiliary, ids, make_prompt_cache(auxiliary), predictor.sources)
-        inputs = predictor.inputs(heard)
+            _, captured = run_layers(auxiliary, ids, make_prompt_cache(auxiliary), predictor.sources)
+        inputs = predictor.inputs(captured)
         for part in sums:
             part.add(inputs[part.block.name], raw)
         mx.clear_cache()

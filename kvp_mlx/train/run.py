@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
 from .fit import budgeted, write_float16, write_predictor
 from .loop import Trained, TrainOptions, train
 from .picture import draw_training
-from .recovery import ContextMeasurement
+from .recovery import RecoveryMeasurement
 from .state import STATE_FILE
 from .text import bucketed, data_files, full_pieces, token_windows
 from .work import flops_per_token
@@ -62,7 +63,7 @@ def train_bundle(
 
     Returns:
         The best validation's record: recovery, separation, step, tokens, minutes; tokens_per_second, the median
-        over steps; and flops_per_token, see ``cost``.
+        over steps; and flops_per_token, see ``work``.
 
     Raises:
         InputError: unusable data or output, or a bundle that cannot be copied.
@@ -72,34 +73,17 @@ def train_bundle(
     model = open_start(start, out, resume, force)
     begun = model.config.training
     options = replace(options, weights=options.weights.settled(model))
-    model = with_estimator(prepare(model, options))
+    model = with_estimator(make_trainable(model, options))
     trained = Trained(model, options)
     require_memory(model, trained, options)
     held_back = hold_back(files, model, options)
-    measurement = ContextMeasurement(model, list(held_back.values()), options.window // 4)
-
-    def batches(number: int) -> Iterator[list[list[int]]]:
-        group = mx.distributed.init()
-        windows = endless_windows(files, model, options, held_back)
-        stream = bucketed(windows, options.batch_size, options.seed)
-        return itertools.islice(stream, number + group.rank(), None, group.size())
-
-    def validate() -> dict[str, Any]:
-        result = measurement.measure()
-        return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
+    measurement = RecoveryMeasurement(model, list(held_back.values()), options.window // 4)
 
     def save(record: dict[str, Any]) -> None:
-        some = budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS)
-        training = {
-            "method": "gradient",
-            "kvp_mlx": __version__,
-            "start": begun,
-            "data": [path.name for path in files],
-            "processes": mx.distributed.init().size(),
-            **asdict(options),
-            "deviation_explained": fit_deviation(model, list(some)),
-            "validation": record,
-        }
+        explained = fit_deviation(
+            model, list(budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS))
+        )
+        training = training_record(files, options, begun) | {"deviation_explained": explained, "validation": record}
         write_trained(model, trained, training, directory / "start", out)
 
     if not resume and mx.distributed.init().rank() == 0:
@@ -108,12 +92,12 @@ def train_bundle(
         state = train(
             model,
             trained,
-            batches,
+            partial(batches_from, files, model, options, held_back),
             options,
             directory,
             resume=resume,
             data=[f"{path.resolve()} {path.stat().st_size}" for path in files],
-            validate=validate,
+            validate=partial(validate, measurement),
             save=save,
             progress=progress,
         )
@@ -122,6 +106,33 @@ def train_bundle(
             draw_training(directory / "log.jsonl", directory / "loss.png")
     speed = {"tokens_per_second": round(median(state.speeds), 1)} if state.speeds else {}
     return {**state.best, **speed, "flops_per_token": round(flops_per_token(model, trained, options))}
+
+
+def batches_from(
+    files: list[Path], model: KVPModel, options: TrainOptions, held_back: Collection[str], number: int
+) -> Iterator[list[list[int]]]:
+    """Yield this process's batches of windows, forever, from the given batch number on."""
+    group = mx.distributed.init()
+    stream = bucketed(endless_windows(files, model, options, held_back), options.batch_size, options.seed)
+    return itertools.islice(stream, number + group.rank(), None, group.size())
+
+
+def validate(measurement: RecoveryMeasurement) -> dict[str, Any]:
+    """Measure what a validation's record holds."""
+    result = measurement.measure()
+    return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
+
+
+def training_record(files: list[Path], options: TrainOptions, begun: dict[str, Any]) -> dict[str, Any]:
+    """Return what kvp.json keeps of how a bundle was trained, ``begun`` of how the one before it was."""
+    return {
+        "method": "gradient",
+        "kvp_mlx": __version__,
+        "start": begun,
+        "data": [path.name for path in files],
+        "processes": mx.distributed.init().size(),
+        **asdict(options),
+    }
 
 
 def open_start(start: str, out: Path, resume: bool, force: bool) -> KVPModel:
@@ -166,7 +177,7 @@ def require_unstarted(out: Path, force: bool) -> None:
     require_free(out, force)
 
 
-def prepare(model: KVPModel, options: TrainOptions) -> KVPModel:
+def make_trainable(model: KVPModel, options: TrainOptions) -> KVPModel:
     """Put the maps into fp32 and make the auxiliary trainable where the options ask for it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What training needs to know of a batch before it looks at the maps: the frozen base's own pass over it."""
+"""What training needs of a batch before it looks at the maps: the frozen base's own pass over it."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the auxiliary makes of a batch.
+    """The auxiliary's pass over a batch.
 
     Attributes:
         inputs: the predictor's inputs (B, T, in) by map.
@@ -44,10 +44,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the base makes of a batch.
+    """The base's pass over a batch.
 
     Attributes:
-        streams: see ``families.run_streams``, from the first layer whose entries are not exact.
+        streams: see ``sections.run_streams``, from the first layer whose entries are not exact.
         raw: true raw keys and values of the predicted layers.
         reading: the exact prefix's reading, a part of the same pass; None where the auxiliary reads by itself.
     """
@@ -79,10 +79,10 @@ def teach(model: KVPModel, batch: Batch) -> Teacher:
     for start in range(0, batch.ids.shape[1], CHUNK):
         x, inputs = batch.ids[:, start : start + CHUNK], {}
         if below is not None:
-            x, heard = run_layers(below, x, cache[:exact], model.predictor.sources)
-            inputs = model.predictor.inputs(heard)
-        streams, said = run_streams(model.base, x, cache, exact, listen=True)
-        raw = {layer: {"keys": one.keys, "values": one.values} for layer, one in said.items()}
+            x, captured = run_layers(below, x, cache[:exact], model.predictor.sources)
+            inputs = model.predictor.inputs(captured)
+        streams, layers = run_streams(model.base, x, cache, exact, listen=True)
+        raw = {layer: {"keys": one.keys, "values": one.values} for layer, one in layers.items()}
         parts.append((streams, inputs, raw))
         mx.eval(parts[-1], [layer.state for layer in cache])
     streams, inputs, raw = tree_map(lambda *chunks: mx.concatenate(chunks, axis=1), *parts)
@@ -92,5 +92,5 @@ def teach(model: KVPModel, batch: Batch) -> Teacher:
 def read(model: KVPModel, ids: mx.array) -> Reading:
     """Let the auxiliary read token ids (B, T), in one piece and differentiably."""
     cache: Cache = [ConcatenateKVCache() for _ in model.auxiliary.layers]
-    hidden, heard = run_layers(model.auxiliary, ids, cache, model.predictor.sources)
-    return Reading(model.predictor.inputs(heard), cache if model.is_prefix else [], hidden)
+    hidden, captured = run_layers(model.auxiliary, ids, cache, model.predictor.sources)
+    return Reading(model.predictor.inputs(captured), cache if model.is_prefix else [], hidden)

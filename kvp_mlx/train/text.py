@@ -10,8 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..engine.prompt import render_text
 from ..errors import InputError
 
 HUB = "hub:"
@@ -52,9 +55,6 @@ def data_files(places: Iterable[str | Path]) -> list[Path]:
 
 
 def _hub_dataset(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         patterns = [f"*{suffix}" for suffix in SUFFIXES]
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
@@ -92,7 +92,7 @@ def _document(record: Any, where: str, tokenizer: TokenizerWrapper) -> str:
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         try:
-            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+            return render_text(tokenizer, record["messages"])
         except Exception as error:  # whatever the model's own template makes of it
             raise InputError(f"{where}: the chat template does not take these messages ({error}).") from error
     raise InputError(f"{where}: a record needs 'text' (a string) or 'messages' (a list).")

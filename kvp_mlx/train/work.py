@@ -23,18 +23,18 @@ def flops_per_token(model: KVPModel, trained: Trained, options: TrainOptions) ->
     maps = 2.0 * sum(block.in_width * block.out_width for block in model.predictor.blocks)
     start = exact_layers(model)
 
-    def base_pass(tokens: float, context: float, first: int = 0) -> float:
-        return sum(tokens * (layers[i] + 4.0 * widths[i] * context) for i in range(first, len(layers)))
+    def base_pass(tokens: float, entries: float, first: int = 0) -> float:
+        return sum(tokens * (layers[i] + 4.0 * widths[i] * entries) for i in range(first, len(layers)))
 
     total = base_pass(window, window / 2)
-    again = 3 if options.checkpoint else 2  # forward and gradient to the input, and the forward pass once more
+    passes = 3 if options.checkpoint else 2  # forward and gradient to the input, and the forward pass once more
     for number in range(options.splits if options.weights.continuation else 0):
         right = options.right if number % 2 == 0 else options.right / 4
         split = (window - right) / 2
-        total += again * base_pass(right, split + right / 2, start) + 3 * right * head + 2 * split * maps
+        total += passes * base_pass(right, split + right / 2, start) + 3 * right * head + 2 * split * maps
     if options.weights.paper:
         total += 2 * base_pass(window, window / 2, start) + 2 * window * (head + maps)
     if start == 0:
-        passes = 3 if options.train_auxiliary else 2 if options.lora_rank else 1
-        total += passes * window * 2.0 * sum(linear_size(layer) for layer in model.auxiliary.layers)
+        own_passes = 3 if options.train_auxiliary else 2 if options.lora_rank else 1
+        total += own_passes * window * 2.0 * sum(linear_size(layer) for layer in model.auxiliary.layers)
     return total / window

@@ -10,7 +10,7 @@ from support.oracle import Entries, Transformer, attend, rms_norm, rotate, split
 from support.tiny import BASES, itself, llama, openelm, oracle_of, paired, prefixed, small_llama, token_ids
 
 from kvp_mlx.arms import baselines
-from kvp_mlx.arms.arm import Arm, arm_prefill, parse_arm, parse_arms
+from kvp_mlx.arms.arm import Arm, Reading
 from kvp_mlx.arms.baselines import (
     chunk_means,
     last_token_attention,
@@ -20,7 +20,8 @@ from kvp_mlx.arms.baselines import (
     read_kept,
     static_prefill,
 )
-from kvp_mlx.arms.work import arm_work, full_work, kvp_work
+from kvp_mlx.arms.kinds import KINDS, parse_arm, parse_arms
+from kvp_mlx.arms.work import full_work, kvp_work
 from kvp_mlx.bundle.loading import KVPModel, build_predictor
 from kvp_mlx.bundle.presets import preset_parts
 from kvp_mlx.device import streams
@@ -151,7 +152,7 @@ def test_spec_reads_what_the_auxiliary_attends_to() -> None:
     order = np.argsort([-stretch.mean() for stretch in stretches])
     count = 8 if order[0] < 2 else 4  # the whole of the best stretch, whichever length it has
     expected = logits_of_kept(oracle.base, ids, best(smooth, count))
-    _, cache = arm_prefill(model, Arm("spec", "spec", (count / 20,)), mx.array(ids))
+    _, cache = Arm("spec", KINDS["spec"], (count / 20,)).read(model, mx.array(ids))
     np.testing.assert_allclose(last_logits(model.base, cache, ids), expected, atol=1e-3)
 
 
@@ -193,16 +194,16 @@ def test_parts_side_by_side_change_nothing(name: str, monkeypatch: pytest.Monkey
     if mx.default_device().type != mx.DeviceType.cpu:
         pytest.skip("GPUs run one stream")
     model, ids = prefixed(llama(), 2)[0], token_ids(29)
-    _, whole = arm_prefill(model, parse_arm(name), mx.array(ids), step_size=10)
+    _, whole = parse_arm(name).read(model, mx.array(ids), Reading(step_size=10))
     monkeypatch.setattr(streams, "MIN_ROWS", 4)
     monkeypatch.setattr(streams, "openblas_threads", lambda: 3)
     used = []
     monkeypatch.setattr(
         baselines, "parts", lambda *args: used.append(len(streams.parts(*args))) or streams.parts(*args)
     )
-    _, apart = arm_prefill(model, parse_arm(name), mx.array(ids), step_size=10)
+    _, parted = parse_arm(name).read(model, mx.array(ids), Reading(step_size=10))
     assert max(used) == 2
-    for one, other in zip(whole, apart, strict=True):
+    for one, other in zip(whole, parted, strict=True):
         np.testing.assert_allclose(*(np.array(layer.keys_and_values()) for layer in (one, other)), atol=1e-5)
 
 
@@ -210,7 +211,7 @@ def test_parts_side_by_side_change_nothing(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("base", BASES)
 def test_at_retention_one_every_arm_is_the_full_model(name: str, base: str) -> None:
     model, ids = itself(BASES[base]()), token_ids(PROMPT)
-    answering, cache = arm_prefill(model, parse_arm(name), mx.array(ids), step_size=8)
+    answering, cache = parse_arm(name).read(model, mx.array(ids), Reading(step_size=8))
     full = base_prefill(model, mx.array(ids[:, :-1]))
     np.testing.assert_allclose(last_logits(answering, cache, ids), last_logits(model.base, full, ids), atol=1e-3)
 
@@ -219,7 +220,7 @@ def test_arms_that_answer_alone() -> None:
     model, oracle = prefixed(llama(), 2)
     ids = token_ids(PROMPT)
     for name, layers in {"auxiliary": [0, 1], "layers-0.5": [0, 2], "layers-0.75": [0, 1, 2]}.items():
-        answering, cache = arm_prefill(model, parse_arm(name), mx.array(ids))
+        answering, cache = parse_arm(name).read(model, mx.array(ids))
         x = embedded(oracle.base, ids)
         for layer in layers:
             x = read_at(oracle.base, range(layer, layer + 1), x, np.arange(PROMPT), [None] * 4)
@@ -239,7 +240,7 @@ def test_random_keeps_a_seeded_share() -> None:
 def test_a_prompt_of_one_token_has_nothing_to_read() -> None:
     model, _ = prefixed(llama(), 2)
     for name in ("full", "kvp", "kvp-4", "auxiliary", "random-0.5", "static-0.5", "lazy-0.5-0.25", "spec-0.5"):
-        answering, cache = arm_prefill(model, parse_arm(name), mx.array([[3]]))
+        answering, cache = parse_arm(name).read(model, mx.array([[3]]))
         assert last_logits(answering, cache, np.array([[3]])).shape == (1, 97)
 
 
@@ -249,9 +250,9 @@ def test_most_important_come_in_order() -> None:
 
 def test_names() -> None:
     assert parse_arms("full, kvp-64,full,lazy-0.75-0.25") == [
-        Arm("full", "full"),
-        Arm("kvp-64", "kvp", (64,)),
-        Arm("lazy-0.75-0.25", "lazy", (0.75, 0.25)),
+        Arm("full", KINDS["full"]),
+        Arm("kvp-64", KINDS["kvp"], (64,)),
+        Arm("lazy-0.75-0.25", KINDS["lazy"], (0.75, 0.25)),
     ]
     for bad in (
         "psychic",
@@ -288,13 +289,13 @@ def test_work_is_what_the_paper_says(name: str, ratio: float, openelm_1_1b: KVPM
     shape = {"num_attention_heads": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-5, "vocab_size": 100}
     args = mlx_lm_llama.ModelArgs("llama", hidden_size=2048, num_hidden_layers=40, intermediate_size=8192, **shape)
     model = replace(openelm_1_1b, base=mlx_lm_llama.Model(args))
-    full, arm = (arm_work(model, parse_arm(arm), 401).flops for arm in ("full", name))
+    full, arm = (parse_arm(arm).work(model, 401).flops for arm in ("full", name))
     assert full == full_work(model, 401, 1).flops
     assert full / arm == pytest.approx(ratio, rel=0.08)  # the last of few layers is only half run
 
 
 def test_work_of_prediction_with_and_without_a_tail(openelm_1_1b: KVPModel) -> None:
-    works = {name: arm_work(openelm_1_1b, parse_arm(name), 1000) for name in ("kvp", "kvp-0", "kvp-64", "kvp-999")}
+    works = {name: parse_arm(name).work(openelm_1_1b, 1000) for name in ("kvp", "kvp-0", "kvp-64", "kvp-999")}
     assert works["kvp"] == works["kvp-0"] == kvp_work(openelm_1_1b, 1000, 1)
     assert works["kvp"].flops < works["kvp-64"].flops < works["kvp-999"].flops
-    assert works["kvp-999"] == arm_work(openelm_1_1b, parse_arm("full"), 1000)
+    assert works["kvp-999"] == parse_arm("full").work(openelm_1_1b, 1000)

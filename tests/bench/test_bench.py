@@ -8,9 +8,11 @@ import mlx.core as mx
 import pytest
 from conftest import Kvp
 from kvp_mlx.bench import ttft
-from kvp_mlx.bench.ttft import fresh_prompt, parse_bench_arms
+from kvp_mlx.bench.ttft import fresh_prompt
 
 import kvp_mlx
+from kvp_mlx.arms.clock import first_token
+from kvp_mlx.arms.kinds import parse_arms
 from kvp_mlx.arms.work import Work, full_work, kvp_work, predictor_work, prefill_work, recompute_work, step_work
 
 ROW_KEYS = {
@@ -34,7 +36,7 @@ def test_json_has_the_contracts_keys(batch: int, fitted: Path, tmp_path: Path, k
         "machine"
     ].keys()
     assert [(row["arm"], row["prompt_tokens"]) for row in result["rows"]] == [
-        *(("full", 20), ("kvp", 20), ("full", 50), ("kvp", 50))
+        *(("mlx-lm", 20), ("full", 20), ("kvp", 20), ("mlx-lm", 50), ("full", 50), ("kvp", 50))
     ]
     for row in result["rows"]:
         assert row.keys() >= ROW_KEYS
@@ -43,7 +45,10 @@ def test_json_has_the_contracts_keys(batch: int, fitted: Path, tmp_path: Path, k
         assert min(times["samples"]) <= times["q1"] <= times["median"] <= times["q3"] <= max(times["samples"])
         assert row["realised"] == pytest.approx(row["speedup"] / row["flops_ratio"])
         assert row["peak_memory_bytes"] > 0
-    full, predicted = result["rows"][2:]
+    assert result["format"] == 2
+    mlx_lm, full, predicted = result["rows"][3:]
+    assert mlx_lm["speedup"] == full["ttft_ms"]["median"] / mlx_lm["ttft_ms"]["median"]
+    assert mlx_lm["flops_ratio"] == 1
     assert full["speedup"] == full["flops_ratio"] == 1
     assert predicted["flops_ratio"] > 1
     for part in ("auxiliary_prefill_ms", "predict_ms", "first_step_ms"):
@@ -83,7 +88,7 @@ def test_work_counted_by_hand(fitted: Path) -> None:
     assert step.weight_bytes == 4 * parameters
     assert full_work(model, read + 1, batch) == base + step
     assert kvp_work(model, read + 1, batch) == auxiliary + predictor + step
-    assert recompute_work(model, read, batch) == Work()
+    assert recompute_work(model, read, batch, 0.0, 0) == Work()
 
 
 def test_work_of_recomputation_counted_by_hand(fitted: Path) -> None:
@@ -95,21 +100,19 @@ def test_work_of_recomputation_counted_by_hand(fitted: Path) -> None:
     def upper(tokens: int) -> float:  # the last layer's K and V
         return batch * 2 * tokens * KV
 
-    assert recompute_work(model, 40, batch, exact_tail=3).flops == lower(3, 38 + 39 + 40) + upper(3)
-    model.recompute = 0.2  # twelve tokens in the lower layer, too few to ask anything: the last ones
-    assert recompute_work(model, 40, batch).flops == lower(12, sum(range(29, 41))) + upper(12)
-    model.recompute = 0.4  # twenty: the last 16, which the upper layer reads too, and four others, too few to ask for
+    assert recompute_work(model, 40, batch, 0.0, 3).flops == lower(3, 38 + 39 + 40) + upper(3)
+    # twelve tokens in the lower layer, too few to ask anything: the last ones
+    assert recompute_work(model, 40, batch, 0.2, 0).flops == lower(12, sum(range(29, 41))) + upper(12)
+    # twenty: the last 16, which the upper layer reads too, and four others, too few to ask for
     asking = sum(range(25, 41))
-    assert recompute_work(model, 40, batch).flops == lower(20, asking + 4 * 12.5) + upper(16)
-    model.recompute = (
-        0.76  # the last 16 are read to ask, and again with 16 others; eleven of these in the upper layer too
-    )
+    assert recompute_work(model, 40, batch, 0.4, 0).flops == lower(20, asking + 4 * 12.5) + upper(16)
+    # the last 16 are read to ask, and again with 16 others; eleven of these in the upper layer too
     expected = lower(16, asking) + lower(32, asking + 16 * 12.5) + upper(27)
-    assert recompute_work(model, 40, batch).flops == expected
-    tail = recompute_work(model, 40, batch, exact_tail=20)  # and 16 and 14 of the other twenty
+    assert recompute_work(model, 40, batch, 0.76, 0).flops == expected
+    tail = recompute_work(model, 40, batch, 0.76, 20)  # and 16 and 14 of the other twenty
     assert tail.flops == lower(16, asking) + lower(36, sum(range(21, 41)) + 16 * 10.5) + upper(34)
     alone = model.auxiliary, 40, batch
-    assert kvp_work(model, 41, batch, 20) == (
+    assert kvp_work(model, 41, batch, 0.76, 20) == (
         prefill_work(*alone) + predictor_work(model, 40, batch) + tail + step_work(model.base, 41, batch)
     )
 
@@ -130,7 +133,7 @@ def test_auxiliary_arm_is_the_auxiliary_alone(base_dir: Path, text_file: Path, t
     assert rows["full"]["flops_ratio"] < rows["kvp"]["flops_ratio"] < rows["auxiliary"]["flops_ratio"]
 
 
-ALL_ARMS = "full,full-ours,kvp,kvp-8,auxiliary,layers-0.5,random-0.5,static-0.25,lazy-0.75-0.25,spec-0.5"
+ALL_ARMS = "mlx-lm,full,kvp,kvp-8,auxiliary,layers-0.5,random-0.5,static-0.25,lazy-0.75-0.25,spec-0.5"
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -139,28 +142,29 @@ def test_every_arm_is_measured(batch: int, fitted: Path, kvp: Kvp) -> None:
     rows = kvp("bench", "ttft", "--model", fitted, *common).json()["rows"]
     assert [row["arm"] for row in rows] == ALL_ARMS.split(",")
     ratios = {row["arm"]: row["flops_ratio"] for row in rows}
-    assert ratios["full"] == ratios["full-ours"] == 1
+    assert ratios["mlx-lm"] == ratios["full"] == 1
     assert 1 < ratios["kvp-8"] < ratios["kvp"] < ratios["auxiliary"]
     assert ratios["random-0.5"] > ratios["static-0.25"] / 2 > 0.5
     assert all(row["floor_ms"] > 0 and row["above_weights_bytes"] > 0 for row in rows)
 
 
-def test_every_arm_ends_in_the_token_of_its_cache(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = kvp_mlx.load(str(fitted)), {}
+def test_every_arm_ends_in_the_token_of_its_cache(fitted: Path) -> None:
+    model = kvp_mlx.load(str(fitted))
     ids = mx.array([fresh_prompt(list(range(3, 90)), 60, 5)])
-    plain = ttft.first_logits
+    found = {arm.name: first_token(model, arm, ids, step_size=16) for arm in parse_arms("full,kvp,random-1,static-1")}
+    expected = model.base(ids)[:, -1]
+    for name in ("full", "random-1", "static-1"):
+        assert mx.allclose(found[name].logits, expected, atol=1e-3), name
+    assert not mx.allclose(found["kvp"].logits, expected, atol=1e-3)
+    assert all(first.tokens == mx.argmax(first.logits, axis=-1).tolist() for first in found.values())
 
-    def listen(*args: object) -> mx.array:
-        seen[arm.name] = plain(*args)
-        return seen[arm.name]
 
-    monkeypatch.setattr(ttft, "first_logits", listen)
-    for arm in parse_bench_arms("full-ours,kvp,random-1,static-1"):
-        ttft.run_arm(model, arm, ids, 16, ttft.PrefillTimes())
-    expected = model.base(ids)[:, -1:]
-    for name in ("full-ours", "random-1", "static-1"):
-        assert mx.allclose(seen[name], expected, atol=1e-3), name
-    assert not mx.allclose(seen["kvp"], expected, atol=1e-3)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_mlx_lms_own_first_tokens_are_those_of_full_prefill(batch: int, fitted: Path) -> None:
+    model = kvp_mlx.load(str(fitted))
+    ids = mx.array([fresh_prompt(list(range(3, 90)), 60, number) for number in range(batch)])
+    mlx_lm, full = (first_token(model, arm, ids, step_size=16) for arm in parse_arms("mlx-lm,full"))
+    assert mlx_lm.tokens == full.tokens == mx.argmax(model.base(ids)[:, -1], axis=-1).tolist()
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit], ids=["Ctrl-C", "SIGTERM"])
@@ -176,7 +180,7 @@ def test_an_interrupt_keeps_finished_lengths(
 
     monkeypatch.setattr(ttft, "measure_length", until_forty)
     out = tmp_path / "result.json"
-    lengths = ("--prompt-tokens", "20,30,40,50", "--rounds", 1)
+    lengths = ("--prompt-tokens", "20,30,40,50", "--rounds", 1, "--arms", "full,kvp")
     outcome = kvp("bench", "ttft", "--model", fitted, *lengths, "--out", out)
     assert outcome.code == 130
     result = json.loads(out.read_text())
@@ -203,7 +207,7 @@ def test_precisions(options: tuple, precision: str, fitted: Path, kvp: Kvp) -> N
 
 
 def test_reports_by_name_of_the_file(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
-    common = ("bench", "ttft", "--model", fitted, "--prompt-tokens", "20", "--rounds", 2)
+    common = ("bench", "ttft", "--model", fitted, "--prompt-tokens", "20", "--rounds", 2, "--arms", "full,kvp")
     picture = tmp_path / "bench.png"
     for name in ("r.csv", "r.md", "r.json"):
         assert kvp(*common, "--out", tmp_path / name).code == 0
@@ -246,7 +250,7 @@ def test_flops_agree_with_the_paper_to_the_printed_digit(kvp: Kvp) -> None:
 
 def write_result(path: Path, samples: list[float]) -> Path:
     row = {"arm": "kvp", "prompt_tokens": 512, "batch_size": 1, "ttft_ms": {"samples": samples}}
-    path.write_text(json.dumps({"rows": [row]}))
+    path.write_text(json.dumps({"format": 2, "rows": [row]}))
     return path
 
 

@@ -51,7 +51,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "kvp.json a list": (lambda b: (b / "kvp.json").write_text("[]"), "kvp.json"),
     "unknown key": (lambda b: edit(b, surprise=1), "surprise"),
     "unknown key inside": (lambda b: edit_part(b, "base", surprise=1), "base.surprise"),
-    "newer format": (lambda b: edit(b, format_version=2), "format version 2"),
+    "newer format": (lambda b: edit(b, format_version=3), "format version 3"),
     "missing part": (lambda b: edit(b, predictor=None), "predictor"),
     "unknown kind": (lambda b: edit_part(b, "auxiliary", kind="psychic"), "auxiliary.kind"),
     "ill-typed layers": (lambda b: edit_part(b, "auxiliary", layers="two"), "auxiliary.layers"),

@@ -13,10 +13,11 @@ from mlx_lm.models.cache import make_prompt_cache
 import kvp_mlx
 from kvp_mlx.bundle import named as default_model
 from kvp_mlx.bundle.loading import KVPModel
-from kvp_mlx.cli.inference import DEMO_DOCUMENT
+from kvp_mlx.engine.prefill import PrefillTimes
 from kvp_mlx.models.safetensors import fingerprint
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokens.json").read_text())
+DEMO_DOCUMENT = Path(kvp_mlx.__file__).parent / "data" / "demo.md"
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokens.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_exact_layers_are_exact_and_the_first_token_comes_sooner(default: KVPMod
     times = {"kvp": [], "full": []}
     for _ in range(3):
         for path, fill in (("kvp", kvp_mlx.predict_base_cache), ("full", kvp_mlx.base_prefill)):
-            spent = kvp_mlx.pipeline.PrefillTimes()
+            spent = PrefillTimes()
             cache = fill(default, ids, times=spent)
             times[path].append(spent.auxiliary_prefill_ms + spent.predict_ms + spent.base_prefill_ms)
             if path == "full":

@@ -123,10 +123,10 @@ def test_exact_layers_alone_need_no_map():
 def test_every_target_gets_its_own_rows_of_the_wide_map(reads):
     rng = np.random.default_rng(0)
     widths = {"hidden": [5, 5], "keys": [6, 12], "values": [6, 12]}
-    said = {kind: [rng.normal(size=(2, 3, w)).astype(np.float32) for w in widths[kind]] for kind in widths}
-    heard = {j: RawLayer(*(mx.array(said[kind][j]) for kind in ("hidden", "keys", "values"))) for j in range(2)}
+    raw = {kind: [rng.normal(size=(2, 3, w)).astype(np.float32) for w in widths[kind]] for kind in widths}
+    captured = {j: RawLayer(*(mx.array(raw[kind][j]) for kind in ("hidden", "keys", "values"))) for j in range(2)}
     predictor = Predictor(plan_blocks(((0,), (1, 0), (0,), (1, 0)), reads, AUXILIARY, 5, BASE))
-    predicted = predictor(predictor.inputs(heard))
+    predicted = predictor(predictor.inputs(captured))
 
     # rows of the maps, in the order of base layers; a hidden state's map holds all keys before all values
     rows = {(0, "keys"): 0, (2, "keys"): 8, (1, "keys"): 0, (3, "keys"): 4}
@@ -137,7 +137,7 @@ def test_every_target_gets_its_own_rows_of_the_wide_map(reads):
             wide = predictor.maps[f"{read}_{'_'.join(map(str, sources))}"]
             start = rows[layer, "keys"] + (after[sources] if kind == "values" else 0)
             stop = start + BASE[layer].width
-            x = np.concatenate([said[read][source] for source in sources], axis=-1)
+            x = np.concatenate([raw[read][source] for source in sources], axis=-1)
             expected = x @ np.array(wide.weight)[start:stop].T + np.array(wide.bias)[start:stop]
             np.testing.assert_allclose(np.array(predicted[layer][kind]), expected, atol=1e-5)
     assert sorted(predicted) == [0, 1, 2, 3]

@@ -1,6 +1,7 @@
 """The command line as design.md section 6 promises it, run in this process on tiny models."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from mlx_lm.generate import generate_step
 from support.directories import TEXT
 
 import kvp_mlx
+from kvp_mlx.bundle import loading
+from kvp_mlx.cli.main import COMMANDS, load_command
 
 GENERATE_KEYS = {
     "text",
@@ -37,6 +40,48 @@ def test_help_comes_in_under_a_second() -> None:
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 1.0
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_take_little_time_and_no_mlx(option: str) -> None:
+    run = (
+        f"import sys, runpy; sys.argv = ['kvp', {option!r}]\ntry:\n    runpy.run_module('kvp_mlx', run_name='__main__')"
+    )
+    code = f"{run}\nfinally:\n    print(sorted({{name.split('.')[0] for name in sys.modules}}), file=sys.stderr)"
+
+    def run_once() -> tuple[float, str]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result.stderr
+
+    outcomes = [run_once() for _ in range(3)]
+    assert min(seconds for seconds, _ in outcomes) < 0.3
+    assert "'kvp_mlx'" in outcomes[0][1]
+    assert "'mlx" not in outcomes[0][1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_all_and_of_one_say_the_same(name: str, kvp: Kvp) -> None:
+    assert load_command(name).get_short_help_str(200) == COMMANDS[name].help
+    outcome = kvp(name, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert COMMANDS[name].help.split(".")[0][:40] in " ".join(outcome.out.split())
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(kvp: Kvp) -> None:
+    assert "Did you mean 'chat'?" in kvp("chta").err
+
+
+def test_the_device_is_chosen_before_mlx_lm_takes_its_stream() -> None:
+    code = (
+        "import sys; sys.argv = ['kvp', 'bench', 'ttft', '--device', 'cpu', '--help'];"
+        "from kvp_mlx.cli import device;"
+        "was = device.use_device; device.use_device = lambda d: (print('mlx_lm' in sys.modules), was(d));"
+        "from kvp_mlx.cli.main import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("False\n")
 
 
 def test_version_and_bare_command(kvp: Kvp) -> None:
@@ -181,7 +226,7 @@ def test_doctor_is_quick_and_tells_the_remedy(monkeypatch: pytest.MonkeyPatch, k
 
 
 def test_missing_blas_is_a_warning_not_a_failure(bundle: Path) -> None:
-    hide = "import kvp_mlx.blas as b; b.OPENBLAS = 'libnot-there.so.0'; from kvp_mlx.cli.main import main; "
+    hide = "import kvp_mlx.device.blas as b; b.OPENBLAS = 'libnot-there.so.0'; from kvp_mlx.cli.main import main; "
     run = f"import sys; sys.argv = ['kvp', 'generate', 'hi', '--model', {str(bundle)!r}, '--max-tokens', '1']; main()"
     result = subprocess.run([sys.executable, "-c", hide + run], capture_output=True, text=True, check=False)
     assert result.returncode == 0
@@ -203,8 +248,8 @@ def test_bytes_that_are_not_utf8_in_a_chat(bundle: Path, kvp: Kvp) -> None:
 
 
 def test_what_libraries_print_stays_out_of_the_json(bundle: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = kvp_mlx.bundle.load_model
-    monkeypatch.setattr("kvp_mlx.bundle.load_model", lambda path: print("[WARNING] noise") or load(path))
+    load = loading.load_model
+    monkeypatch.setattr("kvp_mlx.bundle.loading.load_model", lambda path: print("[WARNING] noise") or load(path))
     outcome = kvp("generate", "Hi", "--model", bundle, "--max-tokens", 1, "--json")
     assert outcome.json()["prompt_tokens"] > 0
     assert "[WARNING] noise" in outcome.err

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from conftest import Kvp
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load, load_model
+from mlx_lm.utils import load, load_model, quantize_model
 from support.directories import TEXT, write_llama
-from test_more_families import CONFIGS, tiny
+from support.families import CONFIGS, tiny_model
 
 IDS = mx.array([[5, 9, 10, 7, 25, 3]])
 
 
 def write_family(directory: Path, name: str) -> Path:
     """Write a tiny model of a family as a directory, as Hugging Face keeps it."""
-    model = tiny(name)
+    model = tiny_model(name)
     directory.mkdir()
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "pt"})
@@ -33,13 +33,11 @@ def test_every_family(name: str, tmp_path: Path, kvp: Kvp) -> None:
     assert outcome.code == 0, outcome.err
     assert outcome.json()["model"] == name
     assert outcome.json()["bits_per_weight"] == 32
-    assert (load_model(out)[0](IDS) == tiny(name)(IDS)).all()
+    assert (load_model(out)[0](IDS) == tiny_model(name)(IDS)).all()
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
 def test_quantised_as_mlx_lm_does(bits: int, group: int, tmp_path: Path, kvp: Kvp) -> None:
-    from mlx_lm.utils import quantize_model
-
     source, out = write_llama(tmp_path / "source"), tmp_path / "out"
     outcome = kvp("convert", "hf", source, "--out", out, "--q-bits", bits, "--q-group-size", group)
     assert outcome.code == 0, outcome.err
@@ -56,9 +54,9 @@ def test_dtype_and_tokenizer(tmp_path: Path, kvp: Kvp) -> None:
     model, tokenizer = load(str(out))
     assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.bfloat16}
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    again = tmp_path / "again"
-    assert kvp("convert", "hf", out, "--out", again, "--dtype", "float32").code == 0
-    np.testing.assert_allclose(load(str(again))[0](IDS), load(str(source))[0](IDS), atol=0.1)
+    second = tmp_path / "second"
+    assert kvp("convert", "hf", out, "--out", second, "--dtype", "float32").code == 0
+    np.testing.assert_allclose(load(str(second))[0](IDS), load(str(source))[0](IDS), atol=0.1)
 
 
 def test_what_cannot_be_converted_is_one_line(tmp_path: Path, kvp: Kvp) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Kvp
-from kvp_mlx.convert.bundles.kvp import check_maps, plan, split_names
+from kvp_mlx.convert.bundles.kvp import check_maps, layout_of, split_names
 from kvp_mlx.convert.openelm import model_name, openelm_config_of
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
@@ -47,7 +47,7 @@ def test_every_preset_is_recognised(preset: str) -> None:
     names = split_names(shapes)
     parts = ("base", "auxiliary")
     configs = {part: openelm_config_of({short: shapes[n] for n, short in names[part].items()}, part) for part in parts}
-    auxiliary, layer_map = plan(preset, None, configs)
+    auxiliary, layer_map = layout_of(preset, None, configs)
     assert (auxiliary.kind == "pruned") == ("-lp-" in preset)
     maps = {short: shapes[name] for name, short in names["predicter.auxkv_to_basekv."].items()}
     check_maps(maps, dict(zip(parts, models, strict=True)), layer_map)
@@ -73,7 +73,7 @@ def test_any_other_preset_is_refused_and_the_right_one_named(wrong: str) -> None
         for part in ("base", "auxiliary")
     }
     with pytest.raises(InputError, match="pass --preset openelm-1_1b-kvp-c-270m"):
-        plan(wrong, None, configs)
+        layout_of(wrong, None, configs)
 
 
 @pytest.mark.parametrize("vocabulary", [32000, 32128])

@@ -1,10 +1,8 @@
-"""``kvp bench calibrate`` and what ``prefill="auto"`` makes of it."""
+"""What ``prefill="auto"`` does with the threshold that was calibrated."""
 
 from pathlib import Path
 
 import pytest
-from conftest import Kvp
-from kvp_mlx.bench.calibrate import threshold
 
 import kvp_mlx
 from kvp_mlx.engine.calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens, calibration_path, store_auto_min
@@ -17,7 +15,8 @@ def model(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kvp_
 
 
 def path_taken(model: kvp_mlx.KVPModel, tokens: int) -> str:
-    return next(kvp_mlx.stream_generate(model, list(range(3, 3 + tokens)), prefill="auto", max_tokens=1)).prefill
+    dial = {"prefill": "auto", "exact_head": 0, "exact_tail": 0}
+    return next(kvp_mlx.stream_generate(model, list(range(3, 3 + tokens)), **dial, max_tokens=1)).path
 
 
 def test_auto_follows_what_was_calibrated(model: kvp_mlx.KVPModel, base_dir: Path) -> None:
@@ -33,21 +32,3 @@ def test_a_damaged_file_is_as_none(model: kvp_mlx.KVPModel) -> None:
     store_auto_min(model, 20)
     calibration_path().write_text("{")
     assert auto_min_tokens(model) == AUTO_MIN_PROMPT_TOKENS
-
-
-def test_the_command_stores_what_it_found(model: kvp_mlx.KVPModel, fitted: Path, kvp: Kvp) -> None:
-    outcome = kvp("bench", "calibrate", "--model", fitted, "--rounds", 1, "--exact-tail", 4, "--json")
-    assert outcome.code == 0, outcome.err
-    result = outcome.json()
-    assert result["pays_from"] == threshold(result["rows"])
-    assert result["stored"] == str(calibration_path())
-    expected = result["pays_from"]
-    assert auto_min_tokens(model) == expected if expected else auto_min_tokens(model) > 10**9
-
-
-@pytest.mark.parametrize(
-    ("kvp_ms", "pays_from"), [([2, 2, 2], None), ([2, 0.5, 0.5], 16), ([0.5, 2, 0.5], 32), ([0.5] * 3, 8)]
-)
-def test_threshold_is_where_it_pays_from_then_on(kvp_ms: list[float], pays_from: int | None) -> None:
-    rows = [{"predicted_tokens": n, "full_ms": 1, "kvp_ms": ms} for n, ms in zip((8, 16, 32), kvp_ms, strict=True)]
-    assert threshold(rows) == pays_from

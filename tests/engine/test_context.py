@@ -11,6 +11,7 @@ from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, pre
 
 from kvp_mlx.engine.context import Context, refine
 from kvp_mlx.engine.conversation import Conversation
+from kvp_mlx.engine.dial import Dial
 from kvp_mlx.errors import InputError
 
 KINDS = {
@@ -27,7 +28,7 @@ def predicted_context(kind, tokens, exact_head=0):
     """Return a context that was predicted, and the same tokens' entries by full prefill."""
     model, oracle = KINDS[kind]()
     context = Context(model)
-    context.read([*tokens, 0], "kvp", exact_head=exact_head)
+    context.read([*tokens, 0], Dial("kvp", exact_head, 0))
     return context, oracle.base.forward(np.array([tokens])).cache
 
 
@@ -50,22 +51,22 @@ def test_refinement_gives_the_cache_of_full_prefill(kind, chunk):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_whose_reading_was_stopped_is_read_again_with_its_tail(kind):
+def test_a_text_whose_reading_was_stopped_is_read_anew_with_its_tail(kind):
     model, _ = KINDS[kind]()
     ids = np.random.default_rng(5).integers(5, 97, 40).tolist()
     stopped, whole = Context(model), Context(model)
     for context in (stopped, whole):
-        context.read(ids[:8], "full")
+        context.read(ids[:8], Dial("full", 0, 0))
 
     def stop_at_the_end(done, total):
         if done == total:
             raise StopReadingError
 
     with pytest.raises(StopReadingError):
-        stopped.read(ids, "kvp", exact_tail=6, progress=stop_at_the_end)
+        stopped.read(ids, Dial("kvp", 0, 6), progress=stop_at_the_end)
     assert len(stopped.tokens) == stopped.exact_tokens == 7
     for context in (stopped, whole):
-        context.read(ids, "kvp", exact_tail=6)
+        context.read(ids, Dial("kvp", 0, 6))
     assert largest_difference(stopped, entries_of(whole.cache)) < 1e-5
 
 
@@ -132,7 +133,8 @@ def test_an_exact_head_is_exact_and_refinement_begins_behind_it():
 def test_a_quantised_cache_is_not_refined():
     model, _ = prefixed(llama(num_attention_heads=2, num_key_value_heads=1, head_dim=32), 1, tokenizer=chat_tokenizer())
     conversation = Conversation(model)
-    list(conversation.reply("w1 w2", prefill="kvp", max_tokens=3, kv_bits=8, kv_group_size=32, quantized_kv_start=0))
+    options = {"max_tokens": 3, "kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    list(conversation.reply("w1 w2", dial=Dial("kvp", 0, 0), **options))
     with pytest.raises(InputError, match="kv_bits"):
         refine(conversation.context)
 
@@ -149,8 +151,8 @@ def test_fifty_random_steps_leave_the_oracles_caches(kind, seed):
         if step in ("edit", "regenerate") and not mirror.conversation.messages[1:]:
             continue
         text = " ".join(f"w{rng.randrange(90)}" for _ in range(rng.randrange(1, 14)))
-        dial = {"exact_head": rng.choice([0, 0, 5]), "exact_tail": rng.choice([0, 0, 2])}
-        options = dial | {"prefill": rng.choice(["kvp", "kvp", "full"]), "max_tokens": 4}
+        exact = {"exact_head": rng.choice([0, 0, 5]), "exact_tail": rng.choice([0, 0, 2])}
+        options = {"dial": Dial(rng.choice(["kvp", "kvp", "full"]), **exact), "max_tokens": 4}
         conversation = mirror.conversation
         if step == "stop":
             mirror.stopped_while_reading(conversation.reply(text, progress=stop_reading, **options))
@@ -158,8 +160,8 @@ def test_fifty_random_steps_leave_the_oracles_caches(kind, seed):
             mirror.refine(rng.choice([None, 1, 3, 5]))
         else:
             turn = getattr(conversation, step)(*[text][: step != "regenerate"], **options)
-            last = mirror.take(turn, pieces=rng.choice([None, None, 1, 2]), **dial)
-            done["dropped"] += last.dropped_turns
+            last = mirror.take(turn, pieces=rng.choice([None, None, 1, 2]), **exact)
+            done["dropped"] += conversation.dropped_turns
             done["predicted"] += last.predicted_tokens
         done[step] += 1
         if rng.random() < 0.02:

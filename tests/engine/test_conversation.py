@@ -18,8 +18,9 @@ from support.tiny import (
     small_openelm,
 )
 
+from kvp_mlx.engine.calibration import AUTO_MIN_PROMPT_TOKENS
 from kvp_mlx.engine.conversation import Conversation
-from kvp_mlx.engine.prefill import AUTO_MIN_PROMPT_TOKENS
+from kvp_mlx.engine.dial import Dial
 from kvp_mlx.errors import InputError
 
 
@@ -51,14 +52,14 @@ class Chat:
         self.conversation = Conversation(model, system)
         self.paths = []
 
-    def say(self, text, *, pieces=None, exact_tail=0, max_tokens=4, **options):
+    def say(self, text, *, path="auto", exact_tail=0, pieces=None, max_tokens=4, **options):
         """Take one turn (its first ``pieces`` only) and return the last of them."""
-        reply = self.conversation.reply(text, exact_tail=exact_tail, max_tokens=max_tokens, **options)
+        reply = self.conversation.reply(text, dial=Dial(path, 0, exact_tail), max_tokens=max_tokens, **options)
         turn = list(itertools.islice(reply, pieces))[-1]
         reply.close()
-        tail = exact_tail if turn.prefill == "kvp" else 0
-        self.paths = self.paths[: turn.reused_tokens]
-        self.paths += [turn.prefill] * (turn.new_tokens - 1 - tail)
+        tail = exact_tail if turn.path == "kvp" else 0
+        self.paths = self.paths[: turn.cached_tokens]
+        self.paths += [turn.path] * (turn.new_tokens - 1 - tail)
         self.paths += ["full"] * (len(self.conversation.context.tokens) - len(self.paths))
         return turn
 
@@ -98,8 +99,8 @@ def test_predicted_turns_leave_the_caches_of_a_rebuilt_conversation(kind):
     chat = Chat(kind)
     for text in ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9"):
         held = len(chat.conversation.context.tokens)
-        turn = chat.say(text, prefill="kvp")
-        assert (turn.prefill, turn.reused_tokens) == ("kvp", held)
+        turn = chat.say(text, path="kvp")
+        assert (turn.path, turn.cached_tokens) == ("kvp", held)
         chat.check()
     assert chat.paths.count("kvp") > 12
     assert len(chat.conversation.messages) == 6
@@ -108,19 +109,19 @@ def test_predicted_turns_leave_the_caches_of_a_rebuilt_conversation(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_paths_can_be_mixed(kind):
     chat = Chat(kind, system="w20 w21")
-    for prefill, tail in [("full", 0), ("kvp", 2), ("full", 0), ("auto", 0), ("kvp", 0), ("kvp", 1)]:
-        turn = chat.say("w1 w2 w3", prefill=prefill, exact_tail=tail)
-        assert turn.prefill == ("kvp" if prefill == "kvp" else "full")
+    for path, tail in [("full", 0), ("kvp", 2), ("full", 0), ("auto", 0), ("kvp", 0), ("kvp", 1)]:
+        turn = chat.say("w1 w2 w3", path=path, exact_tail=tail)
+        assert turn.path == ("kvp" if path == "kvp" else "full")
         chat.check()
 
 
 def test_the_auxiliary_catches_up_before_it_predicts():
     chat = Chat("model")
     auxiliary_cache = chat.conversation.context.auxiliary_cache
-    chat.say("w1 w2 w3", prefill="full")
+    chat.say("w1 w2 w3", path="full")
     assert [layer.offset for layer in auxiliary_cache] == [0, 0, 0]
-    turn = chat.say("w4 w5", prefill="kvp")
-    assert [layer.offset for layer in auxiliary_cache] == [turn.reused_tokens + turn.new_tokens - 1] * 3
+    turn = chat.say("w4 w5", path="kvp")
+    assert [layer.offset for layer in auxiliary_cache] == [turn.cached_tokens + turn.new_tokens - 1] * 3
     chat.check()
 
 
@@ -128,7 +129,7 @@ def test_the_auxiliary_catches_up_before_it_predicts():
 def test_tokens_are_the_rendered_messages(kind):
     chat = Chat(kind, system="w20")
     for text in ("w1 w2", "w3"):
-        chat.say(text, prefill="kvp")
+        chat.say(text, path="kvp")
     tokens, messages = chat.conversation.context.tokens, chat.conversation.messages
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
     rendered = chat.conversation.model.tokenizer.apply_chat_template(messages)
@@ -139,43 +140,43 @@ def test_tokens_are_the_rendered_messages(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reply_that_was_stopped_stays_and_the_next_turn_goes_on(kind):
     chat = Chat(kind)
-    turn = chat.say("w1 w2 w3", prefill="kvp", pieces=2, max_tokens=20)
+    turn = chat.say("w1 w2 w3", path="kvp", pieces=2, max_tokens=20)
     assert len(chat.conversation.context.tokens) == turn.new_tokens + 2
     assert chat.conversation.messages[-1]["role"] == "assistant"
     assert chat.conversation.messages[-1]["content"].endswith(turn.text)
     chat.check()
     held = len(chat.conversation.context.tokens)
-    assert chat.say("w4 w5", prefill="kvp").reused_tokens == held
+    assert chat.say("w4 w5", path="kvp").cached_tokens == held
     chat.check()
 
 
 def test_only_new_tokens_decide_whether_a_turn_is_predicted():
     chat = Chat("prefix")
     long = " ".join(["w1"] * AUTO_MIN_PROMPT_TOKENS)
-    paths = [chat.say(text, prefill="auto").prefill for text in (long, "w2", long)]
+    paths = [chat.say(text, path="auto").path for text in (long, "w2", long)]
     assert paths == ["kvp", "full", "kvp"]
     chat.check()
 
 
-def test_a_reply_that_is_rendered_differently_is_read_again():
+def test_a_reply_that_is_rendered_differently_is_read_anew():
     loud = CHAT_TEMPLATE.replace("m.content", "(m.content | upper if m.role == 'assistant' else m.content)")
     for kind in ("model", "prefix"):
         chat = Chat(kind, template=loud)
-        prompt = chat.say("w1 w2 w3", prefill="kvp").new_tokens
-        assert chat.say("w4 w5", prefill="kvp").reused_tokens == prompt
+        prompt = chat.say("w1 w2 w3", path="kvp").new_tokens
+        assert chat.say("w4 w5", path="kvp").cached_tokens == prompt
         chat.check()
 
 
 @pytest.mark.parametrize("kind", ["model", "prefix"])
 def test_a_message_that_overflows_the_context_is_not_taken(kind):
     chat = Chat(kind, context=24)
-    chat.say("w1 w2", prefill="kvp", max_tokens=2)
+    chat.say("w1 w2", path="kvp", max_tokens=2)
     before = [list(chat.conversation.messages), list(chat.conversation.context.tokens)]
     with pytest.raises(InputError, match="context window 24"):
-        chat.say(" ".join(["w3"] * 24), prefill="kvp")
+        chat.say(" ".join(["w3"] * 24), path="kvp")
     assert [chat.conversation.messages, chat.conversation.context.tokens] == before
     chat.check()
-    assert chat.say("w4", prefill="kvp").reused_tokens == len(before[1])
+    assert chat.say("w4", path="kvp").cached_tokens == len(before[1])
     chat.check()
 
 
@@ -193,16 +194,16 @@ INTERRUPTS = [("model", call) for call in range(1, 11)] + [("prefix", call) for 
 @pytest.mark.parametrize(("kind", "call"), INTERRUPTS)
 def test_an_interrupt_between_layers_leaves_a_conversation_that_goes_on(kind, call, monkeypatch):
     chat = Chat(kind)
-    chat.say("w1 w2 w3", prefill="full")
+    chat.say("w1 w2 w3", path="full")
     held = len(chat.conversation.context.tokens)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_block(patch, chat.conversation.model.base, call)
-        chat.say("w4 w5", prefill="kvp")
+        chat.say("w4 w5", path="kvp")
     kept = len(chat.conversation.context.tokens)
     assert kept >= held
     assert {layer.offset for layer in chat.conversation.context.cache} == {kept}
     chat.paths += ["kvp"] * (kept - held)
-    assert chat.say("w6 w7", prefill="kvp").reused_tokens >= held
+    assert chat.say("w6 w7", path="kvp").cached_tokens >= held
     chat.check()
 
 
@@ -223,7 +224,7 @@ def interrupt_block(patch, model, call):
 def test_a_cache_that_mlx_lm_quantised_is_carried_on(kind):
     chat = Chat(kind)
     for text in ("w1 w2 w3", "w4 w5", "w6 w7"):
-        chat.say(text, prefill="kvp", kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+        chat.say(text, path="kvp", kv_bits=8, kv_group_size=32, quantized_kv_start=0)
         for layer, expected in zip(chat.conversation.context.cache, chat.rebuilt()[0], strict=True):
             keys, values = (mx.dequantize(*x, group_size=32, bits=8) for x in layer.keys_and_values())
             np.testing.assert_allclose(keys, expected.keys, atol=0.3)
@@ -232,16 +233,9 @@ def test_a_cache_that_mlx_lm_quantised_is_carried_on(kind):
 
 def test_a_quantised_cache_is_not_read_on_top_of():
     chat = Chat(next(iter(QUANTISABLE)))
-    chat.say("w1 w2 w3", prefill="kvp", kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    chat.say("w1 w2 w3", path="kvp", kv_bits=8, kv_group_size=32, quantized_kv_start=0)
     with pytest.raises(InputError, match="kv_bits"):
-        chat.say("w4 w5", prefill="kvp", exact_tail=2)
-
-
-def test_a_summary_names_the_path_and_the_counts():
-    chat = Chat("prefix")
-    assert chat.say("w1 w2", prefill="kvp").summary().startswith("5 new tokens on 0 cached, 4 of them predicted, ")
-    held = len(chat.conversation.context.tokens)
-    assert f"new tokens on {held} cached, full prefill, first" in chat.say("w1", prefill="full").summary()
+        chat.say("w4 w5", path="kvp", exact_tail=2)
 
 
 def test_a_chat_needs_a_tokeniser_with_a_chat_template():

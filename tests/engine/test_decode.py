@@ -1,9 +1,10 @@
 """The first token, handed out before mlx-lm has computed the second, and chunks in parts side by side."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
@@ -13,8 +14,10 @@ from support import tiny
 
 import kvp_mlx
 from kvp_mlx.device import streams
-from kvp_mlx.engine import prefill as pipeline
-from kvp_mlx.engine.decode import stream_first_token_early
+from kvp_mlx.engine import prefill
+from kvp_mlx.engine.clock import greedy, time_first_token
+from kvp_mlx.engine.decode import decode
+from kvp_mlx.models.families import Cache
 
 PROMPT = mx.arange(3, 40)
 
@@ -25,13 +28,16 @@ def pieces(stream: Iterator) -> list[tuple]:
 
 def both(model: kvp_mlx.KVPModel, **options: object) -> tuple[list[tuple], list[tuple]]:
     """Return the pieces of our stream and of mlx-lm's, the generator seeded alike."""
-    results = []
-    for stream in (stream_first_token_early, stream_generate):
-        mx.random.seed(5)
-        cache = make_prompt_cache(model.base)
-        common = {"prompt_cache": cache, "prefill_step_size": 8}
-        results.append(pieces(stream(model.base, model.text_tokenizer, PROMPT, **common, **options)))
-    return results[0], results[1]
+    mx.random.seed(5)
+    first = time_first_token(read(model), PROMPT[-1:].tolist(), sampler=options.get("sampler", greedy))
+    ours = pieces(decode(first, model.text_tokenizer, PROMPT.tolist(), **options))
+    mx.random.seed(5)
+    common = {"prompt_cache": make_prompt_cache(model.base), "prefill_step_size": 8}
+    return ours, pieces(stream_generate(model.base, model.text_tokenizer, PROMPT, **common, **options))
+
+
+def read(model: kvp_mlx.KVPModel) -> Callable[[prefill.PrefillTimes], tuple[nn.Module, Cache]]:
+    return lambda times: (model.base, kvp_mlx.base_prefill(model, PROMPT[None, :-1], prefill_step_size=8))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def test_the_base_has_run_once_when_the_first_piece_comes(
         return plain(self, ids, *rest, **options)
 
     monkeypatch.setattr(type(model.base), "__call__", counting)
-    stream = kvp_mlx.stream_generate(model, PROMPT.tolist(), prefill="kvp", max_tokens=8)
+    stream = kvp_mlx.stream_generate(model, PROMPT.tolist(), prefill="kvp", exact_head=0, exact_tail=0, max_tokens=8)
     next(stream)
     assert calls == [1]
     list(stream)
@@ -82,17 +88,17 @@ def test_parts_side_by_side_change_nothing(batch: int, family: str, monkeypatch:
     monkeypatch.setattr(streams, "openblas_threads", lambda: 3)
     used = []
     plain = streams.parts
-    monkeypatch.setattr(pipeline, "parts", lambda *args: used.append(len(plain(*args))) or plain(*args))
+    monkeypatch.setattr(prefill, "parts", lambda *args: used.append(len(plain(*args))) or plain(*args))
     bundle, oracle = tiny.prefixed(tiny.FAMILIES[family](), 2)
     ids = tiny.token_ids(29, batch)
-    cache = pipeline.predict_base_cache(bundle, mx.array(ids), prefill_step_size=10)
+    cache = prefill.predict_base_cache(bundle, mx.array(ids), prefill_step_size=10)
     assert used == [3, 3, 3] if batch == 3 else used == [2, 2, 2]
     tiny.assert_cache_equal(cache, oracle.prefill(ids)[0])
 
 
 def test_a_prompt_gets_its_room_at_once(model: kvp_mlx.KVPModel) -> None:
     ids = mx.array([list(range(3, 63))])
-    for fill in (pipeline.predict_base_cache, pipeline.base_prefill):
+    for fill in (prefill.predict_base_cache, prefill.base_prefill):
         cache = fill(model, ids, prefill_step_size=16)
         assert {layer.keys.shape[2] for layer in cache} == {64}
         fill(model, ids, cache, prefill_step_size=16)

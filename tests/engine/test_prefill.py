@@ -1,4 +1,4 @@
-"""The pipeline against the NumPy oracle and against mlx-lm's own prefill."""
+"""Prefill and prediction against the NumPy oracle and against mlx-lm's own prefill."""
 
 import functools
 import io
@@ -28,10 +28,9 @@ from support.tiny import (
     token_ids,
 )
 
+from kvp_mlx.engine.clock import time_first_token
 from kvp_mlx.engine.decode import decode
-from kvp_mlx.engine.dial import choose_prefill
 from kvp_mlx.engine.prefill import (
-    AUTO_MIN_PROMPT_TOKENS,
     PrefillTimes,
     auxiliary_cache_for,
     auxiliary_prefill,
@@ -179,7 +178,8 @@ def test_the_base_reads_an_exact_tail_on_top_of_the_prediction(name, tail):
     model, oracle = setup(name)
     ids = token_ids(10)
     cache = predict_base_cache(model, mx.array(ids[:, :9]), exact_tail=tail, prefill_step_size=4)
-    (piece,) = decode(with_tokenizer(model), ids[0].tolist(), cache, max_tokens=1)
+    step = time_first_token(lambda times: (model.base, cache), ids[0, -1:].tolist())
+    (piece,) = decode(step, chat_tokenizer(), ids[0].tolist(), max_tokens=1)
     expected = oracle.base.forward(ids[:, 9 - tail :], oracle.prefill(ids[:, : 9 - tail])[0])
     logits = expected.logits[0, -1]
     logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
@@ -257,21 +257,6 @@ def test_progress_and_times_are_reported_per_chunk():
     assert times.base_prefill_ms > 0
 
 
-def test_the_path_is_chosen_by_what_is_left_to_predict():
-    enough = AUTO_MIN_PROMPT_TOKENS + 1  # the last prompt token is never predicted
-    assert choose_prefill("full", 10_000, 0) == "full"
-    assert choose_prefill("kvp", 2, 0) == "kvp"
-    assert choose_prefill("kvp", 1, 0) == "full"
-    assert choose_prefill("kvp", 10, 8) == "kvp"
-    assert choose_prefill("kvp", 10, 9) == "full"
-    assert choose_prefill("kvp", 10, 100) == "full"
-    assert choose_prefill("auto", enough, 0) == "kvp"
-    assert choose_prefill("auto", enough - 1, 0) == "full"
-    assert choose_prefill("auto", enough, 1) == "full"
-    assert choose_prefill("auto", enough + 1, 1) == "kvp"
-    assert choose_prefill("auto", 1, 0) == "full"
-
-
 def test_token_ids_are_passed_through():
     model, _ = setup("llama from llama")
     assert encode(model, [5, 6, 7]) == [5, 6, 7]
@@ -310,11 +295,14 @@ def test_text_goes_through_the_chat_template_unless_raw():
     assert encode(model, "w1 w2") == words
 
 
+PREDICTED = {"prefill": "kvp", "exact_head": 0, "exact_tail": 0}
+
+
 def generated(model, ids, **options):
     """Return the pieces of a greedy answer of six tokens that no end mark cuts short."""
     model = with_tokenizer(model)
     model.tokenizer._eos_token_ids.clear()
-    return list(stream_generate(model, ids, max_tokens=6, **options))
+    return list(stream_generate(model, ids, max_tokens=6, **(PREDICTED | options)))
 
 
 @pytest.mark.parametrize("tail", [0, 2])
@@ -323,7 +311,7 @@ def test_generation_follows_the_prediction(name, tail):
     model, oracle = setup(name)
     ids = token_ids(12)
     pieces = generated(model, ids[0].tolist(), exact_tail=tail, prefill_step_size=4)
-    assert {(piece.prefill, piece.exact_tail, piece.prompt_tokens) for piece in pieces} == {("kvp", tail, 12)}
+    assert {(piece.path, piece.exact_tail, piece.prompt_tokens) for piece in pieces} == {("kvp", tail, 12)}
     predicted, _ = oracle.prefill(ids[:, : 11 - tail])
     assert [piece.token for piece in pieces] == oracle_tokens(oracle, ids[:, 11 - tail :], predicted, 6)
     assert pieces[0].ttft_ms > pieces[0].times.auxiliary_prefill_ms + pieces[0].times.predict_ms > 0
@@ -337,7 +325,7 @@ def test_generation_follows_the_prediction(name, tail):
 def test_the_full_path_is_mlx_lms_own(prompt, options):
     model, oracle = setup("llama from llama")
     pieces = generated(model, prompt[0].tolist(), **options)
-    assert {(piece.prefill, piece.exact_tail) for piece in pieces} == {("full", 0)}
+    assert {(piece.path, piece.exact_tail) for piece in pieces} == {("full", 0)}
     assert [piece.token for piece in pieces] == oracle_tokens(oracle, prompt, None, 6)
     assert pieces[0].times.auxiliary_prefill_ms == pieces[0].times.predict_ms == 0
 
@@ -346,7 +334,7 @@ def test_text_is_what_mlx_lm_streams():
     model = with_tokenizer(itself(llama()))
     ids = token_ids(9)[0].tolist()
     theirs = list(mlx_lm_stream_generate(model.base, model.tokenizer, ids, max_tokens=6))
-    pieces = list(stream_generate(model, ids, max_tokens=6))
+    pieces = list(stream_generate(model, ids, max_tokens=6, **PREDICTED))
     assert [(p.text, p.token, p.finish_reason) for p in pieces] == [(p.text, p.token, p.finish_reason) for p in theirs]
     assert len("".join(p.text for p in pieces)) > 0
 
@@ -354,7 +342,7 @@ def test_text_is_what_mlx_lm_streams():
 def test_an_answer_ends_with_the_context_window():
     model = with_tokenizer(setup("llama from llama")[0], max_position_embeddings=9)
     model.tokenizer._eos_token_ids.clear()
-    pieces = list(stream_generate(model, token_ids(6)[0].tolist(), max_tokens=50))
+    pieces = list(stream_generate(model, token_ids(6)[0].tolist(), max_tokens=50, **PREDICTED))
     assert (len(pieces), pieces[-1].finish_reason) == (3, "length")
 
 

@@ -19,6 +19,7 @@ import kvp_mlx
 from kvp_mlx.engine import saved_caches as store
 from kvp_mlx.engine.context import Context, refine
 from kvp_mlx.engine.conversation import Conversation
+from kvp_mlx.engine.dial import Dial
 from kvp_mlx.errors import BundleError, InputError
 
 KINDS = {
@@ -36,7 +37,7 @@ def place(tmp_path, monkeypatch):
 
 def read(model, ids, path="full"):
     context = Context(model)
-    context.read([*ids, 0], path)
+    context.read([*ids, 0], Dial(path, 0, 0))
     return context
 
 
@@ -54,7 +55,7 @@ def test_what_is_loaded_is_what_was_saved_and_can_be_gone_on_from(kind, path):
         np.testing.assert_array_equal(mine.values, theirs.values)
     more = [*ids, *range(50, 70), 0]
     for one in (context, loaded):
-        one.read(more, "kvp")
+        one.read(more, Dial("kvp", 0, 0))
         refine(one)
     for mine, theirs in zip(entries_of(loaded.cache), entries_of(context.cache), strict=True):
         np.testing.assert_allclose(mine.keys, theirs.keys, atol=1e-5)
@@ -115,12 +116,12 @@ def test_a_damaged_head_is_named_skipped_and_made_again(place):
     model = KINDS["prefix"]()
     conversation = Conversation(model, " ".join(["w7"] * 12))
     conversation.keep_heads = True
-    options = {"prefill": "kvp", "exact_head": 10, "max_tokens": 3}
+    options = {"dial": Dial("kvp", 10, 0), "max_tokens": 3}
 
     def first_turn():
         conversation.context = Context(model)
         conversation.clear()
-        return list(conversation.reply("w1 w2 w3", **options))[-1].reused_tokens
+        return list(conversation.reply("w1 w2 w3", **options))[-1].cached_tokens
 
     assert [first_turn(), first_turn()] == [0, 10]
     (head,) = place.iterdir()
@@ -177,11 +178,12 @@ def test_conversations_are_whole_or_named(tmp_path):
 
 KILLED = """
 import sys, kvp_mlx
-from kvp_mlx.context import Context
-from kvp_mlx.saved import save_cache, save_conversation
+from kvp_mlx.engine.context import Context
+from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.saved_caches import save_cache, save_conversation
 model = kvp_mlx.load(sys.argv[1])
 context = Context(model)
-context.read(list(range(5, 205)), "full")
+context.read(list(range(5, 205)), Dial("full", 0, 0))
 print("ready", flush=True)
 for number in range(100_000):
     save_cache(context, "a", "document", "text")

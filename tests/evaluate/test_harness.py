@@ -8,10 +8,12 @@ import pytest
 from conftest import Kvp
 
 import kvp_mlx
-from kvp_mlx.arms.arm import parse_arm
+from kvp_mlx.arms.kinds import parse_arm
+from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.errors import InputError
-from kvp_mlx.evaluate.measures import measure_choice, measure_generation
-from kvp_mlx.evaluate.tasks import choice_items, triviaqa_items
+from kvp_mlx.evaluate.likelihood import Scoring
+from kvp_mlx.evaluate.task import Run
+from kvp_mlx.evaluate.tasks import mcq, triviaqa
 
 pytest.importorskip("lm_eval")
 
@@ -24,6 +26,10 @@ def trivia(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [{"question": f"the {word} lies?", "answers": ["below", f"the {word}"]} for word in WORDS]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def measured(run: Run, arm: str, model: KVPModel, items: list[Any]) -> list[dict[str, Any]]:
+    return list(run.measure(model, [(parse_arm(arm), item) for item in items]))
 
 
 def samples(result: dict[str, Any], task: str) -> list[dict[str, Any]]:
@@ -46,10 +52,10 @@ def test_generation_agrees(trivia: Path, fitted: Path, base_dir: Path, tmp_path:
     from kvp_mlx.evaluate.harness import KVPLM, run_harness
 
     model = kvp_mlx.load(str(fitted))
-    items = triviaqa_items([str(trivia)], 0, 0)
+    items = triviaqa.items([str(trivia)], 0, 0)
     records = [{"question": item.prompt[10:-8], "answers": item.answers} for item in items]
     data = [str(in_their_order(tmp_path / "same.jsonl", items, records))]
-    ours = list(measure_generation("triviaqa")(model, [(parse_arm("full"), item) for item in items]))
+    ours = measured(triviaqa.run(data), "full", model, items)
     for lm in (KVPLM(model, "full"), mlx_lms_adapter(base_dir)):
         theirs = samples(run_harness(lm, ["kvp_triviaqa"], data=data, shots=0), "kvp_triviaqa")
         assert [sample["arguments"][0][0] for sample in theirs] == [item.prompt for item in items]
@@ -69,7 +75,7 @@ def test_likelihood_agrees(fitted: Path, base_dir: Path, tmp_path: Path) -> None
         for i, word in enumerate(WORDS)
     ]
     path = in_their_order(tmp_path / "choices.jsonl", records, records)
-    items = choice_items([str(path)], 0)
+    items = mcq.items([str(path)], 0)
     shuffled = [
         {"q": item.prompt, "choices": [text[1:] for text in item.answers], "gold": item.extra["gold"]} for item in items
     ]
@@ -84,7 +90,7 @@ def test_likelihood_agrees(fitted: Path, base_dir: Path, tmp_path: Path) -> None
         "doc_to_choice": "{{choices}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    ours = list(measure_choice("continuation")(model, [(parse_arm("full"), item) for item in items]))
+    ours = measured(mcq.run([str(path)]), "full", model, items)
     for lm in (KVPLM(model, "full"), mlx_lms_adapter(base_dir)):
         theirs = samples(simple_evaluate(lm, tasks=[task], **how), "choices")
         assert [sample["acc"] for sample in theirs] == [row["metrics"]["accuracy"] for row in ours]
@@ -92,10 +98,10 @@ def test_likelihood_agrees(fitted: Path, base_dir: Path, tmp_path: Path) -> None
         for sample, row in zip(theirs, ours, strict=True):
             found = [float(likelihood) for likelihood, _ in sample["filtered_resps"]]
             assert found == pytest.approx(row["likelihoods"], abs=1e-3)
-    for scoring in ("continuation", "predicted"):
+    for scoring in Scoring:
         predicted = KVPLM(model, "kvp", scoring)
         theirs = samples(simple_evaluate(predicted, tasks=[task], **how), "choices")
-        mine = list(measure_choice(scoring)(model, [(parse_arm("kvp"), item) for item in items]))
+        mine = measured(mcq.run([str(path)], scoring), "kvp", model, items)
         for sample, row in zip(theirs, mine, strict=True):
             found = [float(likelihood) for likelihood, _ in sample["filtered_resps"]]
             assert found == pytest.approx(row["likelihoods"], abs=1e-3)

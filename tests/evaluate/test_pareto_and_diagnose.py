@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 from support.tiny import itself, llama, paired, prefixed, small_llama, token_ids
 
 from kvp_mlx.bundle.loading import KVPModel
-from kvp_mlx.evaluate.diagnose import coherence, diagnose, fit_of_auxiliary, memory, speed, swap_gains
+from kvp_mlx.evaluate.diagnose import coherence, diagnose, fit_of_auxiliary, lost_facts, speed, swap_gains
 from kvp_mlx.evaluate.pareto import points
 
 WINDOWS = token_ids(40, batch=3).tolist()
@@ -114,11 +114,11 @@ def test_findings_name_what_is_wrong() -> None:
 
 
 def test_lost_facts_are_a_finding() -> None:
-    found = memory({"of": 6, "full": 6, "kvp": 0, "kvp-64": 2})
+    found = lost_facts({"of": 6, "full": 6, "kvp": 0, "kvp-64": 2})
     assert "full finds 6 of 6, kvp 0, kvp with exact tail 64 2" in found[0]["evidence"]
     assert "--prefill full" in found[0]["remedy"]
-    assert memory({"of": 6, "full": 6, "kvp": 3, "kvp-64": 6}) == []
-    assert memory({"of": 6, "full": 0, "kvp": 0, "kvp-64": 0}) == []  # the base itself finds none
+    assert lost_facts({"of": 6, "full": 6, "kvp": 3, "kvp-64": 6}) == []
+    assert lost_facts({"of": 6, "full": 0, "kvp": 0, "kvp-64": 0}) == []  # the base itself finds none
 
 
 def test_a_broken_auxiliary_is_found() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvp_mlx.evaluate.sandbox import passes
-from kvp_mlx.evaluate.tasks import Item, humaneval_program
+from kvp_mlx.evaluate.task import Item
+from kvp_mlx.evaluate.tasks.humaneval import program as program_of
 
 PROBLEM = Item(
     "add",
@@ -23,7 +24,7 @@ PROBLEM = Item(
     [("    return a + b\n", True), ("", False), ("    return a - b\n", False), ("    return (", False)],
 )
 def test_a_completion_passes_its_tests_or_not(completion: str, right: bool) -> None:
-    assert passes(humaneval_program(PROBLEM, completion)) is right
+    assert passes(program_of(PROBLEM, completion)) is right
 
 
 def test_usual_imports_work() -> None:

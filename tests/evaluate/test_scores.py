@@ -5,8 +5,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from kvp_mlx.evaluate.answer import before
-from kvp_mlx.evaluate.scores import bootstrap, exact_match, last_number, pass_at_k, squad_exact, squad_f1
+from kvp_mlx.engine.decode import before
+from kvp_mlx.evaluate.intervals import bootstrap
+from kvp_mlx.evaluate.tasks import squad
+from kvp_mlx.evaluate.tasks.gsm8k import last_number
+from kvp_mlx.evaluate.tasks.humaneval import pass_at_k
+from kvp_mlx.evaluate.tasks.triviaqa import exact_match
 
 
 def test_exact_match_leaves_case_and_punctuation_aside() -> None:
@@ -16,10 +20,10 @@ def test_exact_match_leaves_case_and_punctuation_aside() -> None:
 
 
 def test_squad_counts_shared_words() -> None:
-    assert squad_exact("the Eiffel Tower.", ["Eiffel tower", "tower"]) == 1
-    assert squad_f1("the tall Eiffel Tower", ["Eiffel Tower in Paris"]) == pytest.approx(2 * 2 / (3 + 4))
-    assert squad_f1("a cat", ["dog", "cat"]) == 1
-    assert squad_f1("", ["dog"]) == squad_f1("bird", ["dog"]) == 0
+    assert squad.exact_match("the Eiffel Tower.", ["Eiffel tower", "tower"]) == 1
+    assert squad.f1("the tall Eiffel Tower", ["Eiffel Tower in Paris"]) == pytest.approx(2 * 2 / (3 + 4))
+    assert squad.f1("a cat", ["dog", "cat"]) == 1
+    assert squad.f1("", ["dog"]) == squad.f1("bird", ["dog"]) == 0
 
 
 def test_last_number() -> None:

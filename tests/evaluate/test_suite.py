@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Kvp
-from kvp_mlx.bench.readme import EVALUATION, ROOT, render
 from support.directories import TEXT
 from support.tiny import llama, prefixed
 
 import kvp_mlx
-from kvp_mlx.arms.arm import parse_arms
-from kvp_mlx.arms.work import arm_work
-from kvp_mlx.evaluate.loop import EQUAL_TTFT, compare_at_equal_ttft
-from kvp_mlx.evaluate.match import KINDS, LEAST, MOST, match, match_by_work, matching_share
+from kvp_mlx.arms.kinds import KINDS, parse_arms
+from kvp_mlx.evaluate.equal_ttft import LEAST, MOST, match, match_by_work, matching_share, pruning_kinds
+from kvp_mlx.evaluate.intervals import bootstrap_ratio
 from kvp_mlx.evaluate.report import page, read_results, summary
-from kvp_mlx.evaluate.scores import bootstrap_ratio
 from kvp_mlx.evaluate.suite import arms_of, claimed, plan
+from kvp_mlx.evaluate.summary import EQUAL_TTFT, compare_at_equal_ttft
+from kvp_mlx.evaluate.tables import EVALUATION, ROOT, render
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHOICES = [{"query": f"Question: the {i}?", "choices": ["the lamp", "x"], "gold": i % 2} for i in range(6)]
@@ -71,23 +70,24 @@ def test_the_share_as_fast_as_the_target(line: tuple[float, float]) -> None:
 def test_the_guess_does_no_more_work_than_the_target() -> None:
     model, _ = prefixed(llama(), 1)
     (target,) = parse_arms("kvp")
-    allowed = arm_work(model, target, 200).flops
+    allowed = target.work(model, 200).flops
     found = {row["kind"]: row["arm"] for row in match_by_work(model, target, 200)}
-    assert tuple(found) == KINDS
+    assert list(found) == pruning_kinds()
+    assert set(found) == {"lazy", "spec", "static", "random"}
     assert found["random"] is not None
     for name in filter(None, found.values()):
-        assert arm_work(model, parse_arms(name)[0], 200).flops <= allowed
+        assert parse_arms(name)[0].work(model, 200).flops <= allowed
     share = float(found["random"].split("-")[1])
-    assert arm_work(model, parse_arms(f"random-{share + 0.05:.3f}")[0], 200).flops > allowed
+    assert parse_arms(f"random-{share + 0.05:.3f}")[0].work(model, 200).flops > allowed
 
 
 def test_matching_by_the_clock(fitted: Path) -> None:
     model = kvp_mlx.load(str(fitted))
     prompts = [model.text_tokenizer.encode(TEXT)[:80]] * 2
     rows = match(model, parse_arms("kvp")[0], prompts)
-    assert [row["kind"] for row in rows] == list(KINDS)
+    assert [row["kind"] for row in rows] == pruning_kinds()
     for row in rows:
-        assert row["arm"] is None or parse_arms(row["arm"])[0].kind == row["kind"]
+        assert row["arm"] is None or parse_arms(row["arm"])[0].kind is KINDS[row["kind"]]
         assert (row["arm"] is None) <= (row["ttft_ratio"] > EQUAL_TTFT)
 
 
@@ -136,7 +136,7 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     assert list(squad["arms"])[:4] == ["full", "kvp", "kvp-64", "auxiliary"]
     matched = {row["arm"] for row in squad["matched"] if row["arm"]}
     assert set(squad["arms"]) == {*list(squad["arms"])[:4], *matched, *squad["dials"]}
-    assert {row["kind"] for row in squad["matched"]} == set(KINDS)
+    assert {row["kind"] for row in squad["matched"]} == set(pruning_kinds())
     assert squad["machine"]["blas_threads"] >= 1
     (log,) = (results / "records").glob("*/squad.jsonl")
     lines = log.read_text().splitlines(keepends=True)
@@ -164,9 +164,9 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
 
 def test_a_bundle_that_cannot_recompute_has_no_dials(data: Path) -> None:
     model, _ = prefixed(llama(), 1)
-    assert model.config.predictor.recompute is None
+    assert model.config.recompute is None
     entry = plan(data)[0]
-    assert entry.dials
+    assert entry.place.dials
     assert [arm.name for arm in arms_of(entry, model, [])] == ["full", "kvp", "kvp-64", "auxiliary"]
 
 

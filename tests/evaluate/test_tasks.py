@@ -15,26 +15,18 @@ from support.losses import log_softmax
 from support.tiny import chat_tokenizer, itself, llama, paired, prefixed, small_llama, token_ids
 
 import kvp_mlx
-from kvp_mlx.arms.arm import arm_prefill, parse_arm, parse_arms
+from kvp_mlx.arms.kinds import parse_arm, parse_arms, with_dial
+from kvp_mlx.bundle.loading import KVPModel
+from kvp_mlx.engine import decode
 from kvp_mlx.errors import InputError
-from kvp_mlx.evaluate import answer
-from kvp_mlx.evaluate.answer import Question, continuation_losses, generate, predicted_losses
-from kvp_mlx.evaluate.loop import run_items, summarise
-from kvp_mlx.evaluate.measures import measure_chat, measure_choice, seeded_sampler, split_choices
+from kvp_mlx.evaluate.answer import Question, generate
+from kvp_mlx.evaluate.likelihood import Scoring, all_predicted, continuation_losses, predicted_losses, split_choices
+from kvp_mlx.evaluate.passages import grid_items
 from kvp_mlx.evaluate.records import read_texts
-from kvp_mlx.evaluate.runs import all_predicted
-from kvp_mlx.evaluate.tasks import (
-    Item,
-    choice_items,
-    gsm8k_items,
-    humaneval_items,
-    needle_items,
-    quote_items,
-    score_gsm8k,
-    score_needle,
-    score_quote,
-    triviaqa_items,
-)
+from kvp_mlx.evaluate.rows import run_items
+from kvp_mlx.evaluate.summary import summarise
+from kvp_mlx.evaluate.task import Item
+from kvp_mlx.evaluate.tasks import chat_agreement, gsm8k, humaneval, mcq, needle, quote, triviaqa
 from kvp_mlx.train.deviation import with_estimator
 
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -121,6 +113,7 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
     (tmp_path / "short.txt").write_text(TEXT)
     refused = {
         "psychic": ("mcq", "--data", data["mcq"], "--arms", "psychic"),
+        "the arm mlx-lm can only be timed": ("mcq", "--data", data["mcq"], "--arms", "full,mlx-lm"),
         "'query'": ("mcq", "--data", data["chat"]),
         "no.jsonl": ("squad", "--data", "no.jsonl"),
         "JSON lines": ("squad", "--data", text),
@@ -190,45 +183,45 @@ def test_killed_and_resumed_is_as_uninterrupted(data: dict[str, Path], fitted: P
 
 
 def test_a_larger_limit_extends_a_smaller_one(data: dict[str, Path]) -> None:
-    few = choice_items([str(data["mcq"])], seed=3)
+    few = mcq.items([str(data["mcq"])], seed=3)
     assert [item.id for item in few] == [str(i) for i in range(5)]
     prompts = {item.prompt for item in few}
     assert len(prompts) == 5
-    assert [item.prompt for item in choice_items([str(data["mcq"])], seed=3)] == [item.prompt for item in few]
+    assert [item.prompt for item in mcq.items([str(data["mcq"])], seed=3)] == [item.prompt for item in few]
 
 
 def test_prompts_are_the_papers(data: dict[str, Path]) -> None:
-    shot, *asked = triviaqa_items([str(data["triviaqa"])], 0, 0)
-    with_shot = triviaqa_items([str(data["triviaqa"])], 1, 0)
+    shot, *asked = triviaqa.items([str(data["triviaqa"])], 0, 0)
+    with_shot = triviaqa.items([str(data["triviaqa"])], 1, 0)
     assert shot.prompt == f"Question: {shot.prompt[10:-8]}\nAnswer:"
     assert [item.prompt for item in with_shot] == [f"{shot.prompt} the lamp\n{item.prompt}" for item in asked]
-    problem = gsm8k_items([str(data["gsm8k"])], 1, 0)[0]
+    problem = gsm8k.items([str(data["gsm8k"])], 1, 0)[0]
     assert problem.prompt.count("Question: ") == 2
     assert "\n#### " in problem.prompt
-    assert humaneval_items([str(data["humaneval"])])[0].id == "t/0"
+    assert humaneval.items([str(data["humaneval"])])[0].id == "t/0"
 
 
 def test_scores_of_answers() -> None:
     problem = Item("1", "", [" 1,200"])
-    assert score_gsm8k(problem, " so\n#### 1200")["exact_match"] == 1
-    assert score_gsm8k(problem, "it is 1200.")["exact_match"] == 1
-    assert score_gsm8k(problem, "1200 or 7")["exact_match"] == score_gsm8k(problem, "")["exact_match"] == 0
-    assert score_needle(Item("1", "", ["54321"]), "It is 54321.")["found"] == 1
-    quote = Item("1", "", ["The lamp is lit."])
-    assert score_quote(quote, '"The lamp\n is lit."') == {"verbatim": 1, "similarity": pytest.approx(0.94, abs=0.02)}
-    assert score_quote(quote, "The lamp was lit.")["verbatim"] == 0
+    assert gsm8k.score(problem, " so\n#### 1200")["exact_match"] == 1
+    assert gsm8k.score(problem, "it is 1200.")["exact_match"] == 1
+    assert gsm8k.score(problem, "1200 or 7")["exact_match"] == gsm8k.score(problem, "")["exact_match"] == 0
+    assert needle.score(Item("1", "", ["54321"]), "It is 54321.")["found"] == 1
+    item = Item("1", "", ["The lamp is lit."])
+    assert quote.score(item, '"The lamp\n is lit."') == {"verbatim": 1, "similarity": pytest.approx(0.94, abs=0.02)}
+    assert quote.score(item, "The lamp was lit.")["verbatim"] == 0
 
 
-@pytest.mark.parametrize("items", [needle_items, quote_items])
-def test_hidden_things_stand_where_the_grid_says(items: Any, fitted: Path) -> None:
+@pytest.mark.parametrize("task", [needle, quote])
+def test_hidden_things_stand_where_the_grid_says(task: Any, fitted: Path) -> None:
     tokenizer = kvp_mlx.load(str(fitted)).text_tokenizer
-    made = items([TEXT * 30], tokenizer, [250, 400], [0.0, 1.0], 0, 8)
+    made = grid_items(task.ask, [TEXT * 30], tokenizer, [250, 400], [0.0, 1.0], 0, 8)
     assert [(item.extra["length"], item.extra["depth"]) for item in made[:5]] == [
         *((250, 0.0), (250, 1.0), (400, 0.0), (400, 1.0), (250, 0.0))
     ]
     for item in made:
         passage = item.prompt.split("\n\n")[0]
-        hidden = item.answers[0] if items is needle_items else f"[[ {item.answers[0]} ]]"
+        hidden = item.answers[0] if task is needle else f"[[ {item.answers[0]} ]]"
         place = passage.index(hidden) / len(passage)
         assert place < 0.5 if item.extra["depth"] == 0 else place >= 0.4
         assert len(tokenizer.encode(passage)) <= item.extra["length"] + 40
@@ -251,7 +244,7 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
     questions = [Question(arm, ids) for ids in encoded for arm in arms]
     answers = generate(model, questions, max_tokens=8)
     for question, (found,) in zip(questions, answers, strict=True):
-        answering, cache = arm_prefill(model, question.arm, mx.array([question.ids]))
+        answering, cache = question.arm.read(model, mx.array([question.ids]))
         expected = mlx_lms_tokens(model, answering, cache, question.ids[-1:], 8)
         assert found.tokens == expected
         assert found.text == model.text_tokenizer.decode(expected)
@@ -285,14 +278,22 @@ def test_samples_are_drawn_alike_in_any_batch(fitted: Path, monkeypatch: pytest.
     ids = model.text_tokenizer.encode(TEXT[:80])
 
     def drawn(numbers: list[int]) -> list[list[int]]:
-        samplers = tuple(seeded_sampler(0.9, number) for number in numbers)
+        samplers = tuple(humaneval.seeded_sampler(0.9, number) for number in numbers)
         (answers,) = generate(model, [Question(parse_arm("kvp"), ids, samplers)], max_tokens=8)
         return [each.tokens for each in answers]
 
-    monkeypatch.setattr(answer, "BATCH_TOKENS", 2 * (len(ids) + 8))  # two at a time, the others wait
+    monkeypatch.setattr(decode, "BATCH_TOKENS", 2 * (len(ids) + 8))  # two at a time, the others wait
     together = drawn([1, 2, 3])
     assert [drawn([number])[0] for number in (1, 2, 3)] == together
     assert len(set(map(tuple, together))) > 1
+
+
+def with_share(model: KVPModel, share: float) -> KVPModel:
+    """Return the bundle with an estimator and a share to recompute of its own."""
+    model = with_estimator(model)
+    assert model.config.recompute is not None
+    recompute = model.config.recompute.model_copy(update={"share": share})
+    return replace(model, config=model.config.model_copy(update={"recompute": recompute}))
 
 
 @pytest.mark.parametrize("kind", ["prefix", "model"])
@@ -323,18 +324,22 @@ def test_continuations_are_scored_as_numpy_does(kind: str) -> None:
     np.testing.assert_allclose(losses, -rows[np.arange(len(rest)), rest], atol=1e-4)
     assert not is_greedy
     assert predicted_losses(model, prompt, [int(rows[0].argmax())])[1]
-    repaired = replace(with_estimator(model), recompute=0.5)
+    repaired = with_share(model, 0.5)
     np.testing.assert_array_equal(predicted_losses(repaired, prompt, rest)[0], losses)
     with pytest.raises(InputError, match="at least one token"):
         predicted_losses(model, [], rest)
 
 
 def test_the_papers_scoring_predicts_everything() -> None:
-    model = replace(with_estimator(prefixed(llama(), 1)[0]), recompute=0.5)
-    assert all_predicted(model, parse_arms("full,kvp,kvp-0-0")).recompute == 0
+    model = with_share(prefixed(llama(), 1)[0], 0.5)
+    dial = all_predicted(parse_arms("full,kvp,kvp-0-0"))
+    assert dial.share(model.config) == 0
+    full, kvp = (with_dial(parse_arm(name), dial) for name in ("full", "kvp"))
+    assert (full, kvp.name, kvp.numbers) == (parse_arm("full"), "kvp", parse_arm("kvp-0-0").numbers)
+    assert kvp.work(model, 50) == parse_arm("kvp-0-0").work(model, 50) != parse_arm("kvp").work(model, 50)
     for arm in ("kvp-4", "kvp-0-0.5"):
         with pytest.raises(InputError, match=arm):
-            all_predicted(model, parse_arms(f"full,{arm}"))
+            all_predicted(parse_arms(f"full,{arm}"))
 
 
 def test_the_likeliest_choice_wins() -> None:
@@ -344,8 +349,8 @@ def test_the_likeliest_choice_wins() -> None:
     prompt, choices = split_choices(model, item.prompt, item.answers)
     assert [len(choice) for choice in choices] == [2, 1, 3]
     sums = [-continuation_losses(model, parse_arm("full"), prompt, [choice])[0][0].sum() for choice in choices]
-    for scoring in ("continuation", "predicted"):
-        (row,) = measure_choice(scoring)(model, [(parse_arm("kvp"), item)])
+    for scoring in Scoring:
+        (row,) = mcq.measure_choice(scoring)(model, [(parse_arm("kvp"), item)])
         assert row["likelihoods"] == pytest.approx(sums, abs=1e-3)
         assert row["score"] == float(np.argmax(sums) == 1)
 
@@ -354,16 +359,16 @@ def test_chat_compares_along_the_full_models_reply() -> None:
     model, _ = prefixed(llama(), 1, tokenizer=chat_tokenizer())
     items = [Item(str(i), f"w{i} w{i + 9} w{i + 20}") for i in range(4)]
     arms = [parse_arm("full"), parse_arm("kvp")]
-    rows = run_items(model, arms, items, measure_chat, recipe={})
+    rows = run_items(model, arms, items, chat_agreement.measure, recipe={})
     result = summarise("chat", model, arms, rows)["arms"]
     assert result["full"]["score"] == result["full"]["metrics"]["first_token"] == 1
     assert result["kvp"]["metrics"]["kl_per_token"] > 0.01
     assert result["kvp"]["score"] < 1
 
 
-@pytest.mark.parametrize("items", [needle_items, quote_items])
-def test_the_shipped_sample_serves_every_cell(items: Any, fitted: Path) -> None:
+@pytest.mark.parametrize("task", [needle, quote])
+def test_the_shipped_sample_serves_every_cell(task: Any, fitted: Path) -> None:
     tokenizer = kvp_mlx.load(str(fitted)).text_tokenizer
-    made = items(read_texts([]), tokenizer, [300, 600, 2400], [0.0, 0.5, 1.0], 0, 18)
+    made = grid_items(task.ask, read_texts([]), tokenizer, [300, 600, 2400], [0.0, 0.5, 1.0], 0, 18)
     assert len(made) == 18
     assert all(item.answers[0] in item.prompt.split("\n\n")[0] for item in made)

@@ -22,6 +22,7 @@ from support.tiny import (
 )
 
 from kvp_mlx.errors import UnsupportedModelError
+from kvp_mlx.models import sections
 from kvp_mlx.models.entries import append_raw
 from kvp_mlx.models.families import KVShape, check_cache, family_of, hidden_size, kv_shapes
 from kvp_mlx.models.sections import output_head, prefix_model, run_layers
@@ -94,34 +95,34 @@ def test_sliding_window_layers_are_refused_by_name():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_layers_say_is_raw(variant):
+def test_what_layers_read_and_return_is_raw(variant):
     model, ids = VARIANTS[variant](), token_ids(7, batch=2)
     cache, expected = make_prompt_cache(model), oracle_of(model).forward(ids)
     listen = [0, len(model.layers) - 1]
-    _, heard = run_layers(model, mx.array(ids), cache, listen)
-    assert list(heard) == listen
+    _, captured = run_layers(model, mx.array(ids), cache, listen)
+    assert list(captured) == listen
     for layer in listen:
         for what in ("hidden", "keys", "values"):
             theirs = getattr(expected.readings[layer], what)
-            np.testing.assert_allclose(getattr(heard[layer], what), theirs, atol=1e-4, err_msg=f"{what} of {layer}")
+            np.testing.assert_allclose(getattr(captured[layer], what), theirs, atol=1e-4, err_msg=f"{what} of {layer}")
     assert_cache_equal(cache, expected.cache)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_output_head_turns_what_comes_out_into_logits(variant):
     model, ids = VARIANTS[variant](), token_ids(7, batch=2)
-    output, heard = run_layers(model, mx.array(ids), make_prompt_cache(model))
-    assert heard == {}
+    output, captured = run_layers(model, mx.array(ids), make_prompt_cache(model))
+    assert captured == {}
     np.testing.assert_allclose(output_head(model, output), oracle_of(model).forward(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_appending_what_a_layer_said_is_what_the_layer_appends(variant):
+def test_appending_what_a_layer_returned_is_what_the_layer_appends(variant):
     model, ids = VARIANTS[variant](), token_ids(8, batch=2)
     cache, rebuilt = make_prompt_cache(model), make_prompt_cache(model)
     for chunk in (ids[:, :5], ids[:, 5:]):
-        _, heard = run_layers(model, mx.array(chunk), cache, range(len(model.layers)))
-        append_raw(model, {layer: {"keys": raw.keys, "values": raw.values} for layer, raw in heard.items()}, rebuilt)
+        _, captured = run_layers(model, mx.array(chunk), cache, range(len(model.layers)))
+        append_raw(model, {layer: {"keys": raw.keys, "values": raw.values} for layer, raw in captured.items()}, rebuilt)
     assert_cache_equal(rebuilt, oracle_of(model).forward(ids).cache)
 
 
@@ -150,16 +151,26 @@ def test_a_model_is_unchanged_by_listening(variant):
 def test_a_model_is_unchanged_by_listening_that_fails(family, monkeypatch):
     model = FAMILIES[family]()
     before, modules = names(model), projections(model)
-    listened = []
+    ffn = type(model.layers[2].get("mlp") or model.layers[2]["ffn"])
+    run_ffn, listen, calls, listened, meanwhile = ffn.__call__, sections._Listener.__call__, [], [], []
 
-    def fail(*_):
-        listened.extend(projections(model))
+    def failing(*args):
+        calls.append(args)
+        if len(calls) < 3:
+            return run_ffn(*args)
+        meanwhile.extend(projections(model))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(type(model.layers[2].get("mlp") or model.layers[2]["ffn"]), "__call__", fail)
+    def counting(self, *args):
+        listened.append(self.module)
+        return listen(self, *args)
+
+    monkeypatch.setattr(ffn, "__call__", failing)
+    monkeypatch.setattr(sections._Listener, "__call__", counting)
     with pytest.raises(RuntimeError, match="out of memory"):
         run_layers(model, mx.array(token_ids(3)), make_prompt_cache(model), [1, 2])
-    assert sum(now is not then for now, then in zip(listened, modules, strict=True)) == len(PROJECTIONS[family]) * 2
+    assert len(listened) == len(PROJECTIONS[family]) * 2
+    assert all(now is then for now, then in zip(meanwhile, modules, strict=True))  # not even while it runs
     assert names(model) == before
     assert all(now is then for now, then in zip(projections(model), modules, strict=True))
 
@@ -176,12 +187,12 @@ def test_a_prefix_shares_its_layers_and_leaves_the_base_alone(family):
 
 
 @pytest.mark.parametrize("variant", BASES)
-def test_a_prefix_says_what_the_base_would(variant):
+def test_a_prefix_reads_what_the_base_would(variant):
     base, ids = BASES[variant](), token_ids(7, batch=2)
     expected = oracle_of(base).forward(ids)
     prefix = prefix_model(base, 2)
     cache = make_prompt_cache(prefix)
-    _, heard = run_layers(prefix, mx.array(ids), cache, [2])
+    _, captured = run_layers(prefix, mx.array(ids), cache, [2])
     for what in ("hidden", "keys", "values"):
-        np.testing.assert_allclose(getattr(heard[2], what), getattr(expected.readings[2], what), atol=1e-4)
+        np.testing.assert_allclose(getattr(captured[2], what), getattr(expected.readings[2], what), atol=1e-4)
     assert_cache_equal(cache, expected.cache[:3])

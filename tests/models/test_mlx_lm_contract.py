@@ -10,6 +10,8 @@ import pytest
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from support.tiny import llama
 
+from kvp_mlx.device.machine import matmul_flops_per_s
+
 generate = sys.modules["mlx_lm.generate"]
 
 
@@ -66,8 +68,6 @@ def test_the_fast_blas_stands_before_mlx_in_this_very_process() -> None:
     maps = Path("/proc/self/maps").read_text()
     loaded = [line.split("/")[-1] for line in maps.splitlines() if "/" in line]
     assert any(name.startswith("libopenblas") for name in loaded)
-    from kvp_mlx.device.machine import matmul_flops_per_s
-
     assert matmul_flops_per_s(mx.float32, rows=256, width=1024) > 20e9  # the bundled BLAS does 6e9
 
 

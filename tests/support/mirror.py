@@ -1,4 +1,4 @@
-"""A conversation beside the NumPy oracle, which is told each step and keeps the caches that should come of it."""
+"""A conversation beside the NumPy oracle, which follows each step and keeps the caches that should come of it."""
 
 import itertools
 
@@ -30,11 +30,11 @@ class Mirror:
         if not seen:
             return None
         last, tokens = seen[-1], self.conversation.context.tokens
-        prompt = last.reused_tokens + last.new_tokens
-        assert last.reused_tokens == common_prefix_len(self.tokens, tokens[: prompt - 1])
-        self._trim(last.reused_tokens)
+        prompt = last.cached_tokens + last.new_tokens
+        assert last.cached_tokens == common_prefix_len(self.tokens, tokens[: prompt - 1])
+        self._trim(last.cached_tokens)
         end = prompt - 1 - exact_tail
-        if last.prefill == "kvp":
+        if last.path == "kvp":
             self._read(tokens[: max(self.held, exact_head)], "full")
             self._read(tokens[:end], "kvp")
         self._read(tokens, "full")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,8 +12,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import llama as mlx_lm_llama
 from mlx_lm.models import openelm as mlx_lm_openelm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
+from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, RecomputeConfig
 from kvp_mlx.bundle.loading import KVPModel, build_predictor
 from kvp_mlx.models.families import Cache
 from kvp_mlx.models.sections import prefix_model
@@ -174,6 +177,14 @@ def itself(base: nn.Module) -> KVPModel:
     return _assembled(base, base, config, KVPrediction(twin, twin, layer_map, "keys_values", maps))
 
 
+def estimating(model: KVPModel) -> KVPModel:
+    """Return a bundle that can recompute, the weights of its estimator of deviation random."""
+    model.predictor.add_estimator()
+    linear = model.predictor.deviation.linear
+    linear.weight = 0.2 * mx.random.normal(linear.weight.shape, key=mx.random.key(3))
+    return replace(model, config=model.config.model_copy(update={"recompute": RecomputeConfig()}))
+
+
 def _assembled(
     base: nn.Module,
     auxiliary: nn.Module,
@@ -244,9 +255,6 @@ def chat_tokenizer(template: str | None = None) -> TokenizerWrapper:
     Args:
         template: chat template; default: role mark, content, end mark, separated by spaces.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     marks = ["<unk>", "<end>", "<system>", "<user>", "<assistant>"]
     words = marks + [f"w{i}" for i in range(VOCABULARY - len(marks))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -190,8 +190,8 @@ def test_gradient_checkpointing_changes_neither_losses_nor_gradients(name: str) 
     options = TrainOptions(weights=ALL, right=8, **how)
     batch = batch_of(token_ids(40, seed=1), token_ids(33, seed=2))
     losses, gradient = everything(model, options, batch)
-    again, other = everything(model, replace(options, checkpoint=True), batch)
-    assert again == pytest.approx(losses, rel=1e-5)
+    repeated, other = everything(model, replace(options, checkpoint=True), batch)
+    assert repeated == pytest.approx(losses, rel=1e-5)
     for key, array in gradient.items():
         np.testing.assert_allclose(other[key], array, rtol=1e-4, atol=1e-5 * np.abs(array).max(), err_msg=key)
 

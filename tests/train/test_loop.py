@@ -16,10 +16,11 @@ from support.tiny import llama, prefixed
 from support.training import log_of, state_of, steps_of, train_args, training
 
 import kvp_mlx
-from kvp_mlx.train.loop import WARM_UP_STEPS, Trained, TrainOptions, schedule, take_step
+from kvp_mlx.train.loop import WARM_UP_STEPS, Trained, TrainOptions, make_optimizer, schedule, take_step
 from kvp_mlx.train.objectives import Weights
-from kvp_mlx.train.recovery import ContextMeasurement
-from kvp_mlx.train.run import hold_back
+from kvp_mlx.train.recovery import RecoveryMeasurement
+from kvp_mlx.train.run import hold_back, make_trainable
+from kvp_mlx.train.state import TrainingState
 from kvp_mlx.train.text import data_files
 
 # --- over processes --------------------------------------------------------------------------------------------------
@@ -71,7 +72,9 @@ def test_two_processes_are_one_with_twice_the_batches(
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_training_improves_on_the_ridge_fit_and_says_so(base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp) -> None:
+def test_training_improves_on_the_ridge_fit_and_records_it(
+    base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp
+) -> None:
     out = tmp_path / "out"
     common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 128)
     outcome = kvp(*common, "--tokens", 64 * 80, "--learning-rate", 5e-3, "--out", out, "--json")
@@ -120,7 +123,7 @@ def test_best_bundle_is_kept_not_the_last(
 def test_bundle_on_disk_predicts_what_training_had(
     start: str, options: tuple, starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp
 ) -> None:
-    """The validation that training logged, measured again on the bundle that it wrote (fp16)."""
+    """The validation that training logged, repeated on the bundle that it wrote (fp16)."""
     out = tmp_path / "out"
     common = train_args(starts[start], base_dir, texts, *options, "--tokens", 64 * 30, "--learning-rate", 3e-3)
     base_files = {path.name: path.read_bytes() for path in base_dir.iterdir()}
@@ -129,8 +132,8 @@ def test_bundle_on_disk_predicts_what_training_had(
     best = outcome.json()
     model = kvp_mlx.load(str(out))
     windows = hold_back(data_files([texts]), model, TrainOptions(window=64)).values()
-    again = ContextMeasurement(model, list(windows), 16).measure()["arms"]["kvp"]["recovery"]
-    assert again == pytest.approx(best["recovery"], rel=0.02, abs=0.02)
+    measured = RecoveryMeasurement(model, list(windows), 16).measure()["arms"]["kvp"]["recovery"]
+    assert measured == pytest.approx(best["recovery"], rel=0.02, abs=0.02)
     assert (out / "adapter.safetensors").exists() == (start == "prefix" and bool(options))
     assert base_files == {path.name: path.read_bytes() for path in base_dir.iterdir()}
     assert kvp("info", out, "--json").code == 0
@@ -139,14 +142,10 @@ def test_bundle_on_disk_predicts_what_training_had(
 @pytest.mark.parametrize("start", ["prefix", "pruned"])
 def test_base_is_the_same_after_a_run(start: str, starts: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     """In memory too: bytes of every parameter, before and after optimiser steps on all that can be trained."""
-    from kvp_mlx.train.loop import make_optimizer
-    from kvp_mlx.train.run import prepare
-    from kvp_mlx.train.state import TrainingState
-
     how = {"lora_rank": 2} if start == "prefix" else {"train_auxiliary": True}
     weights = Weights(base=1, consistency=1, auxiliary=float(start == "pruned"))
     options = TrainOptions(minutes=None, tokens=64, window=64, right=16, weights=weights, learning_rate=0.1, **how)
-    model = prepare(kvp_mlx.load(str(starts[start])), options)
+    model = make_trainable(kvp_mlx.load(str(starts[start])), options)
     trained = Trained(model, options)
     before = {name: np.array(array) for name, array in tree_flatten(model.base.parameters())}
     moving = {name: np.array(array) for name, array in tree_flatten(trained.trainable_parameters())}
@@ -166,8 +165,6 @@ def test_base_is_the_same_after_a_run(start: str, starts: dict[str, Path], texts
 
 def test_weight_decay_spares_vectors() -> None:
     """AdamW with no gradient at all: matrices shrink by rate times decay, vectors stay."""
-    from kvp_mlx.train.loop import make_optimizer
-
     model, _ = prefixed(llama(), 1)
     options = TrainOptions(weight_decay=0.5, learning_rate=0.1)
     trained = Trained(model, options)

@@ -105,10 +105,10 @@ def test_prefix_with_nothing_to_predict_is_refused(base_dir: Path, texts: Path, 
     assert outcome.err.count("\n") == 1
 
 
-def test_too_little_memory_is_said_before_training(
+def test_too_little_memory_is_named_before_training(
     starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvp_mlx.train.memory.free_bytes", lambda: 10_000)
+    monkeypatch.setattr("kvp_mlx.train.capacity.free_bytes", lambda: 10_000)
     outcome = kvp(*train_args(starts["prefix"], base_dir, texts, "--tokens", 640, "--out", tmp_path / "out"))
     assert outcome.code == 2
     assert all(flag in outcome.err for flag in ("--window", "--right", "--batch-size", "--checkpoint"))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,8 +216,6 @@ def test_resume_without_a_run_is_refused(
 def test_starting_over_an_unfinished_run_is_refused(
     bundle_is_there: bool, run: Path, starts: dict[str, Path], base_dir: Path, texts: Path, kvp: Kvp
 ) -> None:
-    import shutil
-
     if not bundle_is_there:
         shutil.rmtree(run)
     before = snapshot(run.parent)

@@ -31,10 +31,10 @@ def test_flops_of_a_prefix() -> None:
 
 def test_checkpointing_runs_the_predicted_layers_once_more() -> None:
     model = prefixed(llama(), 1)[0]
-    plain, again = (TrainOptions(window=64, splits=1, right=16, checkpoint=value) for value in (False, True))
+    plain, checkpointed = (TrainOptions(window=64, splits=1, right=16, checkpoint=value) for value in (False, True))
     extra = 16 * 2 * (LAYER + SCORES) / 64
     trained = Trained(model, plain)
-    assert flops_per_token(model, trained, again) - flops_per_token(model, trained, plain) == extra
+    assert flops_per_token(model, trained, checkpointed) - flops_per_token(model, trained, plain) == extra
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 2000}

@@ -12,7 +12,7 @@ from gguf.quants import dequantize, quantize
 from kvp_mlx.convert.gguf import half_split_rows
 from mlx_lm.utils import load, load_model
 from support.directories import LLAMA, TEXT, write_llama
-from test_gguf import GGUF_NAMES, gguf_metadata, llama_cpp_rows
+from support.gguf_files import GGUF_NAMES, gguf_metadata, llama_cpp_rows
 
 Types = gguf.GGMLQuantizationType
 KEPT = [Types.F32, Types.F16, Types.Q4_0, Types.Q4_1, Types.Q8_0]

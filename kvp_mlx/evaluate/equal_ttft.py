@@ -5,22 +5,28 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..arms.arm import Arm, parse_arm
-from ..arms.work import arm_work
-from ..bundle.loading import KVPModel
-from .answer import timed_prefill
-from .loop import EQUAL_TTFT
+import mlx.core as mx
 
-KINDS = ("lazy", "spec", "static", "random")
+from ..arms.arm import Arm
+from ..arms.clock import first_token
+from ..arms.kinds import KINDS, parse_arm
+from ..bundle.loading import KVPModel
+from .summary import EQUAL_TTFT
+
 LEAST, MOST = 0.05, 0.95
 """Shares of the prompt between which one is sought."""
 TOLERANCE = 0.03
 TRIES = 3
 
 
+def pruning_kinds() -> list[str]:
+    """Return the kinds of arms that leave tokens of the prompt out."""
+    return [name for name, kind in KINDS.items() if kind.prunes]
+
+
 def pruning_arm(kind: str, share: float) -> Arm:
     """Return a pruning arm of a share of the prompt; LazyLLM's falls to a third of it, as in the paper's 0.75-0.25."""
-    return parse_arm(f"{kind}-{share:.3f}" + (f"-{share / 3:.3f}" if kind == "lazy" else ""))
+    return parse_arm("-".join([kind, *(f"{share / 3**number:.3f}" for number in range(KINDS[kind].numbers))]))
 
 
 def match(model: KVPModel, target: Arm, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -36,7 +42,7 @@ def match(model: KVPModel, target: Arm, prompts: Sequence[list[int]]) -> list[di
         prompt takes longer the arm is None: no share is as fast.
     """
     found = []
-    for kind in KINDS:
+    for kind in pruning_kinds():
         share, ratio = matching_share(partial(ttft_ratios, model, target, kind, prompts))
         is_reached = ratio <= EQUAL_TTFT or share > LEAST
         name = pruning_arm(kind, share).name if is_reached else None
@@ -69,17 +75,17 @@ def ttft_ratios(
     """Return median TTFT at each share over the target's, all measured in turn on every prompt."""
     arms, rounds = [target, *(pruning_arm(kind, share) for share in shares)], []
     for prompt in prompts:
-        times = [timed_prefill(model, arm, prompt)[2] for arm in arms]
+        times = [first_token(model, arm, mx.array([prompt])).ttft_ms for arm in arms]
         rounds.append([time / times[0] for time in times[1:]])
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def match_by_work(model: KVPModel, target: Arm, prompt_tokens: int) -> list[dict[str, Any]]:
     """Return what ``match`` does, by arithmetic and in steps of 0.05: a guess, without measuring."""
-    allowed, found = arm_work(model, target, prompt_tokens).flops, []
-    for kind in KINDS:
+    allowed, found = target.work(model, prompt_tokens).flops, []
+    for kind in pruning_kinds():
         shares = [LEAST + 0.05 * step for step in range(19)]
-        work = {share: arm_work(model, pruning_arm(kind, share), prompt_tokens).flops / allowed for share in shares}
+        work = {share: pruning_arm(kind, share).work(model, prompt_tokens).flops / allowed for share in shares}
         share = max((share for share in shares if work[share] <= 1), default=None)
         name = None if share is None else pruning_arm(kind, share).name
         found.append({"target": target.name, "kind": kind, "arm": name, "ttft_ratio": work[share or LEAST]})

@@ -1,0 +1,104 @@
+"""HumanEval: programs that pass their tests."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_top_p
+
+from ...bundle.loading import KVPModel
+from ...engine.clock import Chooser
+from ...engine.prompt import encode
+from ..answer import Question, generate
+from ..records import TEXT, hash_of, hashes, read_records
+from ..rows import BATCH
+from ..sandbox import passes
+from ..task import Asked, Item, Measure, Place, Row, Run, Task, row_of
+
+STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
+MAX_TOKENS = 256
+TOP_P = 0.95
+
+
+def items(places: Sequence[str]) -> list[Item]:
+    """Return the problems, in their own order."""
+    fields = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), TEXT)
+    return [
+        Item(record["task_id"], record["prompt"], extra={name: record[name] for name in fields})
+        for record in read_records(places, fields)
+    ]
+
+
+def prompt_ids(model: KVPModel, item: Item) -> list[int]:
+    """Return the token ids of a problem."""
+    return encode(model, item.prompt, raw=True)
+
+
+def program(item: Item, completion: str) -> str:
+    """Return the program that fails unless the completion is right."""
+    return f"{item.prompt}{completion}\n{item.extra['test']}\ncheck({item.extra['entry_point']})\n"
+
+
+def measure_completions(samples: int, temperature: float, seed: int) -> Measure:
+    """Return how completions are measured: generated, and run in ``sandbox``.
+
+    Args:
+        samples: completions per problem; one is greedy, more are drawn with top-p ``TOP_P``.
+        temperature: of the drawing; 0 is greedy.
+        seed: of the drawing, which every problem, arm and sample has its own of.
+    """
+
+    def measure(model: KVPModel, asked: Sequence[Asked]) -> Iterator[Row]:
+        for start in range(0, len(asked), step := max(1, BATCH // samples)):
+            batch = asked[start : start + step]
+            questions = [Question(arm, prompt_ids(model, item), samplers_of(item)) for arm, item in batch]
+            found = generate(model, questions, stop=STOP, max_tokens=MAX_TOKENS)
+            for question, (_, item), answers in zip(questions, batch, found, strict=True):
+                texts = [answer.text for answer in answers]
+                passed = [passes(program(item, text)) for text in texts]
+                metrics = {f"pass@{k}": pass_at_k(samples, sum(passed), k) for k in (1, 10, 100) if k <= samples}
+                prompt_tokens, ttft_ms = len(question.ids), answers[0].ttft_ms
+                yield row_of(metrics["pass@1"], metrics, ttft_ms, prompt_tokens, passed=passed, texts=texts)
+
+    def samplers_of(item: Item) -> tuple[Chooser | None, ...]:
+        if samples == 1 or temperature == 0:
+            return (None,) * samples
+        seeds = [hash_of(f"{seed} {item.id} {number}") for number in range(samples)]
+        return tuple(seeded_sampler(temperature, each) for each in seeds)
+
+    return measure
+
+
+def seeded_sampler(temperature: float, seed: int) -> Chooser:
+    """Return a sampler with top-p 0.95 and random numbers of its own, so that it draws alike in any batch."""
+    keys = [mx.random.key(seed)]
+
+    def sample(logprobs: mx.array) -> mx.array:
+        keys[0], key = mx.random.split(keys[0])
+        return mx.random.categorical(apply_top_p(logprobs, TOP_P) / temperature, key=key)
+
+    return sample
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that one of k samples passes (arXiv 2107.03374, section 2.1)."""
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def run(data: list[str], samples: int = 1, temperature: float = 0.6, limit: int | None = None, seed: int = 0) -> Run:
+    """HumanEval: programs that pass their tests, pass@1 and pass@10.
+
+    They run in a process with limits on time, memory, processes, files and network: a fence, not a virtual machine.
+    """
+    options = {"data": hashes(data), "samples": samples, "temperature": temperature}
+    measure = measure_completions(samples, temperature, seed)
+    return Run("humaneval", lambda _: items(data), measure, prompt_ids, limit, seed, options)
+
+
+PLACE = Place(
+    "humaneval",
+    {"data": "humaneval.jsonl.gz"},
+    {"samples": 1, "temperature": 0.0, "limit": 164},
+    is_matched=False,
+)
+TASK = Task("humaneval", "pass@1", run, places=(PLACE,), runs_code=True)
