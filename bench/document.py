@@ -1,10 +1,10 @@
 """Results of the bench as JSON documents: today's format, and older ones as they are to be read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json
 
 FORMAT = 2
 """Since 2, ``full`` is full prefill as this package runs it, and ``mlx-lm`` is mlx-lm's own."""
@@ -22,12 +22,12 @@ def read_result(path: Path, command: str = "ttft") -> dict[str, Any]:
         InputError: not such a result, or one of a newer format.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         written = document.get("format", 1)
         if written == 1:
             document = migrated(document)
         arms = [row["arm"] for row in document["rows"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
         raise other_file(path, command) from error
     if written not in (1, FORMAT):
         raise InputError(f"{path} has format {written}, this version reads up to {FORMAT}; update kvp-mlx.")

@@ -1,5 +1,6 @@
 """The model card (README.md) of a converted model: where it came from, its hashes, its licence, its sizes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from ..files import sha256_of
 UNKNOWN_LICENCE = "not stated by the source; look it up before sharing"
 
 
-def describe_source(path: Path, name: str) -> dict[str, Any]:
+def describe_source(path: Path, name: str, files: Sequence[Path] = ()) -> dict[str, Any]:
     """Return what was converted: its name, the SHA-256 of each file with weights, and its licence.
 
     Args:
         path: a file, or a directory with ``*.safetensors``.
         name: what the user called it: a path, of which only the last part is kept, or a Hub id.
+        files: its files, where the path does not tell.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = files or ([path] if path.is_file() else sorted(path.glob("*.safetensors")))
     return {
         "source": path.name if Path(name).expanduser().exists() else name,
         "source_sha256": {file.name: sha256_of(file) for file in files},

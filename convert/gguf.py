@@ -1,51 +1,39 @@
-"""GGUF files of the llama family, as ordinary mlx-lm model directories.
+"""GGUF files as ordinary mlx-lm model directories.
 
-Format facts: the GGUF specification (ggml-org/ggml, docs/gguf.md). llama.cpp stores the query and key rows of
-its llama architecture interleaved for its own RoPE; mlx-lm's half-split RoPE wants them back in order.
+Read by ``gguf_file``, understood by ``gguf_config``, ``gguf_rope`` and ``gguf_tokenizer``, decoded by ``gguf_tensors``.
+llama.cpp stores the query and key rows of its llama architecture interleaved for its own RoPE; mlx-lm's half-split RoPE
+wants them back in order.
 """
 
-import math
 import shutil
-import struct
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+import numpy as np
 
-from ..errors import InputError
 from ..files import write_json
+from .gguf_config import ARCHITECTURES, mlx_name, model_config
+from .gguf_file import PLAIN, GGUFFile, GGUFTensor, read_gguf
+from .gguf_tensors import (
+    GROUP_SIZE,
+    KEPT_BITS,
+    PARTS,
+    half_split_rows,
+    read_blocks,
+    read_dense,
+    to_mlx,
+)
+from .gguf_tokenizer import build_tokenizer, write_tokenizer
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model, write_weights
 from .tokenizer import copy_tokenizer
 from .tokenizer import write_tokenizer as write_any_tokenizer
 
-Arrays = dict[str, mx.array]
-
-# GGUF block tensor -> mlx-lm llama layer tensor; the suffix (weight, scales, biases) carries over.
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-CONTROL_TOKEN = 3  # tokenizer.ggml.token_type
-
-# ggml's numbers for tensor types, and GGUF's for kinds of metadata (with struct's codes)
-BLOCK = 32  # numbers; the types with the bytes that they take for it
-KEPT_TYPES = {0: ("F32", 128), 1: ("F16", 64), 2: ("Q4_0", 18), 3: ("Q4_1", 20), 8: ("Q8_0", 34)}
-OTHER_TYPES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
-OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
-OTHER_TYPES |= {23: "IQ4_XS", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
-SCALAR_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING_VALUE, ARRAY_VALUE = 8, 9
-MAX_HEADER_STRING = 2**24
+COPY_ROWS = 256
+COPY_COSINE = 0.98
 
 
 def convert_gguf_file(
@@ -57,12 +45,12 @@ def convert_gguf_file(
     force: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
-    """Write a llama-family GGUF file as an mlx-lm model directory.
+    """Write a GGUF file as an mlx-lm model directory.
 
     Args:
-        source: the ``.gguf`` file.
+        source: the ``.gguf`` file, or any part of a split one.
         out: directory to write.
-        precision: dtype and quantisation of the output; default: as stored.
+        precision: dtype and quantisation of the output; default: see ``plan_tensors``.
         tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: the file's own.
         force: replace an existing model directory.
         progress: called with (tensors done, tensors to do), for each stage.
@@ -74,251 +62,177 @@ def convert_gguf_file(
         InputError: an unusable source or output.
         KVPError: the output cannot be written.
     """
-    check_tensors(source)
-    with output_directory(out, force, [source], marker="config.json") as work:
+    model = open_model(source, own_tokenizer=tokenizer is None)
+    parts = model.file.parts
+    with output_directory(out, force, parts, marker="config.json") as work:
         if tokenizer is not None:
             write_any_tokenizer(tokenizer, work)
         plain = work if precision == Precision() else work / ".plain"
         plain.mkdir(exist_ok=True)
-        try:
-            convert_gguf(source, plain, own_tokenizer=tokenizer is None, progress=progress)
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{source} does not describe a llama model ({reason}); download it again.") from error
+        # through fp32 where another dtype than fp16 is wanted, whose limits are its own
+        write_model(model, plain, np.float16 if precision.dtype in (None, "float16") else np.float32, progress)
         if plain != work:
             rewrite_model(plain, work, precision, progress)
             copy_tokenizer(plain, work)
             shutil.rmtree(plain)
-        return finish_model(work, out, "llama", source, str(source))
-
-
-def check_tensors(source: Path) -> None:
-    """Refuse quantisations that mlx does not keep as they are (it would quietly expand some to fp16).
-
-    Raises:
-        InputError: a tensor of another type, named; or no GGUF file that holds what it says.
-    """
-    try:
-        size = source.stat().st_size
-        with open(source, "rb") as file:
-            tensors = _read_tensors(_Header(file))
-    except OSError as error:
-        raise InputError(f"{source} cannot be read ({error.strerror}).") from error
-    except (struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
-        raise InputError(f"{source} is not a whole GGUF file; copy or download it again.") from error
-    for name, (kind, numbers, offset) in tensors.items():
-        if kind not in KEPT_TYPES:
-            named = OTHER_TYPES.get(kind, f"type {kind}")
-            kept = ", ".join(kept for kept, _ in KEPT_TYPES.values())
-            raise InputError(f"{source}: {name} is {named}; only {kept} convert. Requantise it with llama.cpp.")
-        if offset + numbers * KEPT_TYPES[kind][1] // BLOCK > size:
-            raise InputError(f"{source} is cut short: it ends before {name}; copy or download it again.")
-
-
-def _read_tensors(header: "_Header") -> dict[str, tuple[int, int, int]]:
-    """Read a GGUF header (version 2 or 3); return each tensor's ggml type, how many numbers, and its offset."""
-    if header.file.read(4) != b"GGUF" or header.number("I") not in (2, 3):
-        raise ValueError("not GGUF 2 or 3")
-    count, entries = header.number("Q"), header.number("Q")
-    for _ in range(entries):
-        header.text()
-        header.skip_value(header.number("I"))
-    tensors = {}
-    for _ in range(count):
-        name = header.text()
-        numbers = math.prod(header.number("Q") for _ in range(header.number("I")))
-        tensors[name] = (header.number("I"), numbers, header.number("Q"))
-    return tensors
-
-
-@dataclass(frozen=True)
-class _Header:
-    """GGUF's building blocks, little-endian."""
-
-    file: BinaryIO
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack(f"<{code}", self.file.read(struct.calcsize(f"<{code}")))
-        return value
-
-    def text(self) -> str:
-        length = self.number("Q")
-        if length > MAX_HEADER_STRING:
-            raise ValueError("a string that long cannot be right")
-        return self.file.read(length).decode("utf-8", "replace")
-
-    def skip_value(self, kind: int) -> None:
-        if kind == STRING_VALUE:
-            self.text()
-        elif kind == ARRAY_VALUE:
-            kind, length = self.number("I"), self.number("Q")
-            for _ in range(length):
-                self.skip_value(kind)
-        elif kind in SCALAR_VALUES:
-            self.number(SCALAR_VALUES[kind])
-        else:
-            raise ValueError(f"unknown kind of metadata {kind}")
+        return finish_model(work, out, model.config["model_type"], source, str(source), parts)
 
 
 def convert_gguf(source: Path, out: Path, *, own_tokenizer: bool = True, progress: Progress = NO_PROGRESS) -> None:
-    """Write the mlx-lm model directory of a llama-family GGUF file into the existing directory ``out``.
-
-    4-bit and 8-bit GGUF blocks are kept bit for bit: they are mlx's affine quantisation with group size 32.
+    """Write the mlx-lm model directory of a GGUF file into the existing directory ``out``.
 
     Args:
-        source: the ``.gguf`` file.
+        source: the ``.gguf`` file, or any part of a split one.
         out: directory that receives config.json, ``model*.safetensors`` and the tokeniser's files.
         own_tokenizer: take the file's own tokeniser over.
         progress: called with (tensors done, tensors to do).
 
     Raises:
-        InputError: not a GGUF file, not of the llama family, or with a tensor that has no place in llama.
+        InputError: not a whole GGUF file, or of a model, type or tokeniser that cannot be carried over.
     """
-    arrays: Arrays
-    metadata: dict[str, Any]
-    try:
-        arrays, metadata = mx.load(str(source), return_metadata=True)  # type: ignore[assignment]
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{source} cannot be read as GGUF ({error}); is the file complete?") from error
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(f"{source} holds a {architecture} model; only llama-family GGUF files convert.")
-    config = model_config(metadata, arrays)
-    weights = rename_tensors(arrays, config)
-    if quantization := quantization_of(weights):
+    write_model(open_model(source, own_tokenizer=own_tokenizer), out, np.float16, progress)
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A GGUF file that is known to be convertible.
+
+    Attributes:
+        file: its headers.
+        config: config.json, without quantisation.
+        tokenizer: its tokeniser and tokenizer_config.json, if wanted.
+    """
+
+    file: GGUFFile
+    config: dict[str, Any]
+    tokenizer: tuple[Any, dict[str, Any]] | None
+
+
+def open_model(source: Path, *, own_tokenizer: bool = True) -> GGUFModel:
+    """Read all of a GGUF file but the weights, and check it.
+
+    Raises:
+        InputError: it cannot be converted.
+    """
+    file = read_gguf(source)
+    config = model_config(file)
+    tokenizer = build_tokenizer(file, config["max_position_embeddings"]) if own_tokenizer else None
+    return GGUFModel(file, config, tokenizer)
+
+
+def write_model(model: GGUFModel, out: Path, dense: type, progress: Progress) -> None:
+    """Write an mlx-lm model directory, reading one tensor at a time.
+
+    Args:
+        model: what ``open_model`` found.
+        out: existing directory.
+        dense: dtype of what is dequantised.
+        progress: called with (tensors done, tensors to do).
+    """
+    plan, config = plan_tensors(model.file, model.config, dense), dict(model.config)
+    config["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in plan)
+    if quantization := quantization_of(plan):
         config["quantization"] = config["quantization_config"] = quantization
-        # fp32 norms between fp16 scales would make every activation fp32 on a GPU
-        weights = {name: x.astype(mx.float16) if x.dtype == mx.float32 else x for name, x in weights.items()}
-    sizes = {name: array.nbytes for name, array in weights.items()}
-    write_weights(sizes, lambda names: ((name, weights.pop(name)) for name in names), out, progress)
+    write_weights({name: array.nbytes for name, array in plan.items()}, lambda names: read(plan, names), out, progress)
     write_json(out / "config.json", config)
-    if own_tokenizer:
-        write_tokenizer(metadata, out)
+    if model.tokenizer is not None:
+        write_tokenizer(model.tokenizer, out)
 
 
-def model_config(metadata: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
-    """Return mlx-lm's config.json for a llama-family GGUF file."""
+@dataclass(frozen=True)
+class PlannedArray:
+    """One array of the output.
 
-    def number(name: str, default: Any = None) -> Any:
-        if f"llama.{name}" in metadata:
-            return metadata[f"llama.{name}"].item()
-        if default is None:
-            raise InputError(f"the GGUF file lacks the metadata key llama.{name}; it cannot be converted.")
-        return default
-
-    heads = number("attention.head_count")
-    config: dict[str, Any] = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": number("embedding_length"),
-        "num_hidden_layers": number("block_count"),
-        "intermediate_size": number("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
-        "rms_norm_eps": decimal(number("attention.layer_norm_rms_epsilon")),
-        "rope_theta": number("rope.freq_base", 10000.0),
-        "max_position_embeddings": number("context_length"),
-        "vocab_size": arrays["token_embd.weight"].shape[0],
-        "tie_word_embeddings": "output.weight" not in arrays,
-    }
-    for role in ("bos", "eos"):
-        if f"tokenizer.ggml.{role}_token_id" in metadata:
-            config[f"{role}_token_id"] = metadata[f"tokenizer.ggml.{role}_token_id"].item()
-    return config
-
-
-def quantization_of(weights: Arrays) -> dict[str, Any] | None:
-    """Return mlx-lm's ``quantization`` entry: the commonest scheme, then every module that differs from it.
-
-    mlx packs ``bits``-wide numbers into 32-bit words and keeps one scale for each ``group_size`` of them;
-    GGUF blocks are 32 numbers long.
+    Attributes:
+        tensor: where its numbers come from.
+        part: weight, scales or biases of a matrix whose blocks are kept; None: the numbers themselves.
+        dtype: of the numbers themselves.
+        heads: whose rows are put back in order; 0: rows stay where they are.
     """
-    group_size = 32
+
+    tensor: GGUFTensor
+    part: str | None
+    dtype: type
+    heads: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        if self.part is None:
+            return self.tensor.size * np.dtype(self.dtype).itemsize
+        if self.part == "weight":
+            return self.tensor.size * KEPT_BITS[self.tensor.kind] // 8
+        return self.tensor.size // GROUP_SIZE * 2
+
+
+def plan_tensors(file: GGUFFile, config: dict[str, Any], dense: type) -> dict[str, PlannedArray]:
+    """Return all arrays of the output by mlx-lm's names.
+
+    F32 and F16 stay what they are in a file that has nothing else. Where most of the matrices' numbers are Q4_0, Q4_1
+    or Q8_0, such matrices stay as they are, bit for bit. Everything else is dequantised to ``dense``.
+    """
+    architecture = ARCHITECTURES[config["model_type"]]
+    kinds = Counter[str]()
+    for tensor in file.tensors.values():
+        kinds[tensor.kind] += tensor.size * (len(tensor.shape) > 1)
+    is_plain = all(kind in PLAIN for kind in kinds)
+    keeps_blocks = 2 * sum(kinds[kind] for kind in KEPT_BITS) > kinds.total()
+    plan: dict[str, PlannedArray] = {}
+    for name, tensor in file.tensors.items():
+        place = mlx_name(name, architecture)
+        if place is None:  # a table of RoPE factors, which is in the config
+            continue
+        if name == "output.weight" and not (is_plain or keeps_blocks) and _is_copy(tensor, file):
+            continue
+        heads = 0
+        if architecture.interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
+            heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
+        if keeps_blocks and tensor.kind in KEPT_BITS and len(tensor.shape) == 2:
+            module = place[0].removesuffix("weight")
+            # fp32 norms between fp16 scales would make every activation fp32 on a GPU
+            plan |= {f"{module}{part}": PlannedArray(tensor, part, np.float16, heads) for part in PARTS}
+        else:
+            dtype = PLAIN[tensor.kind] if is_plain else np.float16 if keeps_blocks else dense
+            plan[place[0]] = PlannedArray(tensor, None, dtype, heads)
+    return plan
+
+
+def _is_copy(output: GGUFTensor, file: GGUFFile) -> bool:
+    """Return whether the output matrix is the embedding, quantised a second time by another type.
+
+    Some conversions store a tied embedding twice. Rows of two such copies differ by their quantisation alone.
+    """
+    embedding = file.tensors["token_embd.weight"]
+    first, second = (read_dense(tensor.head(COPY_ROWS)) for tensor in (output, embedding))
+    with np.errstate(all="ignore"):
+        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+        return bool(((first * second).sum(axis=1) >= COPY_COSINE * norms).all())
+
+
+def read(plan: dict[str, PlannedArray], names: list[str]) -> Iterator[tuple[str, mx.array]]:
+    """Yield arrays of a plan; those of one matrix are decoded together."""
+    blocks: dict[str, np.ndarray] = {}
+    decoded: GGUFTensor | None = None
+    for name in names:
+        wanted = plan[name]
+        if wanted.part is None:
+            array = read_dense(wanted.tensor, wanted.dtype)
+        else:
+            if decoded is not wanted.tensor:
+                blocks, decoded = read_blocks(wanted.tensor), wanted.tensor
+            array = blocks[wanted.part]
+        yield name, to_mlx(half_split_rows(array, wanted.heads) if wanted.heads else array)
+
+
+def quantization_of(plan: dict[str, PlannedArray]) -> dict[str, Any] | None:
+    """Return mlx-lm's ``quantization`` entry: the commonest scheme, then every module that differs from it."""
     bits_of = {
-        name.removesuffix(".scales"): 32
-        * weights[name.replace(".scales", ".weight")].shape[1]
-        // array.shape[1]
-        // group_size
-        for name, array in weights.items()
-        if name.endswith(".scales")
+        name.removesuffix(".weight"): KEPT_BITS[array.tensor.kind]
+        for name, array in plan.items()
+        if array.part == "weight"
     }
     if not bits_of:
         return None
     common = max(set(bits_of.values()), key=list(bits_of.values()).count)
-    others = {module: {"group_size": group_size, "bits": bits} for module, bits in bits_of.items() if bits != common}
-    return {"group_size": group_size, "bits": common, **others}
-
-
-def decimal(value: float) -> float:
-    """Undo what storing a short decimal as fp32 added (1e-05 was stored as 9.99999974737875e-06)."""
-    return float(f"{value:.6g}")
-
-
-def rename_tensors(arrays: Arrays, config: dict[str, Any]) -> Arrays:
-    """Return the tensors under mlx-lm's names, query and key rows in half-split RoPE order."""
-    weights = {}
-    for name, array in arrays.items():
-        stem, _, suffix = name.rpartition(".")
-        block, _, inner = stem.removeprefix("blk.").partition(".")
-        if stem in TOP_TENSORS:
-            target = TOP_TENSORS[stem]
-        elif inner in LAYER_TENSORS:
-            target = f"model.layers.{block}.{LAYER_TENSORS[inner]}"
-        else:
-            raise InputError(f"tensor {name} has no place in a llama model; the GGUF file cannot be converted.")
-        if inner in ("attn_q", "attn_k"):
-            heads = config["num_attention_heads" if inner == "attn_q" else "num_key_value_heads"]
-            weights[f"{target}.{suffix}"] = half_split_rows(array, heads)
-        else:
-            weights[f"{target}.{suffix}"] = array
-    return weights
-
-
-def half_split_rows(array: mx.array, heads: int) -> mx.array:
-    """Reorder each head's rows from interleaved pairs (0, d/2, 1, d/2+1, ...) to halves.
-
-    Works on weights and on their scales and biases alike, since only whole rows move.
-    """
-    rows, width = array.shape
-    pairs = array.reshape(heads, rows // heads // 2, 2, width)  # (H, D/2, 2, W)
-    return pairs.swapaxes(1, 2).reshape(rows, width)  # (H, 2, D/2, W) -> (H*D, W)
-
-
-def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json for a byte-level BPE vocabulary.
-
-    Raises:
-        InputError: another kind of vocabulary or pre-tokeniser, whose splitting rules are not known here.
-    """
-    model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if (model, splitter) != ("gpt2", "smollm"):
-        raise InputError(
-            f"the GGUF tokeniser {model}/{splitter} is not supported; only gpt2/smollm is; pass --tokenizer."
-        )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"].tolist()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    tokenizer.save(str(out / "tokenizer.json"))
-
-    def token_of(role: str) -> str:
-        return tokens[metadata[f"tokenizer.ggml.{role}_token_id"].item()]
-
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": bool(metadata["tokenizer.ggml.add_bos_token"].item()),
-        "bos_token": token_of("bos"),
-        "eos_token": token_of("eos"),
-        "unk_token": token_of("unknown"),
-        "pad_token": token_of("padding"),
-        "chat_template": metadata["tokenizer.chat_template"],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata["llama.context_length"].item(),
-    }
-    write_json(out / "tokenizer_config.json", tokenizer_config)
+    others = {module: {"group_size": GROUP_SIZE, "bits": bits} for module, bits in bits_of.items() if bits != common}
+    return {"group_size": GROUP_SIZE, "bits": common, **others}

@@ -1,10 +1,10 @@
 """Hugging Face and mlx-lm model directories: mlx-lm's own conversion, with our checks around it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json
 from ..models.loading import model_directory
 from .output import NO_PROGRESS, Precision, Progress, finish_model, output_directory, rewrite_model
 from .tokenizer import copy_tokenizer, write_tokenizer
@@ -49,14 +49,14 @@ def convert_hf(
         else:
             write_tokenizer(tokenizer, work)
         rewrite_model(directory, work, precision, progress)
-        model = json.loads((work / "config.json").read_text(encoding="utf-8"))["model_type"]
+        model = read_json(work / "config.json")["model_type"]
         return finish_model(work, out, model, directory, source)
 
 
 def _check_architecture(directory: Path, wanted: str) -> None:
     try:
-        found = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        found = read_json(directory / "config.json").get("model_type")
+    except (InputError, OSError, AttributeError) as error:
         raise InputError(f"{directory} holds no readable config.json; name a model directory or a .pt file.") from error
     if found != wanted:
         raise InputError(f"{directory} is a {found} model, not {wanted}; use 'kvp convert hf'.")

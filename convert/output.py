@@ -3,7 +3,7 @@
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, quantize
 from ..errors import InputError, KVPError
 from ..files import atomic_directory, require_free, write_json
 from ..models.loading import load_model
-from ..models.safetensors import fingerprint
+from ..models.safetensors import fingerprint, write_tensors
 from .card import describe_source, write_card
 from .tokenizer import check_tokenizer
 
@@ -95,7 +95,7 @@ def write_weights(sizes: dict[str, int], read: Reader, out: Path, progress: Prog
             check_finite(stored, array)
             arrays[name], done = array, done + 1
             progress(done, len(sizes))
-        save_arrays(arrays, out / file)
+        write_tensors(arrays, out / file)
         files |= dict.fromkeys(arrays, file)
         mx.clear_cache()
     if len(shards) > 1:
@@ -125,18 +125,6 @@ def check_finite(name: str, array: mx.array) -> None:
     if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
         dtype = str(array.dtype).removeprefix("mlx.core.")
         raise InputError(f"{name} holds NaN, infinity or numbers too large for {dtype}; it cannot be converted.")
-
-
-def save_arrays(arrays: dict[str, mx.array], path: Path) -> None:
-    """Write one safetensors file.
-
-    Raises:
-        KVPError: it cannot be written.
-    """
-    try:
-        mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
-    except RuntimeError as error:
-        raise KVPError(f"cannot write {path.name} ({error}); make room on the disk or choose another --out.") from error
 
 
 @contextlib.contextmanager
@@ -187,7 +175,9 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
     save_config(config, out / "config.json")
 
 
-def finish_model(work: Path, out: Path, model: str, source: Path, name: str) -> dict[str, Any]:
+def finish_model(
+    work: Path, out: Path, model: str, source: Path, name: str, files: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Check a model directory's tokeniser, if it has one, and write its model card.
 
     Args:
@@ -196,6 +186,7 @@ def finish_model(work: Path, out: Path, model: str, source: Path, name: str) -> 
         model: what it is, in words.
         source: file or directory that was converted.
         name: what the user called the source.
+        files: all files of the source, where it has several.
 
     Returns:
         ``out``, ``model``, ``source``, ``source_sha256``, ``licence`` and what ``describe_model`` returns.
@@ -204,7 +195,7 @@ def finish_model(work: Path, out: Path, model: str, source: Path, name: str) -> 
         InputError: an unusable tokeniser.
     """
     check_tokenizer(work)
-    report = {"model": model, **describe_source(source, name), **describe_model(work)}
+    report = {"model": model, **describe_source(source, name, files), **describe_model(work)}
     write_card(work, out.name, report)
     return {"out": str(out), **report}
 

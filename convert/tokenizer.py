@@ -5,6 +5,7 @@ Llama's ``tokenizer.model`` (SentencePiece BPE with byte fallback) becomes an eq
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,35 +96,69 @@ def _write_sentencepiece(path: Path, directory: Path) -> None:
     write_json(directory / "tokenizer_config.json", config)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A SentencePiece BPE vocabulary, wherever it was read.
+
+    Attributes:
+        texts: of all pieces, by id.
+        scores: of all pieces; the higher, the earlier two pieces are joined into this one.
+        unknown: id of the piece for what nothing else fits.
+        special: ids that text never becomes, the unknown piece's among them.
+        whole: ids that no two pieces are joined into: special ones, bytes, unused and user-defined ones.
+    """
+
+    texts: list[str]
+    scores: list[float]
+    unknown: int
+    special: set[int]
+    whole: set[int]
+
+
+def _pieces(original: Any) -> Pieces:
+    """Return what a SentencePieceProcessor knows."""
+    ids = range(len(original))
+    special = {i for i in ids if original.is_control(i) or original.is_unknown(i)}
+    return Pieces(
+        texts=[original.id_to_piece(i) for i in ids],
+        scores=[original.get_score(i) for i in ids],
+        unknown=original.unk_id(),
+        special=special,
+        whole=special | {i for i in ids if original.is_byte(i) or original.is_unused(i)},
+    )
+
+
 def _llama_tokenizer(original: Any) -> Any:
-    """Build the tokeniser: a space before the text, spaces as pieces, BPE, unknown characters as bytes, BOS."""
-    pieces = [original.id_to_piece(i) for i in range(len(original))]
-    bos, unknown = (pieces[i] for i in (original.bos_id(), original.unk_id()))
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, _merges(original, pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    """Build Llama's: a space before the text, BOS before everything."""
+    bos = original.id_to_piece(original.bos_id())
+    tokenizer = sentencepiece_tokenizer(_pieces(original))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, original.bos_id())]
     )
-    special = [piece for i, piece in enumerate(pieces) if original.is_control(i) or original.is_unknown(i)]
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
     return tokenizer
 
 
-def _merges(original: Any, pieces: list[str]) -> list[tuple[str, str]]:
+def sentencepiece_tokenizer(pieces: Pieces, *, prefix: bool = True) -> Any:
+    """Build a tokeniser: spaces as pieces, BPE, unknown characters as bytes; ``prefix``: a space before the text."""
+    vocabulary = {piece: i for i, piece in enumerate(pieces.texts)}
+    unknown = pieces.texts[pieces.unknown]
+    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    before = [normalizers.Prepend(SPACE)] if prefix else []
+    after = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    special = [AddedToken(pieces.texts[i], normalized=False, special=True) for i in sorted(pieces.special)]
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     """Return every way to join two pieces into a third, the best-scored results first."""
-    ordinary = {
-        piece: i
-        for i, piece in enumerate(pieces)
-        if not (original.is_control(i) or original.is_unknown(i) or original.is_byte(i) or original.is_unused(i))
-    }
+    ordinary = {piece: i for i, piece in enumerate(pieces.texts) if i not in pieces.whole}
     found = [
-        (-original.get_score(i), ordinary[left], ordinary[right], left, right)
+        (-pieces.scores[i], ordinary[left], ordinary[right], left, right)
         for piece, i in ordinary.items()
         for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         if left in ordinary and right in ordinary

@@ -10,15 +10,18 @@ import sys
 from typing import Any
 
 from .device.blas import load_fast_blas
+from .device.limits import clip_open_files
 
 __version__ = "0.4.0"
 
+clip_open_files()
 load_fast_blas()  # has to come before the first import of mlx.core, see device/blas.py
 if sys.platform == "linux":  # depth first, two streams keep two cores 91 % busy, not 83 % (OpenELM C-270M, 512 tokens)
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 _HOMES = {
     "load": "bundle.loading",
+    "load_any": "bundle.loading",
     "KVPModel": "bundle.loading",
     "Dial": "engine.dial",
     "predict_base_cache": "engine.prefill",
@@ -35,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return ["__version__", *_HOMES]

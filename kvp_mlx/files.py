@@ -1,20 +1,31 @@
-"""Files: outputs that appear whole or not at all, hashes, and where the user's cache lives."""
+"""Files: outputs that appear whole or not at all, what may be replaced, JSON, hashes, and the user's cache."""
 
 import contextlib
+import ctypes
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, KVPError
 
 STALE_SECONDS = 24 * 3600
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+MAX_NESTING = 100
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library has it
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def cache_dir() -> Path:
@@ -44,56 +55,310 @@ def require_free(out: Path, force: bool, *, sources: Iterable[Path] = (), marker
             raise InputError(f"{out} overlaps {source}, which is read; choose another --out.")
     if place.is_symlink():
         raise InputError(f"{out} is a link that leads in circles; choose another --out.")
+    recover(place)
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     if not (place / marker).exists():
         kind = "a bundle" if marker == "kvp.json" else "a model directory"
         raise InputError(f"{out} exists and is not {kind}, so it is not replaced; choose another --out.")
+    if found := strangers(place):
+        raise InputError(
+            f"{out} holds {found[0]}, which is no sound part of a bundle or model, so nothing is replaced; move it, or "
+            "choose another --out."
+        )
     if not force:
         raise InputError(f"{out} already exists; choose another --out or pass --force to replace it.")
 
 
+def strangers(directory: Path, *, by_name: bool = False) -> list[str]:
+    """Return what in a directory is not of our making, by name: only a directory without any may be removed.
+
+    Of our making are the files that bundles, mlx-lm models, saved caches and training runs consist of, where they can
+    be read as what their names say. A link never is, wherever it leads.
+
+    Args:
+        directory: whose entries are looked at.
+        by_name: a name is enough, damaged files are ours as well.
+    """
+    found = []
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink():
+            found.append(path.name)
+        elif path.is_dir():
+            inside = strangers(path, by_name=by_name) if path.name in OUR_FOLDERS else [""]
+            found += [f"{path.name}/{name}" for name in inside]
+        elif not _is_ours(path, by_name=by_name):
+            found.append(path.name)
+    return found
+
+
+def _is_ours(path: Path, *, by_name: bool = False) -> bool:
+    """Return whether a file has one of our names and, unless that is enough, can be read as what it says."""
+    checks = (is_sound for pattern, is_sound in OUR_FILES.items() if fnmatchcase(path.name, pattern))
+    try:
+        return path.is_file() and any(by_name or is_sound(path) for is_sound in checks)
+    except (InputError, OSError):
+        return False
+
+
+def _holds(*keys: str) -> Callable[[Path], bool]:
+    """Return a check for JSON objects that have these keys, none of them null."""
+
+    def check(path: Path) -> bool:
+        data = read_json(path)
+        return isinstance(data, dict) and all(data.get(key) is not None for key in keys)
+
+    return check
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        header, start = tensor_header(path)
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return start + max(ends, default=0) <= path.stat().st_size
+    except (KeyError, TypeError, IndexError):
+        return False
+
+
+def _is_card(path: Path) -> bool:
+    """Return whether a README is a model's card: those begin with data for the Hub."""
+    with open(path, "rb") as file:
+        return file.read(4) in (b"---\n", b"---\r")
+
+
+def _is_known(path: Path) -> bool:
+    """Return true: the name is enough."""
+    return True
+
+
+OUR_FOLDERS = ("base", "auxiliary", "start")
+OUR_FILES: dict[str, Callable[[Path], bool]] = {
+    "kvp.json": _holds("format_version", "base", "auxiliary", "predictor"),
+    "config.json": _holds("model_type"),
+    "cache.json": _holds("tokens", "base", "sha256"),
+    "README.md": _is_card,
+    **dict.fromkeys(
+        ["model*.safetensors", *(f"{name}.safetensors" for name in ("predictor", "adapter", "cache", "state"))],
+        _is_safetensors,
+    ),
+    **dict.fromkeys(
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"], _holds()
+    ),
+    **dict.fromkeys(["vocab.json", "generation_config.json", "model.safetensors.index.json"], _holds()),
+    **dict.fromkeys(["tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja"], _is_known),
+    **dict.fromkeys(["RECIPE.md", "LICENSE", ".gitattributes"], _is_known),
+    **dict.fromkeys(["log.jsonl", "loss.png", ".state.safetensors"], _is_known),
+}
+"""The files of a model, a bundle, a saved cache or a training run, and how each is told from another of its name."""
+
+
+def copy_ours(source: Path, out: Path) -> None:
+    """Copy the files of a model directory that are of our making, and no code or notes beside them."""
+    out.mkdir()
+    for path in sorted(source.iterdir()):
+        if _is_ours(path):
+            shutil.copyfile(path, out / path.name)
+
+
+def check_removable(directory: Path, name: str) -> None:
+    """Refuse to remove a directory that is not of our making in every part.
+
+    Args:
+        directory: what is to be removed.
+        name: what an error calls it.
+
+    Raises:
+        InputError: a link, the folder that one stands in, or something in it that is not ours.
+    """
+    if directory.is_symlink():
+        raise InputError(f"{name} is a link; name the directory itself.")
+    place, here = Path(os.path.realpath(directory)), Path(os.path.realpath("."))
+    if place == here or place in here.parents:
+        raise InputError(f"{name} is the folder that you are in; go elsewhere, and name it from there.")
+    if found := strangers(place):
+        raise InputError(
+            f"{name} also holds {found[0]}, which is no sound part of a bundle or model; move or remove it yourself."
+        )
+
+
 @contextlib.contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its place when the block ends without an error.
+
+    Args:
+        out: directory to be written.
+        private: nobody but the user may read it.
 
     Raises:
         InputError: the place cannot be written.
+        KVPError: there is no room for what is written.
     """
     out = Path(out).resolve()
-    work, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}") for _ in range(2))
+    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:  # named before it is made, so that no moment is left in which a signal could orphan it
         try:
+            recover(out)
             if out.exists():  # otherwise what a kill left aside may be the only copy
                 _sweep(out)
-            work.mkdir(parents=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir(mode=0o700 if private else 0o777)
         except OSError as error:
             raise InputError(f"cannot write {out}: {error.strerror}; choose another place.") from error
-        yield work
-        _exchange(work, out, old)
+        try:
+            yield work
+        except OSError as error:
+            if error.errno not in OUT_OF_ROOM:
+                raise
+            raise KVPError(f"cannot write {out} ({error.strerror}); make room or choose another place.") from error
+        if private:
+            make_private(*work.iterdir())
+        _exchange(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _exchange(work: Path, out: Path, old: Path) -> None:
-    """Move ``work`` to ``out``, and what was there to ``old``, putting it back if that fails."""
+def _exchange(work: Path, out: Path) -> None:
+    """Move ``work`` to ``out``; what was there is removed, or kept aside if anything in it is not ours."""
     if not out.exists():
         work.replace(out)
         return
-    out.replace(old)
-    try:
-        work.replace(out)
-    except OSError:
-        old.replace(out)
-        raise
-    shutil.rmtree(old)
+    old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
+    if _swap(work, out):
+        work.replace(old)
+    else:  # a kill between these two is mended by ``recover``
+        out.replace(old)
+        try:
+            work.replace(out)
+        except OSError:
+            old.replace(out)
+            raise
+    if found := strangers(old, by_name=True):
+        kept = out.with_name(f"{out.name}.{secrets.token_hex(4)}.old")
+        old.replace(kept)
+        warnings.warn(
+            f"the old {out.name} holds {found[0]}, which is not kvp's, so it is kept as {kept}.", stacklevel=1
+        )
+    else:
+        shutil.rmtree(old)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two directories in one step, where system and file system can; returns whether that was done."""
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin":
+        return bool(library.renamex_np(*names, 2) == 0)  # RENAME_SWAP
+    if not hasattr(library, "renameat2"):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)  # RENAME_EXCHANGE
+
+
+def recover(out: Path) -> None:
+    """Put back a directory that a kill in the middle of its replacement left aside, if nothing took its place."""
+    if os.path.lexists(out) or not out.parent.is_dir():
+        return
+    for old in sorted(out.parent.glob(f".{glob.escape(out.name)}.????????.old")):
+        with contextlib.suppress(OSError):
+            old.rename(out)
+            return
 
 
 def _sweep(out: Path) -> None:
     """Remove what killed commands left beside ``out`` more than a day ago."""
-    for left in out.parent.glob(f".{out.name}.????????"):
-        if left.is_dir() and time.time() - left.stat().st_mtime > STALE_SECONDS:
+    for left in out.parent.glob(f".{glob.escape(out.name)}.????????*"):
+        is_leftover = re.fullmatch(r"[0-9a-f]{8}(\.old)?", left.name.removeprefix(f".{out.name}."))
+        if is_leftover and left.is_dir() and time.time() - left.lstat().st_mtime > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def private_directory(path: Path) -> Path:
+    """Make a directory that nobody but the user can look into, if it is missing, and return it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; set KVP_CACHE_DIR elsewhere.") from error
+    make_private(path)
+    return path
+
+
+def make_private(*paths: Path) -> None:
+    """Take away everybody else's rights to files and directories, where they are the user's to give."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.stat().st_mode & 0o077:
+                path.chmod(path.stat().st_mode & 0o700)
+
+
+def read_json(path: Path) -> Any:
+    """Return the document of a JSON file; see ``parse_json``.
+
+    Raises:
+        InputError: no JSON that can be used.
+        OSError: the file cannot be read.
+    """
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Return what a JSON text says, whoever wrote it.
+
+    Args:
+        text: UTF-8, with or without a byte order mark.
+        where: what an error calls it.
+
+    Raises:
+        InputError: no JSON, nested too deeply to be walked through, or with half a character (a lone surrogate).
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        data = json.loads(text)
+        if text.count("[") + text.count("{") > MAX_NESTING:
+            _check_nesting(data)
+        if ESCAPED_SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start}); convert it first.") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half a character (a lone surrogate); write it anew as UTF-8.") from error
+    except RecursionError as error:
+        raise InputError(f"{where} is nested more than {MAX_NESTING} deep, which no file of this kind is.") from error
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}).") from error
+    return data
+
+
+def _check_nesting(data: Any) -> None:
+    level = [data]
+    for _ in range(MAX_NESTING):
+        inside = (
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        )
+        level = [child for children in inside for child in children]
+        if not level:
+            return
+    raise RecursionError
+
+
+def tensor_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return a safetensors file's header, as it says, and where the data begins.
+
+    Raises:
+        InputError: no safetensors file.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else MAX_HEADER_BYTES + 1
+        header = parse_json(file.read(length), str(path)) if length <= min(size - 8, MAX_HEADER_BYTES) else None
+    if not isinstance(header, dict):
+        raise InputError(f"{path} is not a safetensors file.")
+    return header, 8 + length
 
 
 def sha256_of(path: Path) -> str:
@@ -102,13 +367,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, private: bool = False) -> None:
     """Write ``data`` as indented JSON with a final newline; see ``write_text``."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n", private=private)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Write a file that appears whole or not at all, and its folder where that is missing.
+
+    Args:
+        path: the file.
+        text: what it is to hold.
+        private: nobody but the user may read it, nor look into a folder that is made for it.
 
     Raises:
         InputError: the place cannot be written.
@@ -117,8 +387,11 @@ def write_text(path: Path, text: str) -> None:
     is_device = place.exists() and not place.is_file()  # /dev/stdout
     work = place if is_device else place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
+        if private:
+            private_directory(place.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
-        work.write_text(text, encoding="utf-8")
+        with open(work, "w", encoding="utf-8", opener=_private_opener if private else None) as file:
+            file.write(text)
         if not is_device:
             work.replace(place)
     except OSError as error:
@@ -127,6 +400,10 @@ def write_text(path: Path, text: str) -> None:
         if not is_device:
             with contextlib.suppress(OSError):
                 work.unlink()
+
+
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def check_writable(*files: Path | None) -> None:

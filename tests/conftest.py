@@ -24,6 +24,11 @@ from kvp_mlx.train.loop import TrainOptions
 from kvp_mlx.train.run import train_bundle
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the long tests begin first."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """Undo what a shell does to background jobs: they, and what the tests start, would ignore Ctrl-C."""
@@ -52,6 +57,7 @@ def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*args: object, stdin: bytes = b"") -> Outcome:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["kvp", *map(str, args)])
+        monkeypatch.setattr("kvp_mlx.cli.output.SILENT_SECONDS", 600.0)  # a busy machine's lines are no errors
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         with pytest.raises(SystemExit) as stop:
             main()

@@ -62,7 +62,7 @@ def test_the_three_losses_fall_together(learned_base: Path, text: Path, tmp_path
     out = tmp_path / "out"
     outcome = kvp(
         *("train", learned_base, "--prune", 0.5, "--train-auxiliary", "--objective", "paper", "--data", text),
-        *("--window", 64, "--fit-tokens", 16, "--batch-size", 4, "--tokens", 64 * 4 * 60, "--learning-rate", 3e-3),
+        *("--window", 64, "--fit-tokens", 16, "--batch-size", 4, "--tokens", 64 * 4 * 90, "--learning-rate", 3e-3),
         *("--out", out, "--json"),
     )
     assert outcome.code == 0, outcome.err
@@ -83,6 +83,7 @@ def random_batches(number: int) -> Iterator[list[list[int]]]:
         yield np.random.default_rng(seed).integers(0, VOCABULARY, (4, 48)).tolist()
 
 
+@pytest.mark.long
 def test_planted_linear_relation_is_recovered(tmp_path: Path) -> None:
     """(b) Base and auxiliary are one model, so the identity is the exact map; training starts from random maps."""
     model = itself(llama())

@@ -17,6 +17,7 @@ from ...bundle.predictor import KEYS_VALUES, Predictor
 from ...bundle.presets import PRESETS, preset_parts
 from ...errors import InputError
 from ...models.families import kv_shapes
+from ...models.safetensors import write_tensors
 from ..card import describe_source, write_card
 from ..checkpoint import Checkpoint, Shapes, open_checkpoint
 from ..openelm import listed, model_name, openelm_config_of, same_shapes, shape_problems, write_openelm
@@ -28,7 +29,6 @@ from ..output import (
     describe_model,
     describe_module,
     output_directory,
-    save_arrays,
 )
 from ..tokenizer import check_tokenizer, write_tokenizer
 
@@ -89,7 +89,7 @@ def convert_kvp(
         config = bundle_config({part: row["fingerprint"] for part, row in parts.items()}, auxiliary, entries)
         predictor = build_predictor(models["base"], models["auxiliary"], config)
         load_maps(predictor, checkpoint, precision)
-        save_arrays(dict(tree_flatten(predictor.parameters())), work / "predictor.safetensors")
+        write_tensors(dict(tree_flatten(predictor.parameters())), work / "predictor.safetensors")
         origin = {
             "model": f"{model_name(configs['base'])} with auxiliary {model_name(configs['auxiliary'])}",
             "preset": preset,

@@ -1,6 +1,5 @@
 """``kvp convert verify``: a converted model's logits beside those that PyTorch computes from the checkpoint."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from ...bundle.loading import load
 from ...engine.prefill import predict_base_cache
 from ...errors import InputError
-from ...models.loading import fit_to_device, load_model
+from ...models.loading import fit_to_device, load_model, read_config
 from ...models.safetensors import weight_tensors
 from ..checkpoint import load_state_dict, open_checkpoint
 from ..openelm import PREFIX
@@ -66,7 +65,7 @@ def verify_conversion(directory: Path, source: Path, *, progress: Progress = NO_
 def stored_precision(directory: Path) -> str:
     """Return ``"4 bits"`` or ``"8 bits"`` for a quantised model directory, else the safetensors name of its dtype."""
     tensors = weight_tensors(directory)
-    quantization = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization")
+    quantization = read_config(directory).get("quantization")
     return f"{quantization['bits']} bits" if quantization else tensors[0][2].dtype
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
 from ..engine.dial import PREDICT, Dial
@@ -93,6 +94,9 @@ class Arm:
         """
         if self.kind.read is None:
             raise InputError(f"the arm {self.name} can only be timed ('kvp bench ttft'); leave it out here.")
+        if ids.shape[1] == 1:  # nothing comes before the last token
+            network = self.networks(model)[-1]
+            return network, make_prompt_cache(network)
         return self.kind.read(model, self.numbers, ids, reading or Reading())
 
     def work(self, model: KVPModel, prompt_tokens: int, batch: int = 1) -> Work:

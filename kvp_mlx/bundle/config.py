@@ -6,10 +6,11 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from ..errors import BundleError
-from ..files import write_json
+from ..errors import BundleError, InputError
+from ..files import read_json, sha256_of, write_json
 
 FORMAT_VERSION: Final = 2
+HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
 
 Sources = tuple[NonNegativeInt, ...]
 
@@ -25,12 +26,14 @@ class BaseConfig(_Part):
     path: str | None = None
     hub_id: str | None = None
     revision: str | None = None
-    alias: Literal["smollm2-135m"] | None = None
+    alias: Literal["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"] | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "BaseConfig":
         if sum(place is not None for place in (self.path, self.hub_id, self.alias)) != 1:
             raise ValueError("name exactly one of path, hub_id and alias")
+        if "\0" in (self.path or ""):
+            raise ValueError("a path cannot hold a null character")
         return self
 
 
@@ -90,7 +93,8 @@ class RecomputeConfig(_Part):
 class BundleConfig(_Part):
     """The whole of kvp.json; ``training`` and ``measured`` are free-form records for people.
 
-    Without a ``recompute`` section the predictor cannot tell which tokens to recompute.
+    Without a ``recompute`` section the predictor cannot tell which tokens to recompute. ``sha256`` names the bundle's
+    own weight files and their hashes; bundles made before it was introduced have none.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -100,6 +104,12 @@ class BundleConfig(_Part):
     recompute: RecomputeConfig | None = None
     training: dict[str, Any] = {}
     measured: dict[str, Any] = {}
+    sha256: dict[Literal["predictor.safetensors", "adapter.safetensors"], str] = {}
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether anything can be predicted: not where the prefix is the whole base, as of a model without a bundle."""
+        return self.auxiliary.kind != "prefix" or self.auxiliary.layers < len(self.predictor.layer_map)
 
     def check_layers(self, base_layers: int, auxiliary_layers: int) -> None:
         """Check the layer map against the depth of both models.
@@ -126,9 +136,23 @@ class BundleConfig(_Part):
                     f"{auxiliary_layers}."
                 )
 
+    def check_files(self, directory: Path) -> None:
+        """Compare the bundle's weight files with the hashes that were taken when they were written.
+
+        Raises:
+            BundleError: a file that is not as it was written.
+        """
+        for name, digest in self.sha256.items():
+            if (directory / name).is_file() and sha256_of(directory / name) != digest:
+                raise BundleError(
+                    f"{directory / name} is not as it was written (kvp.json has another SHA-256); get the bundle again."
+                )
+
     def save(self, directory: Path) -> None:
-        """Write kvp.json into ``directory``."""
-        write_json(directory / "kvp.json", self.model_dump(mode="json", exclude_none=False))
+        """Write kvp.json into ``directory``, with the hashes of the weight files there."""
+        hashes = {name: sha256_of(directory / name) for name in HASHED_FILES if (directory / name).is_file()}
+        data = self.model_copy(update={"sha256": hashes}).model_dump(mode="json", exclude_none=False)
+        write_json(directory / "kvp.json", data)
 
 
 def read_config(directory: Path) -> BundleConfig:
@@ -139,11 +163,13 @@ def read_config(directory: Path) -> BundleConfig:
     """
     path = directory / "kvp.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(f"{directory} is not a bundle (no kvp.json); make one with 'kvp fit'.") from error
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is not readable JSON; get the bundle again.") from error
+    except OSError as error:
+        raise BundleError(f"{path} is not readable JSON ({error.strerror}); get the bundle again.") from error
+    except InputError as error:
+        raise BundleError(f"kvp.json is not readable JSON; get the bundle again: {error}") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(

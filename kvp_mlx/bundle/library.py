@@ -1,12 +1,12 @@
 """Models on this machine: bundles and bases, in folders and in the Hub's cache."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError, InputError
+from ..errors import BundleError, InputError, KVPError
+from ..files import check_removable, read_json
 from ..models.families import FAMILIES
 from . import named
 from .config import read_config
@@ -41,9 +41,8 @@ def list_models(folders: list[Path]) -> tuple[list[Entry], list[str]]:
     Args:
         folders: whose own and direct subfolders are looked at, beside the shipped default and the Hub's cache.
     """
-    places = [(named.ALIAS, "shipped", named.BUNDLE)]
-    if named.base_path().is_dir():
-        places.append((f"{named.ALIAS} (its base)", "cache", named.base_path()))
+    places = [(name, "shipped", place) for name in named.NAMED if (place := named.shipped_bundle(name))]
+    places += [(f"{name} (its base)", "cache", base) for name in named.NAMED if (base := named.base_path(name)).is_dir()]
     places += [(name, "hub", path) for name, path in _hub_snapshots()]
     for folder in folders:
         candidates = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
@@ -69,16 +68,21 @@ def remove_model(name: str) -> tuple[Path, int]:
     """
     path = removable(name)
     size = _directory_bytes(path)
-    shutil.rmtree(path)
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise KVPError(f"{path} cannot be removed whole ({error.strerror}); check who may write there.") from error
     return path, size
 
 
 def removable(name: str) -> Path:
     """Return the directory that ``remove_model`` would remove; raises as it does."""
-    if name == named.ALIAS:
-        path = named.base_path()
+    if name in named.NAMED:
+        path = named.base_path(name)
         if not path.is_dir():
-            raise InputError(f"{name} ships with the package, and its base is not in the cache; nothing to remove.")
+            ships = "ships with the package" if named.shipped_bundle(name) else "is known by name"
+            raise InputError(f"{name} {ships}, and its base is not in the cache; nothing to remove.")
+        check_removable(path, name)
         return path
     path = Path(name).expanduser()
     if path.is_symlink():
@@ -86,25 +90,12 @@ def removable(name: str) -> Path:
     if path.is_dir():
         if not _is_model(path):
             raise InputError(f"{name} is neither a bundle nor a model directory, so it is not removed.")
-        if strange := sorted(child.name for child in path.iterdir() if not _belongs(child)):
-            raise InputError(f"{name} also holds {strange[0]}, which is no part of a model; remove it yourself.")
+        check_removable(path, name)
         return path
     repositories = {repo.repo_id: Path(repo.repo_path) for repo in _hub_repositories()}
     if name not in repositories:
         raise InputError(f"{name} is not on this machine; 'kvp models ls' lists what is.")
     return repositories[name]
-
-
-def _belongs(path: Path) -> bool:
-    """Return whether a file or folder is what bundles and mlx-lm models are made of."""
-    if path.is_symlink():
-        return False
-    if path.is_dir():
-        return path.name in ("base", "auxiliary") and all(_belongs(child) for child in path.iterdir())
-    return path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".md", ".py") or path.name in (
-        "LICENSE",
-        ".gitattributes",
-    )
 
 
 def _is_model(path: Path) -> bool:
@@ -120,10 +111,10 @@ def _entry(name: str, where: str, path: Path) -> Entry | None:
         base = config.base.alias or config.base.hub_id or config.base.path
         return Entry(name, kind, where, str(path), size, base, config.measured)
     try:
-        architecture = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        architecture = read_json(path / "config.json").get("model_type")
+    except (OSError, InputError, AttributeError) as error:
         raise BundleError(f"{path} has no readable config.json; get the model again.") from error
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         return None
     return Entry(name, f"base ({architecture})", where, str(path), size, None, {})
 

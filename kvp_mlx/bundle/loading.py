@@ -13,12 +13,13 @@ from mlx_lm.utils import dequantize_model
 
 from ..errors import BundleError, InputError
 from ..models.families import hidden_size, kv_shapes
-from ..models.loading import compute_dtype, context_length, fit_to_device, load_model, load_tokenizer
+from ..models.hub import download
+from ..models.loading import compute_dtype, context_length, fit_to_device, load_any_model, load_model, load_tokenizer
 from ..models.safetensors import TensorInfo, fingerprint, read_header
 from ..models.sections import prefix_model
 from .adapter import adapted_prefix, adapter_weights
-from .config import AuxiliaryConfig, BaseConfig, BundleConfig, read_config
-from .named import ALIAS, BUNDLE, find_model
+from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
+from .named import ALIAS, find_model, shipped_bundle
 from .predictor import Predictor, plan_blocks
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
@@ -109,7 +110,33 @@ def load(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
     predictor.set_dtype(compute_dtype(base))
     mx.eval(predictor.parameters())
     _check_finite(predictor.parameters(), weights)
+    config.check_files(directory)
     return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
+
+
+def load_any(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
+    """Load a bundle, or any other model that mlx-lm runs: it reads every prompt in full (``config.has_predictor``).
+
+    Args:
+        name: see ``load``.
+        allow_base_mismatch: see ``load``.
+
+    Raises:
+        InputError: see ``load``.
+    """
+    directory = bundle_directory(name)
+    if (directory / "kvp.json").exists() or not (directory / "config.json").exists():
+        return load(name, allow_base_mismatch=allow_base_mismatch)
+    base, base_config = load_any_model(directory)
+    tokenizer = load_tokenizer(directory, base_config)
+    fit_to_device(base)
+    layers = len(base.layers)
+    config = BundleConfig(
+        base=BaseConfig(fingerprint=fingerprint(directory), path=str(directory)),
+        auxiliary=AuxiliaryConfig(kind="prefix", layers=layers),
+        predictor=PredictorConfig(input="hidden_state", layer_map=(None,) * layers),
+    )
+    return KVPModel(base, base, Predictor([]), tokenizer, config, base_config)
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -141,14 +168,17 @@ def describe(name: str) -> dict[str, Any]:
 
 def bundle_directory(name: str) -> Path:
     """Return the local directory of a bundle: the shipped default, a path, or a Hub id (downloaded once)."""
-    return BUNDLE if name == ALIAS else find_model(name)
+    return shipped_bundle(name) or find_model(name)
 
 
 def base_directory(base: BaseConfig, bundle: Path) -> Path:
     """Return the local directory of a bundle's base."""
     if base.path is not None:
         return bundle / base.path
-    return find_model(str(base.alias or base.hub_id), base.revision)
+    if base.hub_id is not None:  # never a folder of that name where one happens to stand
+        hub_id, _, pinned = base.hub_id.partition("@")
+        return download(hub_id, base.revision or pinned or None)
+    return find_model(str(base.alias))
 
 
 def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Module:

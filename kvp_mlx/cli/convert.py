@@ -1,5 +1,6 @@
 """``kvp convert`` and ``kvp push``."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from ..convert.output import Precision
 from ..errors import InputError
 from ..models.hub import push_directory
 from .options import Dtype, DtypeOption, Force, Json, OutDirectory, QBits
-from .output import clean_stdout, print_json, progress_bar, say
+from .output import clean_stdout, print_json, progress_bar, say, show
 
 QGroupSize = Annotated[int | None, typer.Option("--q-group-size", help="Numbers per scale: 32, 64 (default) or 128.")]
 Tokenizer = Annotated[
@@ -114,7 +115,7 @@ def hf(
 
 @app.command("gguf")
 def gguf(
-    source: Annotated[Path, typer.Argument(help="GGUF file of the llama family.")],
+    source: Annotated[Path, typer.Argument(help="GGUF file, or any part of a split one.")],
     out: OutDirectory,
     dtype: DtypeOption = None,
     q_bits: QBits = None,
@@ -124,7 +125,10 @@ def gguf(
     upload: Upload = None,
     json: Json = False,
 ) -> None:
-    """Convert a llama-family GGUF file in Q4_0, Q4_1, Q8_0, F16 or F32."""
+    """Convert a GGUF file: llama, qwen2, qwen3 or phi3, in any quantisation.
+
+    Files in Q4_0, Q4_1 or Q8_0 stay bit for bit, others become fp16 (smaller with --q-bits).
+    """
     precision = make_precision(dtype, q_bits, q_group_size)
     with clean_stdout(json), progress_bar("tensors") as progress:
         result = convert_gguf_file(
@@ -151,8 +155,8 @@ def verify(
     else:
         for name, check in result["checks"].items():
             same = f"argmax equal at {check['argmax_equal']} of {check['positions']} positions"
-            print(f"{name}: largest difference {check['max_difference']:.2e}, {same}")
-        print("OK" if result["ok"] else f"DIFFERENT: more than {result['tolerance']} x the logits' spread")
+            show(f"{name}: largest difference {check['max_difference']:.2e}, {same}")
+        show("OK" if result["ok"] else f"DIFFERENT: more than {result['tolerance']} x the logits' spread")
     if not result["ok"]:
         raise typer.Exit(1)
 
@@ -216,3 +220,13 @@ def finish(result: dict[str, Any], upload: str | None, json: bool) -> None:
         say(f"  {name}: {part['parameters']:,} parameters, {part['bits_per_weight']} bits per weight, {size}")
     if upload is not None:
         say(f"Pushed to {result['upload']}.")
+    say(f"Next: {next_step(Path(result['out']))}")
+
+
+def next_step(out: Path) -> str:
+    """Return what can be done with what was written."""
+    answer = f"kvp chat --model {shlex.quote(str(out))}"
+    if (out / "kvp.json").exists():
+        return f"'{answer}' answers with it."
+    train = f"kvp train {shlex.quote(str(out))} --layers K --data TEXT --out DIR"
+    return f"'{answer}' answers with it by full prefill; '{train}' gives it a predictor."

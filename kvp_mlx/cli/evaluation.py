@@ -60,7 +60,16 @@ def group() -> None:
 
 
 def documents_of(model: KVPModel, data: list[str], tokens: int, seed: int, limit: int) -> list[list[int]]:
-    """Return documents of exactly ``tokens`` token ids, at most ``limit``."""
+    """Return documents of exactly ``tokens`` token ids, at most ``limit``.
+
+    Raises:
+        InputError: unusable data, or more tokens than the context window holds.
+    """
+    if model.context_length is not None and tokens > model.context_length:
+        raise InputError(
+            f"--prompt-tokens and --continuation-tokens make {tokens}, more than the model's context window of "
+            f"{model.context_length}, whatever --data holds; choose fewer."
+        )
     windows = token_windows(data_files(data), model.text_tokenizer, tokens, seed)
     return list(islice((window for window in windows if len(window) == tokens), limit))
 

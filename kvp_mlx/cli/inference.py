@@ -1,17 +1,19 @@
 """``kvp generate`` and ``kvp demo``."""
 
-from typing import Annotated, Any
+import contextlib
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Annotated, Any, TextIO
 
 import mlx.core as mx
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..bundle.loading import KVPModel, load
+from ..bundle.loading import KVPModel, load, load_any
 from ..engine.context import Context
 from ..engine.dial import Dial, dial_of
-from ..engine.prompt import encode, render
+from ..engine.prompt import check_size, check_text, encode, render
 from ..engine.reply import Piece, reply
 from ..engine.saved_caches import load_cache, load_head, save_head
 from ..errors import InputError
@@ -20,21 +22,43 @@ from .options import (
     DEFAULT_MODEL,
     DEMO_DOCUMENT,
     AllowMismatch,
+    AnyModel,
     Cache,
     ExactHead,
     ExactTail,
     Json,
+    KVBits,
     MaxTokens,
-    Model,
+    MinP,
     PrefillOption,
     Quality,
     Recompute,
+    RepetitionPenalty,
+    Sampling,
     Seed,
+    Stop,
+    System,
     Temperature,
+    TemplateArguments,
+    TopK,
     TopP,
-    make_sampler,
+    check_predictor,
+    parse_template_arguments,
+    quantised_cache,
+    say_reading,
 )
-from .output import clean_stdout, print_json, progress_bar, read_text, say, summary
+from .output import (
+    clean_stdout,
+    plural,
+    print_json,
+    progress_bar,
+    read_piped,
+    read_text,
+    say_outcome,
+    show,
+    show_answer,
+)
+from .screen import leaving_on_ctrl_c
 
 DEMO_DIALS = {
     "full prefill": Dial("full", 0, 0),
@@ -42,17 +66,31 @@ DEMO_DIALS = {
     f"kvp, exact tail {DEFAULT_EXACT_TAIL}": Dial("kvp", 0, DEFAULT_EXACT_TAIL),
 }
 DEMO_QUESTION = "Who designed the third tower?"
+DEMO_COLUMNS = 80
 WARM_UP_CHARACTERS = 1000
+
+ShowPiece = Callable[[Piece], None]
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; after --prompt-file, a question about it.")] = None,
-    model: Model = DEFAULT_MODEL,
-    prompt_file: Annotated[str | None, typer.Option(help="Read the prompt from a file, - for stdin.")] = None,
+    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, as an option.")] = None,
+    model: AnyModel = DEFAULT_MODEL,
+    prompt_file: Annotated[
+        list[str] | None,
+        typer.Option("--prompt-file", help="Read the prompt from a file, - for stdin; several go by their names."),
+    ] = None,
+    system: System = None,
+    template_arguments: TemplateArguments = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    stop: Stop = None,
+    kv_bits: KVBits = None,
     quality: Quality = "balanced",
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
@@ -62,74 +100,143 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
+    json_stream: Annotated[
+        bool, typer.Option("--json-stream", help="A JSON line for each piece; the last one tells what --json does.")
+    ] = False,
 ) -> None:
     """Answer one prompt.
 
-    Afterwards a line on stderr says which path it took and how soon the first token came.
+    What is piped in follows the prompt. Afterwards a line on stderr says which path it took and how soon the first
+    token came.
     """
-    text = "\n\n".join(part for part in (read_text(prompt_file) if prompt_file else None, prompt) if part)
-    if not text.strip():
-        raise InputError("there is no prompt; give one as an argument or with --prompt-file FILE.")
-    if raw and cache is not None:
-        raise InputError("a saved cache was built for the chat template; leave out --raw or --cache.")
+    if prompt is not None and prompt_option is not None:
+        raise InputError("the prompt is given twice, as an argument and by --prompt; give it once.")
+    if json and json_stream:
+        raise InputError("--json and --json-stream both say what stdout holds; give one.")
+    refuse_contradictions(raw=raw, cache=cache, system=system, arguments=template_arguments)
     dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
+    arguments = parse_template_arguments(template_arguments)
+    text = prompt_text(prompt_file or [], prompt if prompt_option is None else prompt_option)
     head_tokens = dial.exact_head if exact_head is not None and dial.path != "full" else 0
-    with clean_stdout(json):
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
-        sampler = make_sampler(temperature, top_p, seed)
+    show_piece = print_line_of(dial, sys.stdout) if json_stream else (ignore if json else echo)
+    with leaving_on_ctrl_c(), clean_stdout(json or json_stream):
+        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
+        options = sampling.options(len(loaded.text_tokenizer)) | quantised_cache(loaded, kv_bits)
         if cache is None:
-            context, ids = with_saved_head(loaded, encode(loaded, text, raw=raw), head_tokens)
+            ids = encode(loaded, text, raw=raw, system=system, template_arguments=arguments)
+            context = with_saved_head(loaded, ids, head_tokens)
         else:
-            context, ids = with_saved_cache(loaded, cache, text, is_exact=dial.path == "full")
-        pieces = answer(context, ids, dial, echo=not json, max_tokens=max_tokens, sampler=sampler)
+            context, ids = with_saved_cache(loaded, cache, text, arguments, is_exact=dial.path == "full")
+        say_reading(loaded, model)
+        pieces = answer(context, ids, dial, show_piece=show_piece, max_tokens=max_tokens, **options)
         if pieces[-1].path == "kvp" and head_tokens > pieces[-1].cached_tokens:
             save_head(context, ids[:head_tokens])
     if json:
-        print_json(report(pieces, dial))
-    else:
-        say(summary(pieces[-1]))
+        print_json({"text": "".join(piece.text for piece in pieces), **report(pieces, dial)})
+    elif not json_stream:
+        show()
+        say_outcome(pieces[-1], max_tokens)
 
 
-def with_saved_head(model: KVPModel, ids: list[int], head_tokens: int) -> tuple[Context, list[int]]:
-    """Return a context with the saved entries of a prompt's first tokens, if there are any, and the prompt."""
+def refuse_contradictions(*, raw: bool, cache: str | None, system: str | None, arguments: str | None) -> None:
+    """Refuse options of which one makes another idle.
+
+    Raises:
+        InputError: there are such.
+    """
+    if raw and cache is not None:
+        raise InputError("a saved cache was built for the chat template; leave out --raw or --cache.")
+    if raw and (system is not None or arguments is not None):
+        name = "--system" if system is not None else "--chat-template-args"
+        raise InputError(f"--raw skips the chat template, which {name} is for; leave out one of the two.")
+    if system is not None and cache is not None:
+        raise InputError("--system and --cache both say how the conversation begins; give one.")
+
+
+def prompt_text(files: list[str], prompt: str | None) -> str:
+    """Return the whole prompt: files in their order (several by their names), the prompt, what is piped in.
+
+    Raises:
+        InputError: none of these, or one that cannot be read.
+    """
+    if files.count("-") > 1:
+        raise InputError("--prompt-file - is given twice, and stdin can be read once; give it once.")
+    texts = [read_text(file) for file in files]
+    if len(files) > 1:
+        names = ["stdin" if file == "-" else file for file in files]
+        texts = [f"{name}:\n{text}" for name, text in zip(names, texts, strict=True)]
+    piped = "" if "-" in files else read_piped()
+    text = "\n\n".join(part for part in (*texts, prompt, piped if piped.strip() else None) if part)
+    if not text.strip():
+        raise InputError("there is no prompt; give one as an argument, with --prompt-file FILE or through a pipe.")
+    return text
+
+
+def with_saved_head(model: KVPModel, ids: list[int], head_tokens: int) -> Context:
+    """Return a context with the saved entries of a prompt's first tokens, if there are any."""
     context = Context(model)
     if head_tokens:
         load_head(context, ids[:head_tokens])
-    return context, ids
+    return context
 
 
-def with_saved_cache(model: KVPModel, name: str, text: str, *, is_exact: bool) -> tuple[Context, list[int]]:
+def with_saved_cache(
+    model: KVPModel, name: str, text: str, arguments: dict[str, Any], *, is_exact: bool
+) -> tuple[Context, list[int]]:
     """Return a saved cache's context, and the prompt that goes on from it with ``text``.
 
     Raises:
         InputError: see ``load_cache``; with ``is_exact``, nothing of it may have been predicted.
     """
+    check_text(text)
+    check_size(model, text)
     saved, context = load_cache(model, name, exact=is_exact)
-    return context, render(model.text_tokenizer, saved.messages_with(text))
+    return context, render(model.text_tokenizer, saved.messages_with(text), arguments=arguments)
 
 
-def answer(context: Context, ids: list[int], dial: Dial, *, echo: bool, **options: Any) -> list[Piece]:
-    """Answer a prompt, printing the pieces as they come if ``echo``."""
+def answer(context: Context, ids: list[int], dial: Dial, *, show_piece: ShowPiece, **options: Any) -> list[Piece]:
+    """Answer a prompt, showing the pieces as they come."""
     mx.reset_peak_memory()
     with progress_bar("reading the prompt") as progress:
         stream = reply(context, ids, dial, progress=progress, **options)
         pieces = [next(stream)]
-    if echo:
-        print(pieces[0].text, end="", flush=True)
+    show_piece(pieces[0])
     for piece in stream:
         pieces.append(piece)
-        if echo:
-            print(piece.text, end="", flush=True)
-    if echo:
-        print(flush=True)
+        show_piece(piece)
     return pieces
 
 
+def echo(piece: Piece) -> None:
+    """Print a piece of an answer."""
+    show_answer(piece.text)
+
+
+def ignore(piece: Piece) -> None:
+    """Print nothing yet."""
+
+
+def print_line_of(dial: Dial, stdout: TextIO) -> ShowPiece:
+    """Return what prints a JSON line for each piece; the last one also has what is known of the whole answer."""
+    pieces: list[Piece] = []
+
+    def print_line(piece: Piece) -> None:
+        pieces.append(piece)
+        line: dict[str, Any] = {"text": piece.text, "token": piece.token, "finish_reason": piece.finish_reason}
+        if piece.finish_reason:
+            line |= report(pieces, dial)
+        with contextlib.redirect_stdout(stdout):
+            print_json(line, indent=None)
+
+    return print_line
+
+
 def report(pieces: list[Piece], dial: Dial) -> dict[str, Any]:
-    """Return the JSON of ``kvp generate``."""
+    """Return the JSON of ``kvp generate``, without the text."""
     last = pieces[-1]
     return {
-        "text": "".join(piece.text for piece in pieces),
         "tokens": [piece.token for piece in pieces],
         "prompt_tokens": last.prompt_tokens,
         "prefill": last.path,
@@ -146,29 +253,38 @@ def report(pieces: list[Piece], dial: Dial) -> dict[str, Any]:
         "finish_reason": last.finish_reason,
         "exact_head": dial.exact_head,
         "cached_tokens": last.cached_tokens,
+        "new_tokens": last.new_tokens,
+        "predicted_tokens": last.predicted_tokens,
+        "exact_tokens": last.exact_tokens,
     }
 
 
-def demo(max_tokens: MaxTokens = 48) -> None:
+def demo(max_tokens: MaxTokens = 96) -> None:
     """Show both paths side by side.
 
-    The same question about a shipped document, answered after full prefill and from the predicted cache.
+    The same question about a shipped document, answered after full prefill and from the predicted cache; whole
+    answers, also where they go wrong.
     """
-    model = load()
-    document = DEMO_DOCUMENT.read_text(encoding="utf-8")
-    warm_up, ids = encode(model, document[:WARM_UP_CHARACTERS]), encode(model, f"{document}\n\n{DEMO_QUESTION}")
-    for path in ("full prefill", "kvp"):
-        answer(Context(model), warm_up, DEMO_DIALS[path], echo=False, max_tokens=2)
-    answers = {}
-    for name, dial in DEMO_DIALS.items():
-        say(f"Asking: {name} ...")
-        answers[name] = answer(Context(model), ids, dial, echo=False, max_tokens=max_tokens)
-    full = answers["full prefill"][-1]
-    table = Table(title=f"{DEMO_QUESTION}  ({full.prompt_tokens} prompt tokens)")
-    for column in ("path", "first token after", "sooner", "tokens/s", "answer"):
-        table.add_column(column)
-    for name, pieces in answers.items():
-        last, text = pieces[-1], "".join(piece.text for piece in pieces).strip()
-        seconds, sooner = f"{last.ttft_ms / 1e3:.2f} s", f"{full.ttft_ms / last.ttft_ms:.2f}x"
-        table.add_row(name, seconds, sooner, f"{last.generation_tps:.1f}", Text(text))
-    Console().print(table)
+    with leaving_on_ctrl_c():
+        model = load()
+        document = DEMO_DOCUMENT.read_text(encoding="utf-8")
+        warm_up, ids = encode(model, document[:WARM_UP_CHARACTERS]), encode(model, f"{document}\n\n{DEMO_QUESTION}")
+        for path in ("full prefill", "kvp"):
+            answer(Context(model), warm_up, DEMO_DIALS[path], show_piece=ignore, max_tokens=2)
+        show(f"{DEMO_QUESTION}  ({len(ids):,} prompt tokens)")
+        full_ms = None
+        for name, dial in DEMO_DIALS.items():
+            pieces = answer(Context(model), ids, dial, show_piece=ignore, max_tokens=max_tokens)
+            full_ms = full_ms or pieces[-1].ttft_ms
+            show_block(name, pieces, full_ms)
+
+
+def show_block(name: str, pieces: list[Piece], full_ms: float) -> None:
+    """Print one path's times and its whole answer, in lines that a terminal has."""
+    last, text = pieces[-1], "".join(piece.text for piece in pieces).strip()
+    cut = f" [cut off after {plural(last.generation_tokens, 'token')}]" if last.finish_reason == "length" else ""
+    sooner = f", {full_ms / last.ttft_ms:.2f}x as soon" if last.path == "kvp" else ""
+    show(f"\n{name}: first token after {last.ttft_ms / 1e3:.2f} s{sooner}, then {last.generation_tps:.1f} tokens/s")
+    columns = max(20, min(DEMO_COLUMNS, shutil.get_terminal_size().columns))
+    for paragraph in f"{text}{cut}".split("\n\n"):
+        show(textwrap.fill(" ".join(paragraph.split()), columns, initial_indent="  ", subsequent_indent="  "))

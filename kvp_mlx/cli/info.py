@@ -2,38 +2,54 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from ..bundle.loading import describe
+from .models import measured_line
 from .options import DEFAULT_MODEL, Json, ModelArgument
-from .output import print_json
+from .output import plural, print_json, show
 
 
 def info(model: ModelArgument = DEFAULT_MODEL, json: Json = False) -> None:
     """Show what a bundle is.
 
-    Its parts, their sizes, how it was made, and what was measured on it.
+    Its parts, their sizes, how it was made last, and what was measured on it; --json has all of kvp.json.
     """
     result = describe(model)
     if json:
         print_json(result)
         return
-    table = Table(show_header=False, title=Text(model))
-    for _ in range(2):
-        table.add_column(overflow="fold")
-    for key, value in flatten(result):
-        table.add_row(key, Text(value))
-    Console().print(table)
+    show(model)
+    for name, value in rows(result):
+        show(f"  {name:11} {value}")
 
 
-def flatten(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested JSON as dotted rows."""
-    rows: list[tuple[str, str]] = []
-    for key, value in data.items():
-        if isinstance(value, dict):
-            rows += flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) else str(value)))
-    return rows
+def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what fits a screen of a bundle's description."""
+    base, auxiliary, predictor = result["base"], result["auxiliary"], result["predictor"]
+    predicted = sum(sources is not None for sources in predictor["layer_map"])
+    pinned = f"@{base['revision']}" if base["revision"] else ""
+    found = [
+        ("path", result["path"]),
+        ("base", f"{base['alias'] or base['hub_id'] or base['path']}{pinned}"),
+        ("auxiliary", f"{auxiliary['kind']}, {plural(auxiliary['layers'], 'layer')}"),
+        ("predictor", f"reads {predictor['input']}, predicts {predicted} of {len(predictor['layer_map'])} layers"),
+    ]
+    if predictor["parameters"] is not None:
+        found.append(("parameters", f"{predictor['parameters']:,}"))
+    if predictor["recompute"] is not None:
+        found.append(("recomputes", f"{100 * predictor['recompute']:g} % of the prompt's tokens"))
+    sizes = [f"{part} {size / 1e6:.1f} MB" for part, size in result["size_bytes"].items() if size]
+    found.append(("size", ", ".join(sizes)))
+    if made := made_line(result["training"]):
+        found.append(("made by", made))
+    found += [("measured", line) for line in measured_line(result["measured"]).split("; ") if line]
+    return found
+
+
+def made_line(training: dict[str, Any]) -> str:
+    """Return how a bundle was made last, in a line: method, tokens, minutes, and how well it did on held-out text."""
+    parts = [str(training[key]) for key in ("method",) if training.get(key)]
+    parts += [f"{training[key]:,} {key}" for key in ("tokens", "minutes") if isinstance(training.get(key), int | float)]
+    if "start" in training:
+        parts.append("from an earlier bundle")
+    held_out = measured_line({"on held-out text": training.get("validation")})
+    return "; ".join(", ".join(part for part in group if part) for group in (parts, [held_out]) if any(group))

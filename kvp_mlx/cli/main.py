@@ -8,36 +8,109 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_group
 
 from .. import __version__
-from ..errors import KVPError
+from ..errors import InputError, KVPError
+from .screen import prepare_streams, visible
 
 
 class Command(NamedTuple):
-    """Where a command is: its module in this room, the function or typer app there, and its line of help."""
+    """Where a command is: its module in this room, the function or typer app there; its heading and line of help."""
 
     module: str
     attribute: str
+    section: str
     help: str
 
 
+ANSWER, MAKE, MEASURE, KEEP = "Answer", "Make a bundle", "Measure", "This machine"
 COMMANDS = {
-    "generate": Command("inference", "generate", "Answer one prompt."),
-    "chat": Command("chat", "chat", "Hold a conversation."),
-    "demo": Command("inference", "demo", "Show both paths side by side."),
-    "fit": Command("training", "fit", "Make a bundle in closed form."),
-    "train": Command("training", "train", "Train a bundle."),
-    "push": Command("convert", "push", "Upload a bundle or model to the Hugging Face Hub."),
-    "info": Command("info", "info", "Show what a bundle is."),
-    "doctor": Command("doctor", "doctor", "Check this machine."),
-    "convert": Command("convert", "app", "Make mlx-lm models and bundles of other projects' checkpoints."),
-    "eval": Command("evaluation", "app", "Measure what a sooner first token costs."),
-    "bench": Command("bench", "app", "Measure time to first token, decoding speed and memory."),
-    "cache": Command("cache", "app", "Read a document or system prompt once, use it many times."),
-    "models": Command("models", "app", "What is on this machine: bundles and bases."),
+    "generate": Command("inference", "generate", ANSWER, "Answer one prompt."),
+    "chat": Command("chat", "chat", ANSWER, "Hold a conversation."),
+    "demo": Command("inference", "demo", ANSWER, "Show both paths side by side."),
+    "cache": Command("cache", "app", ANSWER, "Read a document or system prompt once, use it many times."),
+    "train": Command("training", "train", MAKE, "Train a bundle."),
+    "fit": Command("training", "fit", MAKE, "Make a bundle in closed form."),
+    "convert": Command("convert", "app", MAKE, "Make mlx-lm models and bundles of other projects' checkpoints."),
+    "push": Command("convert", "push", MAKE, "Upload a bundle or model to the Hugging Face Hub."),
+    "eval": Command("evaluation", "app", MEASURE, "Measure what a sooner first token costs."),
+    "bench": Command("bench", "app", MEASURE, "Measure time to first token, decoding speed and memory."),
+    "info": Command("info", "info", KEEP, "Show what a bundle is."),
+    "models": Command("models", "app", KEEP, "What is on this machine: bundles and bases."),
+    "doctor": Command("doctor", "doctor", KEEP, "Check this machine."),
 }
+EXAMPLES = {
+    "": 'kvp generate "Who wrote it, and when?" --prompt-file notes.md',
+    "generate": 'git diff | kvp generate "Review this change." --max-tokens 400',
+    "chat": 'kvp chat --model mine --system "Answer in one sentence."',
+    "demo": "kvp demo",
+    "cache": "kvp cache build handbook.md --name handbook && kvp chat --cache handbook",
+    "cache build": "kvp cache build handbook.md --name handbook",
+    "cache ls": "kvp cache ls",
+    "cache rm": "kvp cache rm handbook",
+    "train": "kvp train OWNER/NAME --layers 12 --data notes/ --minutes 20 --out mine",
+    "fit": "kvp fit OWNER/NAME --layers 12 --data notes/ --out mine",
+    "convert": "kvp convert hf OWNER/NAME --q-bits 4 --out model",
+    "convert openelm": "kvp convert openelm checkpoint.pt --tokenizer tokenizer.model --out model",
+    "convert kvp": "kvp convert kvp kv_prediction.pt --preset openelm-1_1b-kvp-c-450m --out bundle",
+    "convert hf": "kvp convert hf OWNER/NAME --q-bits 4 --out model",
+    "convert gguf": "kvp convert gguf model.Q8_0.gguf --out model",
+    "convert verify": "kvp convert verify model checkpoint.pt",
+    "push": "kvp push mine OWNER/NAME --private",
+    "eval": "kvp eval context mine --data held-out/ --limit 20",
+    "eval context": "kvp eval context mine --data held-out/ --limit 20",
+    "eval dial": "kvp eval dial mine --data held-out/ --heads 0,32 --tails 0,32",
+    "eval turns": "kvp eval turns mine --data dialogues.jsonl --limit 6",
+    "eval diagnose": "kvp eval diagnose mine --data held-out/",
+    "eval suite": "kvp eval suite tasks/ --model mine --out results/",
+    "eval pareto": "kvp eval pareto squad.json --plot squad.png",
+    "eval report": "kvp eval report results/ --out results.md",
+    "bench": "kvp bench ttft --prompt-tokens 512,2048 --out result.json",
+    "bench ttft": "kvp bench ttft --prompt-tokens 512,2048 --out result.json",
+    "bench decode": "kvp bench decode --prompt-tokens 512 --new-tokens 64",
+    "bench memory": "kvp bench memory --prompt-tokens 512,2048",
+    "bench flops": "kvp bench flops --prompt-tokens 1024",
+    "bench calibrate": "kvp bench calibrate --model mine",
+    "bench compare": "kvp bench compare before.json after.json --fail-above 1.1",
+    "bench plot": "kvp bench plot result.json --out result.png",
+    "info": "kvp info mine",
+    "models": "kvp models ls",
+    "models ls": "kvp models ls ~/models",
+    "models pull": "kvp models pull OWNER/NAME",
+    "models rm": "kvp models rm OWNER/NAME",
+    "doctor": "kvp doctor",
+}
+TASK = "kvp eval {} mine --arms full,kvp --limit 20"
+"""The example of a task that has none of its own above."""
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+class StrictCommand(TyperCommand):
+    """A command that refuses an option given twice, and shows options under their headings."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, after a look at which options come more often than they may (typer takes the last in silence)."""
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            options = [option for option in given if isinstance(option, TyperOption) and not option.multiple]
+            if twice := [option for option in options if options.count(option) > 1]:
+                name = max(twice[0].opts, key=len)
+                raise InputError(f"{name} is given twice; give it once.")
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for the arguments, one for each heading of options, and one for the others."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            heading = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or heading, []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 class LazyGroup(TyperGroup):
@@ -57,26 +130,48 @@ class LazyGroup(TyperGroup):
             self.add_command(load_command(name))
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands under their headings."""
+        for section in dict.fromkeys(command.section for command in COMMANDS.values()):
+            rows = [(name, command.help) for name, command in COMMANDS.items() if command.section == section]
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
 
 def load_command(name: str) -> Any:
-    """Import a command and return it as typer runs it."""
-    module, attribute, line = COMMANDS[name]
+    """Import a command and return it as typer runs it, strict and with its example."""
+    module, attribute, _, line = COMMANDS[name]
     found = getattr(import_module(f".{module}", __package__), attribute)
     holder = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
     if isinstance(found, typer.Typer):
+        for command in found.registered_commands:
+            command.cls = StrictCommand
         holder.add_typer(found, name=name, help=line)
     else:
-        holder.command(name)(found)
-    return get_group(holder).commands[name]
+        holder.command(name, cls=StrictCommand)(found)
+    loaded: Any = get_group(holder).commands[name]
+    finish_help(loaded, name)
+    return loaded
+
+
+def finish_help(command: Any, path: str) -> None:
+    """Give a command, and those below it, ``-h`` and an example."""
+    command.context_settings = {**command.context_settings, **HELP}
+    group, _, task = path.partition(" ")
+    example = EXAMPLES.get(path) or (TASK.format(task) if group == "eval" else None)
+    command.epilog = example and f"Example: {example}"
+    for name, child in getattr(command, "commands", {}).items():
+        finish_help(child, f"{path} {name}")
 
 
 app = typer.Typer(
     name="kvp",
     cls=LazyGroup,
-    add_completion=False,
+    context_settings=HELP,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Answer long prompts sooner: a small auxiliary reads the prompt, the base model's KV cache is predicted.",
+    epilog=f"Example: {EXAMPLES['']}",
 )
 
 
@@ -97,10 +192,13 @@ def options(
 
 def main() -> None:
     """Run the command line; an error is one line on stderr, never a traceback (KVP_DEBUG=1 shows it)."""
-    warnings.showwarning = lambda message, *_: print(f"kvp: warning: {message}", file=sys.stderr)
+    prepare_streams()
+    warnings.showwarning = lambda message, *_: print(f"kvp: warning: {_one_line(str(message))}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs are cleaned up
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="kvp")
+        sys.stdout.flush()  # here, where what goes wrong with it becomes a line
+        sys.exit(code)
     except typer.TyperException as error:  # unknown option, bad value, ...
         context = getattr(error, "ctx", None)
         message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -110,14 +208,29 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted.", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except MemoryError:
+        _fail("this needs more memory than there is; take a shorter prompt or a smaller model.", 1)
+    except OSError as error:  # a full disk, too many open files, ...: the machine's, not ours
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; make room or check the permissions, then try again.", 1)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (KVP_DEBUG=1 shows where; please report it).", 1)
+
+
+def _drop_output() -> None:
+    """Send what is left of stdout nowhere, so that closing it at the end cannot fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:
     if os.environ.get("KVP_DEBUG"):
         raise  # noqa: PLE0704 - called from an except block
-    print(f"kvp: {' '.join(message.split())}", file=sys.stderr)
+    print(f"kvp: {_one_line(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _one_line(message: str) -> str:
+    return visible(" ".join(message.split()))

@@ -11,7 +11,7 @@ from ..bundle.config import read_config
 from ..bundle.loading import base_directory, bundle_directory
 from ..errors import InputError
 from .options import Json
-from .output import print_json, say
+from .output import print_json, say, show
 
 app = typer.Typer()
 
@@ -36,9 +36,9 @@ def list_models(
         return
     for entry in entries:
         base = f"on {entry.base}" if entry.base else ""
-        print(f"{entry.name:32} {entry.kind:28} {entry.where:8} {entry.size_bytes / 1e6:9.1f} MB  {base}")
+        show(f"{entry.name:32} {entry.kind:28} {entry.where:8} {entry.size_bytes / 1e6:9.1f} MB  {base}")
         if quality := measured_line(entry.measured):
-            print(f"    {quality}")
+            show(f"    {quality}")
 
 
 def measured_line(measured: dict[str, Any]) -> str:
@@ -70,7 +70,7 @@ def pull(name: Annotated[str, typer.Argument(help="Hub id (owner/name, owner/nam
     if (directory / "kvp.json").is_file():
         places.append(base_directory(read_config(directory).base, directory))
     for place in places:
-        print(place)
+        show(str(place))
 
 
 @app.command("rm")
@@ -85,4 +85,4 @@ def remove(
             raise InputError(f"this would remove {path}; say --yes.")
         typer.confirm(f"Remove {path}?", abort=True)
     path, size = library.remove_model(name)
-    print(f"removed {path} ({size / 1e6:.1f} MB)")
+    show(f"removed {path} ({size / 1e6:.1f} MB)")

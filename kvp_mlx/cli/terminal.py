@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
 from ..errors import InputError
+from ..files import make_private
+from .output import SafeConsole, say, show_answer
 
 STATUS_REFRESH_SECONDS = 0.5
 REDRAW_SECONDS = 0.125
@@ -34,7 +35,7 @@ def read_line() -> str:
         InputError: it is not UTF-8.
     """
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"the input is not UTF-8 text (byte {error.start}); convert it first.") from error
 
@@ -81,15 +82,43 @@ def _prompt_session(history: Path, status: Callable[[], str]) -> PromptSession[s
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    history.parent.mkdir(parents=True, exist_ok=True)
     return PromptSession(
-        history=FileHistory(str(history)),
+        history=_open_history(history),
         multiline=True,
         key_bindings=keys,
         bottom_toolbar=status,
         refresh_interval=STATUS_REFRESH_SECONDS,
         enable_suspend=True,
     )
+
+
+class _PrivateHistory(FileHistory):
+    """A file that only the user may read; what cannot be written stays in memory, and a line says so once."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._is_kept = True
+
+    def store_string(self, string: str) -> None:
+        """Append an entry to the file."""
+        try:
+            super().store_string(string)
+        except OSError as error:
+            if self._is_kept:
+                say(f"{self.filename!s} cannot be written ({error.strerror}), so what you type is not kept.", "yellow")
+            self._is_kept = False
+
+
+def _open_history(path: Path) -> History:
+    """Return the history of a file, made with its folder if need be; one in memory where that cannot be."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        make_private(path)
+    except OSError as error:
+        say(f"{path} cannot be written ({error.strerror}), so what you type is not kept.", "yellow")
+        return InMemoryHistory()
+    return _PrivateHistory(path)
 
 
 class PlainReply:
@@ -100,11 +129,11 @@ class PlainReply:
 
     def feed(self, text: str) -> None:
         """Show the next piece."""
-        print(text, end="", flush=True)
+        show_answer(text)
 
     def close(self) -> None:
         """End the reply's last line."""
-        print(flush=True)
+        show_answer("\n")
 
 
 class MarkdownReply:
@@ -113,10 +142,10 @@ class MarkdownReply:
     So a reply may be longer than the screen, and a resize spoils nothing but the last block until it is redrawn.
     """
 
-    def __init__(self, console: Console):
+    def __init__(self) -> None:
         self._pending = ""
         self._drawn = 0.0
-        self._live = Live(console=console, refresh_per_second=1 / REDRAW_SECONDS, transient=True)
+        self._live = Live(console=SafeConsole(), refresh_per_second=1 / REDRAW_SECONDS, transient=True)
         self._restore_echo = without_echo()
         self._live.start()
 
@@ -132,11 +161,11 @@ class MarkdownReply:
         self._pending += text
         end = whole_blocks(self._pending)
         if end:
-            self._live.console.print(Markdown(self._pending[:end]))
+            self._live.console.print(_markdown(self._pending[:end]))
             self._pending = self._pending[end:]
         if end or time.monotonic() - self._drawn > REDRAW_SECONDS:
             self._drawn = time.monotonic()
-            self._live.update(Markdown(self._pending))
+            self._live.update(_markdown(self._pending))
 
     def close(self) -> None:
         """Print what is left."""
@@ -144,7 +173,11 @@ class MarkdownReply:
         self._live.stop()
         self._restore_echo()
         if self._pending.strip():
-            self._live.console.print(Markdown(self._pending))
+            self._live.console.print(_markdown(self._pending))
+
+
+def _markdown(text: str) -> Markdown:
+    return Markdown(text, hyperlinks=False)  # where a link leads stands beside it, and the terminal is told nothing
 
 
 def without_echo() -> Callable[[], None]:

@@ -10,23 +10,28 @@ from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..device.machine import matmul_flops_per_s
 from ..train import SAMPLE
 from ..train.fit import FitOptions, fit_bundle
 from ..train.loop import TrainOptions
 from ..train.objectives import weights_of
-from ..train.run import require_unstarted, train_bundle
+from ..train.run import Phase, train_bundle
 from .options import DataSeed, Force, Json, OutDirectory, TextOrSample
-from .output import clean_stdout, errors, print_json, progress_bar, say
+from .output import clean_stdout, errors, plural, print_json, progress_bar, progress_lines, say
+
+MOST = 2**40
+"""Above any number that makes sense, below what a machine word holds."""
 
 Base = Annotated[str, typer.Argument(help="mlx-lm model: directory, Hub id or the default's alias.")]
-Layers = Annotated[int | None, typer.Option("--layers", help="Prefix: the base's own first K layers read the prompt.")]
+Layers = Annotated[
+    int | None, typer.Option("--layers", min=1, help="Prefix: the base's own first K layers read the prompt.")
+]
 Auxiliary = Annotated[Path | None, typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser.")]
 Prune = Annotated[float | None, typer.Option("--prune", help="Keep 0.75, 0.5 or 0.25 of the base's layers.")]
-Sources = Annotated[int, typer.Option("--sources", help="Auxiliary layers that each base layer reads.")]
-Window = Annotated[int, typer.Option("--window", help="Tokens per window.")]
+Sources = Annotated[int, typer.Option("--sources", min=1, help="Auxiliary layers that each base layer reads.")]
+Window = Annotated[int, typer.Option("--window", min=1, max=MOST, help="Tokens per window.")]
 Penalty = Annotated[float, typer.Option("--penalty", help="Ridge penalty, relative to the inputs' mean square.")]
 
 
@@ -38,7 +43,7 @@ def fit(
     auxiliary: Auxiliary = None,
     prune: Prune = None,
     sources: Sources = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = 200_000,
+    tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of text to read.")] = 200_000,
     window: Window = 512,
     penalty: Penalty = 1e-4,
     seed: DataSeed = 0,
@@ -78,9 +83,13 @@ def train(
     sources: Sources = 1,
     start: Annotated[str | None, typer.Option(help="Bundle to go on from, instead of a ridge fit.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the killed run that was writing --out.")] = False,
-    fit_tokens: Annotated[int, typer.Option(help="Tokens that the ridge fit reads first.")] = 20_000,
-    minutes: Annotated[float | None, typer.Option(help="Training time after the fit.  [default: 20]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Budget in tokens instead; repeatable.")] = None,
+    fit_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens that the ridge fit reads first.")] = 20_000,
+    minutes: Annotated[
+        float | None, typer.Option(help="Training time after the fit and the first validation.  [default: 20]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Budget in tokens instead; the same seed then gives the same.")
+    ] = None,
     objective: Annotated[Objective, typer.Option(help="Default weights of the losses.")] = Objective.continuation,
     continuation_weight: Annotated[Weight, typer.Option(help="KL to the base going on from its true cache.")] = None,
     residual_weight: Annotated[Weight, typer.Option(help="Error of the residual stream, beside the former.")] = None,
@@ -92,13 +101,15 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = 0.01,
     window: Window = 512,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Fill windows with several pieces of text.")] = True,
-    lora_rank: Annotated[int | None, typer.Option(help="The auxiliary reads with low-rank updates.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="The auxiliary reads with low-rank updates.")] = None,
     train_auxiliary: Annotated[bool, typer.Option("--train-auxiliary", help="Train all of it (no prefix).")] = False,
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Save memory, at a third more work.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Windows run together.")] = 1,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
-    splits: Annotated[int, typer.Option(help="Split points per batch.")] = 3,
-    right: Annotated[int, typer.Option(help="Tokens after a split; every other split has a quarter.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Windows run together.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, max=MOST, help="Batches per optimiser step.")] = 1,
+    splits: Annotated[int, typer.Option(min=1, max=MOST, help="Split points per batch.")] = 3,
+    right: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tokens after a split; every other split has a quarter.")
+    ] = 128,
     validate_every: Annotated[float, typer.Option(help="Minutes between validations.")] = 10.0,
     seed: DataSeed = 0,
     force: Force = False,
@@ -136,41 +147,97 @@ def train(
         seed=seed,
     )
     texts = data or [str(SAMPLE)]
-    if not resume:
-        require_unstarted(out, force)  # before the fit takes its time
-    with clean_stdout(json), tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
-        if start is None and not resume:
-            start = str(Path(scratch) / "fit")
-            fitting = FitOptions(layers, auxiliary, prune, sources, fit_tokens, window, seed=seed)
-            with progress_bar("ridge fit, tokens") as fit_progress:
-                fit_bundle(base, texts, Path(start), fitting, progress=fit_progress)
-        with training_bar() as progress:
-            result = train_bundle(start or "", texts, out, options, resume=resume, force=force, progress=progress)
+    fitting = (
+        None
+        if start is not None or resume
+        else FitOptions(layers, auxiliary, prune, sources, fit_tokens, window, seed=seed)
+    )
+    with clean_stdout(json), tempfile.TemporaryDirectory(prefix="kvp-") as scratch, display() as (phase, progress):
+
+        def beginning() -> str:
+            if fitting is None:
+                return start or ""
+            with phase("closed form, tokens") as told:
+                fit_bundle(base, texts, Path(scratch) / "fit", fitting, progress=told)
+            return str(Path(scratch) / "fit")
+
+        how: dict[str, Any] = {"resume": resume, "force": force, "progress": progress, "phase": phase}
+        result = train_bundle(beginning, texts, out, options, **how)
         if mx.distributed.init().rank() > 0:
             return  # the first process reports
         floor = mx.distributed.init().size() * matmul_flops_per_s(mx.float32) / result["flops_per_token"]
     if json:
         print_json({"out": str(out), **result, "floor_tokens_per_second": round(floor, 1)})
     else:
-        say(f"Wrote {out}: context recovery {result['recovery']:.2f}, separation {result['separation']:.2f}.")
-        if "tokens_per_second" in result:
-            say(f"{result['tokens_per_second']:.0f} tokens/s; the matmuls alone would allow {floor:.0f}.")
+        say_result(out, result, floor, "the start's" if fitting is None else "the closed form's")
+
+
+def say_result(out: Path, result: dict[str, Any], floor: float, start: str) -> None:
+    """Say what was trained and what is kept of it."""
+    has_written = result["steps_now"] or result["rewritten"]
+    verb = "Wrote" if has_written else "Nothing is left to train of"
+    say(f"{verb} {out}: context recovery {result['recovery']:.2f}, separation {result['separation']:.2f}.")
+    if result["rewritten"]:
+        say("The bundle of this run was gone; what is written is the best since it was resumed.")
+    steps, tokens = plural(result["steps_taken"], "step"), plural(result["tokens_taken"], "token")
+    best = (
+        f"the best was after step {result['step']}" if result["step"] else f"none was better, so {start} maps are kept"
+    )
+    say(f"{steps} taken, {tokens} in {result['minutes_taken']:.1f} min; {best}.")
+    if "tokens_per_second" in result:
+        say(f"{result['tokens_per_second']:.0f} tokens/s; the matmuls alone would allow {floor:.0f}.")
+
+
+Told = Callable[[float, dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def training_bar() -> Iterator[Callable[[float, dict[str, Any]], None]]:
-    """Show share of the budget, loss, tokens per second and time left on stderr, on a terminal only."""
+def display() -> Iterator[tuple[Phase, Told]]:
+    """Show phases and training on stderr: a bar for each on a terminal, else lines.
+
+    Yields what opens a phase, and what is told after each step: the share of the budget, and its log entry.
+    """
+    if not sys.stderr.isatty():
+        with contextlib.ExitStack() as stack:
+            yield progress_bar, training_lines(stack)
+        return
     columns = (
-        TextColumn("training"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("training", total=1.0, state="")
-        yield lambda share, entry: bar.update(
-            task,
-            completed=share,
-            state=f"loss {entry['loss']:.3f}, {entry['tokens']:,} tokens, {entry['tokens_per_second']:.0f}/s",
-        )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        training: list[TaskID] = []
+
+        @contextlib.contextmanager
+        def phase(label: str) -> Iterator[Callable[[int, int], None]]:
+            task = bar.add_task(label, total=None, state="")
+            try:
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            finally:
+                bar.remove_task(task)
+
+        def told(share: float, entry: dict[str, Any]) -> None:
+            if not training:
+                training.append(bar.add_task("training", total=1.0, state=""))
+            bar.update(training[0], completed=share, state=_state(entry))
+
+        yield phase, told
+
+
+def training_lines(stack: contextlib.ExitStack) -> Told:
+    """Return what says now and then how far training is, from the first step on."""
+    lines: list[Callable[..., None]] = []
+
+    def told(share: float, entry: dict[str, Any]) -> None:
+        if not lines:
+            lines.append(stack.enter_context(progress_lines("training")))
+        lines[0](round(1000 * share), 1000, f"{share:.0%} of the budget, {_state(entry)}")
+
+    return told
+
+
+def _state(entry: dict[str, Any]) -> str:
+    return f"loss {entry['loss']:.3f}, {entry['tokens']:,} tokens, {entry['tokens_per_second']:.0f}/s"

@@ -1,7 +1,6 @@
 """From which prompt length prediction pays, as ``kvp bench calibrate`` found it on this machine."""
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import mlx.core as mx
 
 from .. import __version__
 from ..bundle.loading import KVPModel
-from ..files import cache_dir, write_json
+from ..errors import InputError
+from ..files import cache_dir, read_json, write_json
 
 AUTO_MIN_PROMPT_TOKENS = 64  # where nothing was calibrated
 NEVER = sys.maxsize
@@ -36,8 +36,8 @@ def calibration_path() -> Path:
 
 def _read() -> dict[str, Any]:
     try:
-        data = json.loads(calibration_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(calibration_path())
+    except (OSError, InputError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -5,14 +5,21 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..models.families import Cache
+from ..models.families import Cache, is_listed
 from ..models.sections import run_layers, section
 from .dial import Dial
-from .prefill import PrefillTimes, Progress, auxiliary_cache_for, catch_up_auxiliary, fill
+from .prefill import PrefillTimes, Progress, auxiliary_cache_for, base_prefill, catch_up_auxiliary, fill
 
 REFINE_CHUNK_TOKENS = 64
 """Measured (docs/chat.md): as quick as full prefill within 4 %, and no layer of it takes 50 ms at 2,048 tokens."""
@@ -40,6 +47,17 @@ class Context:
         self.exact_tokens = 0
         self.cache: Cache = make_prompt_cache(model.base)
         self._own_auxiliary_cache = None if model.is_prefix else make_prompt_cache(model.auxiliary)
+        self._uncounted_tokens = 0  # that layers hold which do not count them
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer keeps all keys and values, which can be cut, saved and predicted; quantised or not."""
+        return all(isinstance(layer, KVCache | QuantizedKVCache | ConcatenateKVCache) for layer in self.cache)
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether the cache can be written to disk and taken up again."""
+        return is_listed(self.model.base) and all(isinstance(layer, KVCache) for layer in self.cache)
 
     @property
     def auxiliary_cache(self) -> Cache:
@@ -54,13 +72,37 @@ class Context:
     def keep(self, length: int) -> int:
         """Trim the caches to the first ``length`` tokens, or to what every layer holds; returns what is left.
 
-        An interrupt between layers can leave some of them a chunk ahead of the others.
+        An interrupt between layers can leave some of them a chunk ahead of the others. Caches that cannot be cut there
+        (sliding windows, recurrent states) begin anew.
         """
-        length = trim_to(self.cache, length)
-        trim_to(self.auxiliary_cache, length)
+        if self.is_plain:
+            length = trim_to(self.cache, length)
+            trim_to(self.auxiliary_cache, length)
+        else:
+            length = self._keep_or_begin_anew(length)
         self.tokens = self.tokens[:length]
         self.exact_tokens = min(self.exact_tokens, length)
         return length
+
+    def _keep_or_begin_anew(self, length: int) -> int:
+        """Do what ``keep`` does where no cache is plain; only a model without a predictor has such."""
+        offsets = [getattr(layer, "offset", None) for layer in self.cache]
+        held = self._uncounted_tokens if None in offsets else min(offset for offset in offsets if offset is not None)
+        if held > length > 0 and can_trim_prompt_cache(self.cache):
+            trim_prompt_cache(self.cache, held - length)
+            return length
+        if 0 < held <= length:
+            return held
+        self._begin_anew()
+        return 0
+
+    def _begin_anew(self) -> None:
+        self.cache, self._uncounted_tokens = make_prompt_cache(self.model.base), 0
+
+    def lend(self) -> Cache:
+        """Return the cache, to be extended by others; ``grown_to`` finds out what it holds then."""
+        self._uncounted_tokens = 0
+        return self.cache
 
     def read(
         self,
@@ -84,10 +126,16 @@ class Context:
         exact = max(len(self.tokens), min(dial.exact_head, end) if is_predicted else end)
         report: dict[str, Any] = {"prefill_step_size": step_size, "times": times, "progress": progress}
         try:
-            fill(self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, **report)
+            if self.model.config.has_predictor:
+                fill(self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, **report)
+            elif len(self.tokens) < end:
+                base_prefill(self.model, mx.array([ids[len(self.tokens) : end]]), self.cache, **report)
+            self._uncounted_tokens = end
         except BaseException:
             if is_predicted:  # what was predicted still lacks what the base would have read of it
                 self.keep(exact)
+            if not self.is_plain:  # nobody knows how far each layer came
+                self._begin_anew()
             raise
         finally:
             self.grown_to(ids, exact if is_predicted else len(ids))
@@ -120,7 +168,7 @@ class Context:
         Raises:
             InputError: the cache was quantised.
         """
-        if not all(isinstance(layer, KVCache) for layer in self.cache):
+        if self.exact_tokens < len(self.tokens) and not all(isinstance(layer, KVCache) for layer in self.cache):
             raise InputError("a quantised cache cannot be refined; leave out kv_bits.")
         while self.exact_tokens < len(self.tokens):
             start = self.exact_tokens

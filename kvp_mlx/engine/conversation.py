@@ -10,7 +10,7 @@ from ..bundle.loading import KVPModel
 from ..errors import InputError
 from .context import Context
 from .dial import QUALITIES, Dial
-from .prompt import Message, check_text, check_window, render
+from .prompt import Message, check_size, check_text, check_window, render
 from .reply import Piece, reply
 from .saved_caches import load_head, save_head
 
@@ -28,16 +28,27 @@ class Conversation:
         context: what the model has read.
         dropped_turns: turns that left the context for the latest answer, to make room.
         keep_heads: whether exact heads are saved on disk, and loaded the next time.
+
+    Args:
+        model: the bundle.
+        system: a system message.
+        template_arguments: for the chat template (``enable_thinking``, ...).
+
+    Raises:
+        InputError: no chat template, or one that refuses such a conversation.
     """
 
-    def __init__(self, model: KVPModel, system: str | None = None):
+    def __init__(self, model: KVPModel, system: str | None = None, *, template_arguments: dict[str, Any] | None = None):
         if model.text_tokenizer.chat_template is None:
             raise InputError("this model has no chat template; use 'kvp generate --raw'.")
         self.model = model
+        self._template_arguments = template_arguments
         self.context = Context(model)
         self.dropped_turns = 0
         self.keep_heads = False
+        check_text(system or "")
         self.restore([{"role": "system", "content": system}] if system else [])
+        self._head()
 
     def restore(self, messages: list[Message], first: int | None = None) -> None:
         """Go on from another transcript; what its rendering shares with the context is not read again."""
@@ -47,10 +58,39 @@ class Conversation:
     def clear(self) -> None:
         """Forget everything but the system message."""
         self.restore(self.messages[: _system_messages(self.messages)])
+        self.context.keep(common_prefix_len(self.context.tokens, self._head()))
+
+    def tokens_of(self, text: str, what: str = "the message") -> int:
+        """Return how many tokens a message takes in a conversation of its own.
+
+        Raises:
+            InputError: it does not fit the context window, or is no Unicode.
+        """
+        check_text(text)
+        check_size(self.model, text, what)
+        tokens = len(self._render([*self._system(), {"role": "user", "content": text}], 0))
+        window = self.model.context_length
+        if window is not None and tokens >= window:
+            raise InputError(f"{what} has {tokens:,} tokens, the model's context window {window:,}; shorten it.")
+        return tokens
+
+    def unread_tokens(self) -> int:
+        """Return how many tokens of the conversation the context does not hold."""
+        ids = self._render(self.messages, self.first, asks=False) if len(self.messages) > len(self._system()) else []
+        return len(ids) - common_prefix_len(self.context.tokens, ids)
+
+    def _system(self) -> list[Message]:
+        return self.messages[: _system_messages(self.messages)]
+
+    def _head(self) -> list[int]:
+        """Return the tokens that every conversation after this system message begins with."""
+        a, b = (self._render([*self._system(), {"role": "user", "content": text}], 0) for text in ("a", "1"))
+        return a[: common_prefix_len(a, b)]
 
     def reply(self, text: str, **options: Any) -> Iterator[Piece]:
         """Answer the user's next message; see ``_answer``."""
         check_text(text)
+        check_size(self.model, text, "the message")
         return self._answer([*self.messages, {"role": "user", "content": text}], **options)
 
     def edit(self, text: str, **options: Any) -> Iterator[Piece]:
@@ -60,6 +100,7 @@ class Conversation:
             InputError: there is none.
         """
         check_text(text)
+        check_size(self.model, text, "the message")
         return self._answer([*self.messages[: self._last_turn()], {"role": "user", "content": text}], **options)
 
     def regenerate(self, **options: Any) -> Iterator[Piece]:
@@ -148,9 +189,10 @@ class Conversation:
             ids = self._render(messages, first)
         return first, ids
 
-    def _render(self, messages: list[Message], first: int) -> list[int]:
-        shown = messages[: _system_messages(messages)] + messages[first:]
-        return render(self.model.text_tokenizer, shown)
+    def _render(self, messages: list[Message], first: int, *, asks: bool = True) -> list[int]:
+        number = _system_messages(messages)
+        shown = messages[:number] + messages[max(first, number) :]
+        return render(self.model.text_tokenizer, shown, asks=asks, arguments=self._template_arguments)
 
 
 def _system_messages(messages: list[Message]) -> int:

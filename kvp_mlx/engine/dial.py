@@ -8,6 +8,7 @@ from ..bundle.config import BundleConfig
 from ..errors import InputError
 
 Path = Literal["kvp", "full", "auto"]
+NEW_PREDICTOR = "'kvp train MODEL --layers K --data TEXT --out DIR' makes a bundle that has one"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Dial:
         """Return the share of tokens that a bundle is to recompute.
 
         Raises:
-            InputError: above 0 for a bundle that cannot tell which tokens.
+            InputError: above 0 for a bundle that cannot tell which tokens, or anything but ``full`` and ``auto`` for a
+                model without a predictor.
         """
+        if not config.has_predictor and (self.path == "kvp" or self.recompute):
+            raise InputError(f"this model has no predictor, so prompts are read in full; {NEW_PREDICTOR}.")
         if self.recompute is None:
             return config.recompute.share if config.recompute is not None else 0.0
         if self.recompute and config.recompute is None:
@@ -71,8 +75,8 @@ class Dial:
         """
         share = self.share(config)
         predictable = self.predicted_tokens(prompt_tokens, cached_tokens)
-        is_predicted = self.path != "full" and predictable > 0 and (self.path == "kvp" or predictable >= auto_min)
-        if is_predicted:
+        pays = self.path == "kvp" or (config.has_predictor and predictable >= auto_min)
+        if self.path != "full" and predictable > 0 and pays:
             return replace(self, path="kvp", recompute=share)
         return replace(self, path="full", exact_tail=0, recompute=share)
 
@@ -102,9 +106,16 @@ def dial_of(
     """Return a named quality with what is given beside it.
 
     Raises:
-        InputError: no such quality, or see ``Dial``.
+        InputError: no such quality, what a prompt that is read in full cannot follow, or see ``Dial``.
     """
     if quality not in QUALITIES:
         raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{quality}'.")
     given: dict[str, Any] = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
-    return replace(QUALITIES[quality], **{name: value for name, value in given.items() if value is not None})
+    dial = replace(QUALITIES[quality], **{name: value for name, value in given.items() if value is not None})
+    idle = [name for name in ("exact_head", "exact_tail", "recompute") if given[name]]
+    if dial.path == "full" and idle:
+        raise InputError(
+            f"{idle[0].replace('_', ' ')} says how a prompt is predicted, and full prefill predicts nothing; leave out "
+            "one of the two."
+        )
+    return dial

@@ -18,7 +18,7 @@ from ..bundle.loading import KVPModel
 from ..device.streams import chunks, default_step_size, parts, release_buffers, side_by_side
 from ..errors import InputError
 from ..models.entries import append_raw, room_for
-from ..models.families import Cache
+from ..models.families import Cache, is_listed
 from ..models.sections import run_layers, section
 from .dial import Dial
 from .recompute import repair
@@ -205,11 +205,15 @@ def read_prompt(
     progress: Progress | None = None,
 ) -> None:
     """Let a model read ``ids`` (B, T) on top of its ``cache``, chunk by chunk."""
-    with wired_limit(model), side_by_side(ids.size) as streams, room_for(ids.shape[1], cache):
+    rows = ids.size if is_listed(model) else 0  # what other architectures keep may not take two parts at once
+    with wired_limit(model), side_by_side(rows) as streams, room_for(ids.shape[1], cache):
         for chunk, done in chunks(ids, prefill_step_size):
             for stream, part in parts(chunk, streams):
                 with mx.stream(stream):
-                    run_layers(model, part, cache)
+                    if is_listed(model):
+                        run_layers(model, part, cache)
+                    else:
+                        model(part, cache=cache)
             mx.eval(_state(cache))
             release_buffers()
             if progress:

@@ -6,42 +6,100 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError
+from .controls import encode_apart, set_apart
 
 Message = dict[str, str]
 """``role`` and ``content``, as chat templates take them."""
+MAX_CHARACTERS_PER_TOKEN = 32
+"""On average over a text, and generous: prose has about 4."""
 
 
-def render(tokenizer: TokenizerWrapper, messages: list[Message], *, asks: bool = True) -> list[int]:
-    """Return the token ids of messages in the model's chat template; with ``asks`` the assistant's turn is opened."""
-    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=asks)
-    return ids
+def render(
+    tokenizer: TokenizerWrapper, messages: list[Message], *, asks: bool = True, arguments: dict[str, Any] | None = None
+) -> list[int]:
+    """Return the token ids of messages in the model's chat template, whose control tokens no message can forge.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        asks: open the assistant's turn.
+        arguments: for the template (``enable_thinking``, ...).
+
+    Raises:
+        InputError: the template refuses these messages, or fails.
+    """
+    safe = set_apart(tokenizer, messages)
+    options = {**(arguments or {}), "add_generation_prompt": asks, "tokenize": safe is messages}
+    try:
+        rendered: list[int] | str = tokenizer.apply_chat_template(safe, **options)
+    except Exception as error:  # templates raise what they like, and everything that Python does
+        raise template_error(tokenizer, error) from error
+    return encode_apart(tokenizer, rendered) if isinstance(rendered, str) else rendered
 
 
-def render_text(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]]) -> str:
-    """Return messages in the model's chat template as text."""
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+def template_error(tokenizer: TokenizerWrapper, error: Exception) -> InputError:
+    """Return what a chat template's failure means to who wrote the messages."""
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        return InputError(f"this model has chat templates named {names} and no default one; name one 'default' there.")
+    return InputError(f"the model's chat template refuses this conversation: {reason}; change it, or see --system.")
+
+
+def render_text(tokenizer: TokenizerWrapper, messages: list[Message]) -> str:
+    """Return what ``render`` encodes, as text to be encoded by ``controls.encode_apart``.
+
+    Raises:
+        InputError: as ``render``.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(set_apart(tokenizer, messages), tokenize=False)
+    except Exception as error:
+        raise template_error(tokenizer, error) from error
     return text
 
 
-def encode(model: KVPModel, prompt: str | list[int], *, raw: bool = False) -> list[int]:
+def encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Return the token ids of text as it stands, with one BOS where the tokeniser puts one."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not has_bos)
+    return ids
+
+
+def encode(
+    model: KVPModel,
+    prompt: str | list[int],
+    *,
+    raw: bool = False,
+    system: str | None = None,
+    template_arguments: dict[str, Any] | None = None,
+) -> list[int]:
     """Turn a prompt into token ids: through the chat template as a user's message, or as it stands.
 
     Args:
         model: the bundle.
         prompt: text, or token ids that are passed through.
         raw: skip the chat template (a base without one is always raw).
+        system: a system message that goes before it, in the chat template.
+        template_arguments: for the chat template.
 
     Raises:
-        InputError: nothing to encode, no tokeniser, or more tokens than the context window holds.
+        InputError: nothing to encode, no tokeniser, no chat template for what needs one, or more tokens than the
+            context window holds.
     """
     if isinstance(prompt, str):
         tokenizer = model.text_tokenizer
         check_text(prompt)
-        if raw or tokenizer.chat_template is None:
-            has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-            ids = tokenizer.encode(prompt, add_special_tokens=not has_bos)
+        check_text(system or "")
+        check_size(model, prompt)
+        is_raw = raw or tokenizer.chat_template is None
+        if is_raw and (system or template_arguments):
+            raise InputError("a system prompt and template arguments need a chat template; leave them out.")
+        if is_raw:
+            ids = encode_text(tokenizer, prompt)
         else:
-            ids = render(tokenizer, [{"role": "user", "content": prompt}])
+            messages = [{"role": "system", "content": system}] if system else []
+            ids = render(tokenizer, [*messages, {"role": "user", "content": prompt}], arguments=template_arguments)
     else:
         ids = list(prompt)
     if not ids:
@@ -60,6 +118,20 @@ def check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt is not UTF-8 text (character {error.start}); convert it first.") from error
+
+
+def check_size(model: KVPModel, text: str, what: str = "the prompt") -> None:
+    """Refuse text that cannot fit the context window, before the work of tokenising it.
+
+    Raises:
+        InputError: it has more characters than that many tokens ever stand for.
+    """
+    window = model.context_length
+    if window is not None and len(text) > MAX_CHARACTERS_PER_TOKEN * window:
+        raise InputError(
+            f"{what} has {len(text):,} characters, far more than the model's context window of {window:,} tokens can "
+            "hold; shorten it."
+        )
 
 
 def check_window(model: KVPModel, tokens: int, max_tokens: int = 1) -> None:

@@ -1,11 +1,12 @@
 """A request from token ids to streamed text: keep the common prefix, choose the path, read, decode, count, clock."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, wired_limit
+from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
@@ -35,6 +36,7 @@ class Piece:
         cached_tokens: held by the context when the request came.
         new_tokens: the rest of the prompt.
         predicted_tokens: how many of those were predicted, and not read exactly before or after.
+        exact_tokens: how many of the prompt's first tokens have the entries that full prefill gives.
         recomputed_tokens: how many tokens the base read on top of the prediction, the exact tail included.
         times: what reading the prompt took, part by part.
         ttft_ms: from the token ids to the first token's value on the host.
@@ -52,6 +54,7 @@ class Piece:
     cached_tokens: int
     new_tokens: int
     predicted_tokens: int
+    exact_tokens: int
     recomputed_tokens: int
     times: PrefillTimes
     ttft_ms: float
@@ -68,6 +71,7 @@ def reply(
     max_tokens: int = 256,
     sampler: Chooser | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
+    stop: Sequence[str] = (),
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -84,6 +88,7 @@ def reply(
         max_tokens: tokens to generate at most; the context window may allow fewer.
         sampler: from log-probabilities ``(1, vocab)`` to a token ``(1,)``; greedy by default.
         logits_processors: as mlx-lm's; they see the whole prompt.
+        stop: texts before the first of which the answer ends.
         prefill_step_size: prompt tokens per chunk (default: ``default_step_size()``).
         progress: called with (tokens done, tokens to do) after every chunk.
         options: passed to mlx-lm's ``stream_generate`` (kv_bits, ...).
@@ -94,6 +99,8 @@ def reply(
     """
     model = context.model
     dial.share(model.config)  # refused before anything changes
+    if dial.path == "auto" and not all(isinstance(layer, KVCache) for layer in context.cache):
+        dial = replace(dial, path="full")  # nothing is predicted on top of a quantised cache, nor of other kinds
     if options.pop("draft_model", None) is not None:
         raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
     max_tokens = allowed_tokens(model, len(ids), max_tokens)
@@ -105,15 +112,54 @@ def reply(
         try:
             first = first_token_on(context, ids, settled, **choosing, step_size=prefill_step_size, progress=progress)
             options["prefill_step_size"] = prefill_step_size or default_step_size()
-            for piece in decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options):
-                generated.append(piece.token)
-                yield _piece(piece, first, settled, len(ids), cached, len(generated))
+            exact = len(ids) if context.exact_tokens == len(context.tokens) else context.exact_tokens
+
+            def pieces() -> Iterator[Piece]:
+                for piece in decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options):
+                    generated.append(piece.token)
+                    yield _piece(piece, first, settled, len(ids), cached, exact, len(generated))
+
+            yield from until(pieces(), stop)
         finally:
             context.grown_to(ids + generated)
 
 
+def until(pieces: Iterator[Piece], stop: Sequence[str]) -> Iterator[Piece]:
+    """End a streamed text before the first stop string; text that may be the beginning of one waits for the next piece.
+
+    Args:
+        pieces: of the text.
+        stop: the stop strings; empty ones are none.
+    """
+    marks = [mark for mark in stop if mark]
+    if not marks:
+        yield from pieces
+        return
+    text = ""
+    for piece in pieces:
+        text += piece.text
+        if found := [place for mark in marks if (place := text.find(mark)) >= 0]:
+            yield replace(piece, text=text[: min(found)], finish_reason="stop")
+            return
+        waiting = 0 if piece.finish_reason else max(_overlap(text, mark) for mark in marks)
+        yield replace(piece, text=text[: len(text) - waiting])
+        text = text[len(text) - waiting :]
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Return how many characters at the end of a text are the beginning of a stop string."""
+    longest = min(len(text), len(mark) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)
+
+
 def _piece(
-    piece: GenerationResponse, first: FirstStep, dial: Dial, prompt_tokens: int, cached_tokens: int, generated: int
+    piece: GenerationResponse,
+    first: FirstStep,
+    dial: Dial,
+    prompt_tokens: int,
+    cached_tokens: int,
+    exact_tokens: int,
+    generated: int,
 ) -> Piece:
     """Return mlx-lm's record of a token with what is known of the prompt."""
     return Piece(
@@ -126,6 +172,7 @@ def _piece(
         cached_tokens=cached_tokens,
         new_tokens=prompt_tokens - cached_tokens,
         predicted_tokens=dial.predicted_tokens(prompt_tokens, cached_tokens) if dial.path == "kvp" else 0,
+        exact_tokens=exact_tokens,
         recomputed_tokens=first.times.recomputed_tokens,
         times=first.times,
         ttft_ms=first.ttft_ms,
@@ -159,7 +206,7 @@ def first_token_on(
 
     def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
         context.read(ids, dial, times=times, step_size=step_size, progress=progress)
-        return context.model.base, context.cache
+        return context.model.base, context.lend()
 
     return time_first_token(read, ids[-1:], sampler=sampler or greedy, process=processed(ids, logits_processors))
 
@@ -174,6 +221,8 @@ def stream_generate(
     exact_tail: int | None = None,
     recompute: float | None = None,
     raw: bool = False,
+    system: str | None = None,
+    template_arguments: dict[str, Any] | None = None,
     context: Context | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -188,11 +237,14 @@ def stream_generate(
         exact_tail: predicting, it reads this many before the last, on top of the prediction.
         recompute: predicting, the share of the prompt's tokens that the base reads itself, on average over layers.
         raw: skip the chat template.
+        system: a system message.
+        template_arguments: for the chat template (``enable_thinking``, ...).
         context: may hold the beginning of the prompt (a saved cache); extended in place.
-        options: as ``reply`` takes them: max_tokens, sampler, logits_processors, progress, kv_bits, ...
+        options: as ``reply`` takes them: max_tokens, sampler, logits_processors, stop, progress, kv_bits, ...
 
     Raises:
         InputError: see ``encode`` and ``reply``.
     """
     dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
-    yield from reply(context or Context(model), encode(model, prompt, raw=raw), dial, **options)
+    ids = encode(model, prompt, raw=raw, system=system, template_arguments=template_arguments)
+    yield from reply(context or Context(model), ids, dial, **options)

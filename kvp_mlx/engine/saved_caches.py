@@ -6,6 +6,7 @@ Directories are renamed into place when they are whole. The transcripts of conve
 them, which no size limit removes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,13 +26,13 @@ from mlx_lm.utils import common_prefix_len
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from ..bundle.loading import KVPModel
-from ..errors import BundleError, InputError
-from ..files import atomic_directory, cache_dir, sha256_of, write_json
+from ..errors import BundleError, InputError, KVPError
+from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, sha256_of, write_json
 from ..models.families import Cache, kv_shapes
 from .context import Context
 from .dial import Dial
 from .prefill import Progress
-from .prompt import Message, check_text, check_window, render
+from .prompt import Message, check_size, check_text, check_window, render
 
 FORMAT_VERSION = 1
 DEFAULT_LIMIT_GB = 4.0
@@ -102,6 +103,7 @@ def build_cache(
         InputError: it does not fit the context window, or is no text.
     """
     check_text(text)
+    check_size(model, text, "the text")
     saved = SavedCache(role=role, text=text, tokens=(), exact_tokens=0, base="", predictor=None, sha256="", created="")
     a, b = (render(model.text_tokenizer, saved.messages_with(end), asks=False) for end in ("a", "1"))
     ids = a[: common_prefix_len(a, b)]
@@ -137,9 +139,10 @@ def save_cache(
     if size > limit:
         raise InputError(f"this cache takes {size / 1e9:.2f} GB, all may take {limit / 1e9:.2f} (KVP_CACHE_LIMIT_GB).")
     model = context.model
-    with atomic_directory(place) as work:
+    private_directory(place.parent)
+    with atomic_directory(place, private=True) as work:
         file = work / "cache.safetensors"
-        save_prompt_cache(str(file), compact, {"tokens": str(length)})
+        _write_entries(compact, length, file)
         saved = SavedCache(
             role=role,
             text=text,
@@ -152,6 +155,13 @@ def save_cache(
         )
         (work / "cache.json").write_text(saved.model_dump_json(), encoding="utf-8")
     return _remove_oldest(limit, keep=name)
+
+
+def _write_entries(cache: Cache, length: int, file: Path) -> None:
+    try:
+        save_prompt_cache(str(file), cache, {"tokens": str(length)})
+    except RuntimeError as error:  # what mlx makes of a full disk
+        raise KVPError(f"the cache cannot be written ({error}); make room, or set KVP_CACHE_DIR elsewhere.") from error
 
 
 def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[SavedCache, Context]:
@@ -167,6 +177,7 @@ def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[Save
         BundleError: a damaged one.
     """
     place = cache_place(name)
+    recover(place)
     if not place.is_dir():
         raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them, 'kvp cache build' makes one.")
     saved = read_saved(place)
@@ -179,7 +190,8 @@ def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[Save
     context = Context(model)
     if saved.tokens:
         context.replace(list(saved.tokens), _read_entries(place, saved, model), saved.exact_tokens)
-    os.utime(place / "cache.json")
+    with contextlib.suppress(OSError):  # a cache that may only be read can be used as well
+        os.utime(place / "cache.json")
     return saved, context
 
 
@@ -214,8 +226,8 @@ def read_saved(place: Path) -> SavedCache:
         BundleError: it is damaged, or of a newer version.
     """
     try:
-        return SavedCache.model_validate_json((place / "cache.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, ValidationError) as error:
+        return SavedCache.model_validate(read_json(place / "cache.json"))
+    except (OSError, InputError, ValidationError) as error:
         raise BundleError(
             f"the saved cache {place} is damaged or of another version; remove it ('kvp cache rm {place.name}')."
         ) from error
@@ -251,18 +263,25 @@ def load_head(context: Context, ids: list[int]) -> bool:
         _, loaded = load_cache(context.model, name, exact=True)
     except BundleError as error:
         warnings.warn(str(error), stacklevel=1)
-        remove_cache(name)
+        with contextlib.suppress(OSError):
+            remove_cache(name)
         return False
     context.replace(loaded.tokens, loaded.cache, loaded.exact_tokens)
     return True
 
 
 def save_head(context: Context, ids: list[int]) -> None:
-    """Save the entries of a prompt's head, if the context holds exact ones."""
+    """Save the entries of a prompt's head, if the context holds exact ones; where that fails, a warning says so.
+
+    It comes after the answer, which stands whether or not the next one will come sooner.
+    """
     if context.exact_tokens >= len(ids) and not cache_place(name := _head_name(context.model, ids)).exists():
         head = Context(context.model)
         head.replace(ids, _first_entries(context.cache, len(ids)), len(ids))
-        save_cache(head, name, "head")
+        try:
+            save_cache(head, name, "head")
+        except (KVPError, OSError) as error:
+            warnings.warn(f"the exact head is not kept for the next time: {error}", stacklevel=1)
 
 
 def _head_name(model: KVPModel, ids: list[int]) -> str:
@@ -272,7 +291,8 @@ def _head_name(model: KVPModel, ids: list[int]) -> str:
 
 def save_conversation(name: str, messages: list[Message], first: int) -> None:
     """Write a transcript, in place of what may be there, whole or not at all."""
-    write_json(_transcript(name), {"format_version": FORMAT_VERSION, "messages": messages, "first": first})
+    record = {"format_version": FORMAT_VERSION, "messages": messages, "first": first}
+    write_json(_transcript(name), record, private=True)
 
 
 def load_conversation(name: str) -> tuple[list[Message], int]:
@@ -284,16 +304,22 @@ def load_conversation(name: str) -> tuple[list[Message], int]:
     """
     path = _transcript(name)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+        data = read_json(path)
+        messages = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in data["messages"]]
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError("another version")
-        return messages, int(data["first"])
+        return messages, range(len(messages) + 1).index(data["first"])
     except FileNotFoundError as error:
         known = ", ".join(conversation_names()) or "none yet"
         raise InputError(f"there is no saved conversation '{name}'; saved: {known}.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"the saved conversation {path} is damaged or of another version; remove it.") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
 
 
 def conversation_names() -> list[str]:
@@ -332,19 +358,23 @@ def directory_bytes(place: Path) -> int:
 
 
 def base_fingerprint(model: KVPModel) -> str:
-    """Return what identifies the base's weights as they compute."""
-    return _weights_fingerprint(model.base)
+    """Return what identifies the base as it computes: its weights, and the fields of its config that reach it."""
+    return _fingerprint(model.base)
 
 
 def predictor_fingerprint(model: KVPModel) -> str:
     """Return what identifies everything that predicts: the maps and whatever reads the prompt."""
-    return _weights_fingerprint(model.predictor, model.auxiliary)
+    return _fingerprint(model.predictor, model.auxiliary)
 
 
-def _weights_fingerprint(*modules: nn.Module) -> str:
-    """Hash names, types, shapes and the beginnings of all weights; any training changes them."""
+def _fingerprint(*modules: nn.Module) -> str:
+    """Hash modules' settings, and names, types, shapes and beginnings of all weights; any training changes it.
+
+    A model file's arguments are what its code reads of config.json: RoPE, norms, heads.
+    """
     digest = hashlib.sha256()
     for module in modules:
+        digest.update(json.dumps(vars(module.args) if "args" in vars(module) else {}, default=str).encode())
         for name, array in sorted(tree_flatten(module.parameters())):
             row = array[(0,) * (array.ndim - 1)] if array.ndim > 1 else array
             digest.update(f"{name}:{array.dtype}:{array.shape}\n".encode())

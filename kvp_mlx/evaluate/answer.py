@@ -45,7 +45,7 @@ def generate(
     Args:
         model: the bundle.
         questions: what is asked; all their caches are in memory together.
-        stop: strings that end an answer.
+        stop: strings that end an answer; empty ones are left out.
         max_tokens: of an answer, at most; fewer where the context window ends before.
 
     Returns:
@@ -56,7 +56,7 @@ def generate(
     """
     for question in questions:
         check_window(model, len(question.ids), max_tokens)
-    window = model.context_length or sys.maxsize
+    window, stop = model.context_length or sys.maxsize, [text for text in stop if text]
     read = [read_prompt(model, question.arm, question.ids) for question in questions]
     answers = [
         [

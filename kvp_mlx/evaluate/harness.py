@@ -15,9 +15,9 @@ from ..arms.kinds import parse_arm, with_dial
 from ..bundle.loading import KVPModel
 from ..errors import InputError
 from ..models.families import Cache
-from ..train.text import data_files
 from .answer import Question, generate
-from .likelihood import Scoring, all_predicted, predicted_losses, split_choices
+from .likelihood import Scoring, all_predicted, check_continuations, predicted_losses, prefix_token, split_choices
+from .records import read_records
 
 try:
     from lm_eval import simple_evaluate
@@ -52,6 +52,7 @@ class KVPLM(MLXLM):
         self._model = self.arm.networks(model)[-1]
         self._max_tokens = model.context_length
         self._batch_size = 1
+        self._prefix: tuple[int, ...] = ()
 
     def _process_prompt(self, prompt: Sequence[int], step_size: int = 0) -> tuple[mx.array, Cache]:
         """Return log-probabilities (1, vocabulary) of the token after a prompt, and the arm's cache of it."""
@@ -61,15 +62,29 @@ class KVPLM(MLXLM):
         return nn.log_softmax(logits.astype(mx.float32)), cache
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether it is the greedy one."""
-        if self.scoring != Scoring.predicted or not self.arm.kind.predicts:
-            return super().loglikelihood(requests)
-        results = []
-        for request in requests:
-            prompt, (continuation,) = split_choices(self.model, request.args[0], [request.args[1]])
-            losses, is_greedy = predicted_losses(self.model, prompt, continuation)
-            results.append((-float(losses.sum()), is_greedy))
+        """Return each continuation's log-likelihood, and whether it is the greedy one.
+
+        Raises:
+            InputError: a continuation of no tokens, or one that does not fit the context window after its context.
+        """
+        split = [split_choices(self.model, context, [rest]) for context, rest in (one.args for one in requests)]
+        for prompt, continuations in split:
+            check_continuations(self.model, prompt, continuations)
+        if self.scoring == Scoring.predicted and self.arm.kind.predicts:
+            found = [predicted_losses(self.model, prompt, rest) for prompt, (rest,) in split]
+            return [(-float(losses.sum()), is_greedy) for losses, is_greedy in found]
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for is_empty in (False, True):
+            numbers = [n for n, one in enumerate(requests) if is_empty == (not self.tokenizer.encode(one.args[0]))]
+            self._prefix = (prefix_token(self.model),) if is_empty and numbers else ()
+            for number, result in zip(numbers, super().loglikelihood([requests[n] for n in numbers]), strict=True):
+                results[number] = result
+        self._prefix = ()
         return results
+
+    def _tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return token ids of texts, after the token that stands for an empty context where there is one."""
+        return [(*self._prefix, *ids) for ids in super()._tokenize(texts)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return each text's log-likelihood, of the arms that are models of their own.
@@ -87,12 +102,13 @@ class KVPLM(MLXLM):
         answers = []
         for request in requests:
             prompt, options = request.args
-            until = options.get("until", [])
+            until = options.get("until") or []
+            ids = self.tokenizer.encode(prompt) or [prefix_token(self.model)]
             ((answer,),) = generate(
                 self.model,
-                [Question(self.arm, self.tokenizer.encode(prompt))],
+                [Question(self.arm, ids)],
                 stop=[until] if isinstance(until, str) else until,
-                max_tokens=options.get("max_gen_toks", MAX_TOKENS),
+                max_tokens=options.get("max_gen_toks") or MAX_TOKENS,
             )
             answers.append(answer.text)
         return answers
@@ -123,8 +139,8 @@ def run_harness(
     manager = task_manager(with_its_own=not set(tasks) <= {path.stem for path in TASKS.glob("*.yaml")})
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise InputError(f"lm-evaluation-harness knows no task '{unknown[0]}'; ours are kvp_triviaqa, kvp_humaneval.")
-    files = [str(path.absolute()) for path in data_files(data)] if data else []
     with tempfile.TemporaryDirectory() as folder:
+        files = [copied(data, Path(folder))] if data else []
         chosen = [with_local_data(manager, name, files, Path(folder)) if files else name for name in tasks]
         try:
             return simple_evaluate(
@@ -140,6 +156,15 @@ def run_harness(
         except (OSError, ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({reason}); try --data.") from error
+
+
+def copied(data: Sequence[str], folder: Path) -> str:
+    """Write the records of JSONL files to one that any reader takes (no byte order mark); returns its place."""
+    path = folder / "data.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for record in read_records(data, {}):
+            print(json.dumps(record), file=file)
+    return str(path)
 
 
 @functools.cache

@@ -44,10 +44,30 @@ def all_predicted(arms: Sequence[Arm]) -> Dial:
 
 
 def split_choices(model: KVPModel, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Return a prompt's tokens and each choice's, cut where the prompt alone ends (as lm-evaluation-harness does)."""
+    """Return a prompt's tokens and each choice's, cut where the prompt alone ends (as lm-evaluation-harness does).
+
+    A prompt of no tokens is ``prefix_token``, so that a choice's first token is scored too.
+
+    Raises:
+        InputError: see ``prefix_token``.
+    """
     encode = model.text_tokenizer.encode
     ids = encode(prompt)
-    return ids, [encode(prompt + choice)[len(ids) :] for choice in choices]
+    choices_ids = [encode(prompt + choice)[len(ids) :] for choice in choices]
+    return ids or [prefix_token(model)], choices_ids
+
+
+def prefix_token(model: KVPModel) -> int:
+    """Return what stands before a text without a prompt: BOS, or else the end of a text before (as for lm-eval).
+
+    Raises:
+        InputError: the tokeniser has neither.
+    """
+    tokenizer = model.text_tokenizer
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError("a text without a prompt needs a BOS or end-of-text token before it; this tokeniser has neither.")
 
 
 def continuation_losses(

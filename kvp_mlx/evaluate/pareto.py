@@ -1,12 +1,12 @@
 """Score against time to first token and against prefill work, over all arms and dials: the figure of the paper."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..arms.kinds import parse_arm
 from ..errors import InputError
+from ..files import read_json
 from .tasks import all_tasks
 
 Point = dict[str, Any]
@@ -21,8 +21,8 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     documents = []
     for path in paths:
         try:
-            documents.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            documents.append(read_json(path))
+        except (InputError, OSError) as error:
             raise InputError(f"{path} is no JSON document of 'kvp eval TASK --out' ({error}).") from error
     return documents
 

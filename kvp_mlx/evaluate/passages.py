@@ -8,6 +8,7 @@ from functools import partial
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..bundle.loading import KVPModel
+from ..engine.prompt import check_window
 from ..errors import InputError
 from .generation import Generation, measure_generation
 from .records import SAMPLE, hashes, read_texts
@@ -47,6 +48,8 @@ def grid_run(
     options = {"data": hashes(places), "prompt_tokens": list(lengths), "depths": list(depths)}
 
     def items(model: KVPModel) -> list[Item]:
+        for length in lengths:
+            check_window(model, length, 1)
         return grid_items(ask, read_texts(places), model.text_tokenizer, lengths, depths, seed, count)
 
     return Run(task, items, measure_generation(answer), answer.encode, count, seed, options, has_grid=True)
@@ -85,8 +88,12 @@ def passage(
     """
     tokens = length - TEMPLATE_TOKENS
     if tokens < 1:
-        raise InputError(f"prompts of {length} tokens leave no room; more than {TEMPLATE_TOKENS}.")
+        raise InputError(f"--prompt-tokens {length} leaves no room for a passage; give more than {TEMPLATE_TOKENS}.")
     long_enough = [text for text in texts if len(text) > 6 * tokens] or [max(texts, key=len)]
+    if len(long_enough[0]) < tokens:
+        raise InputError(
+            f"the longest text of the data is far below {tokens:,} tokens; give --data or shorter lengths."
+        )
     for _ in range(PASSAGE_TRIES):
         text = rng.choice(long_enough)
         start = rng.randrange(max(1, len(text) - 6 * tokens))

@@ -1,15 +1,15 @@
 """Data files of the tasks: JSON lines, plain or gzipped, from local places or the Hub."""
 
-import gzip
-import json
 import random
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files import sha256_of
+from ..train.reader import holds_records, read_json_lines, read_text_pieces
 from ..train.text import data_files
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "test.jsonl.gz"
@@ -17,7 +17,10 @@ Kind = tuple[str, Callable[[Any], bool]]
 """What a field holds, in words, and whether a value is that."""
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 TEXTS: Kind = ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value))
-NUMBER: Kind = ("a whole number", lambda value: isinstance(value, int))
+NUMBER: Kind = ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
+MOST_RECORDS = 2_000_000
+MOST_CHARACTERS = 2**28
+"""Of texts that passages are taken from; what follows is left out."""
 
 
 def read_records(places: Iterable[str], fields: Mapping[str, Kind]) -> list[dict[str, Any]]:
@@ -32,26 +35,21 @@ def read_records(places: Iterable[str], fields: Mapping[str, Kind]) -> list[dict
     """
     records, places = [], list(places)
     for path in data_files(places):
-        try:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        records.append(checked(json.loads(line), fields, f"{path}, line {number}"))
-        except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
-            raise InputError(f"{path} is not readable JSON lines ({error}); check --data.") from error
+        for record, where in read_json_lines(path):
+            records.append(checked(record, fields, where))
+            if len(records) > MOST_RECORDS:
+                raise InputError(f"{path} has more than {MOST_RECORDS:,} records; give a part of it.")
     if not records:
         raise InputError(f"{', '.join(places)} holds no record; check --data.")
     return records
 
 
-def checked(record: Any, fields: Mapping[str, Kind], place: str) -> dict[str, Any]:
+def checked(record: dict[str, Any], fields: Mapping[str, Kind], place: str) -> dict[str, Any]:
     """Return a record that has its fields.
 
     Raises:
         InputError: it has not.
     """
-    if not isinstance(record, dict):
-        raise InputError(f"{place}: no JSON object; is it this task's data?")
     for name, (kind, is_right) in fields.items():
         if name not in record:
             raise InputError(f"{place}: the record lacks '{name}'; is it this task's?")
@@ -61,18 +59,30 @@ def checked(record: Any, fields: Mapping[str, Kind], place: str) -> dict[str, An
 
 
 def read_texts(places: Iterable[str]) -> list[str]:
-    """Return whole texts: of text files, or the ``text`` of JSONL records (without places: our own sample)."""
-    texts = []
-    for path in data_files(list(places) or [str(SAMPLE)]):
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            texts += [record["text"] for record in read_records([str(path)], {"text": TEXT})]
-            continue
-        try:
-            data = path.read_bytes()
-            texts.append((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8"))
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise InputError(f"{path} is not readable text ({error}); check --data.") from error
+    """Return whole texts: of text files, or the ``text`` of JSONL records (without places: our own sample).
+
+    Raises:
+        InputError: unreadable, or nothing but white space.
+    """
+    texts: list[str] = []
+    size = 0
+    for text in _texts(data_files(list(places) or [str(SAMPLE)])):
+        texts.append(text)
+        size += len(text)
+        if size > MOST_CHARACTERS:
+            warnings.warn(f"only the first {size:,} characters of the data are used.", stacklevel=1)
+            break
+    if not any(text.strip() for text in texts):
+        raise InputError("the data holds no text; give other --data.")
     return texts
+
+
+def _texts(files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        if holds_records(path):
+            yield from (checked(record, {"text": TEXT}, where)["text"] for record, where in read_json_lines(path))
+        else:
+            yield from read_text_pieces(path)
 
 
 def shuffled(records: list[Any], seed: int) -> list[Any]:

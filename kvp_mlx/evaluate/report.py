@@ -1,6 +1,5 @@
 """The page of results, made from committed JSON documents alone."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from ..arms.kinds import parse_arm
 from ..errors import InputError
+from ..files import read_json
 from .task import Task
 from .tasks import all_tasks
 
@@ -31,8 +31,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     documents = []
     for path in sorted(folder.glob("*.json")):
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            document = read_json(path)
+        except OSError as error:
             raise InputError(f"{path} is not readable JSON ({error}).") from error
         if not isinstance(document, dict) or not document.keys() >= NEEDED:
             raise InputError(f"{path} was not written by 'kvp eval TASK --out'; keep such documents elsewhere.")

@@ -28,7 +28,7 @@ from ..engine.prompt import render
 from ..engine.reply import first_token_on
 from ..errors import InputError
 from ..models.sections import output_head, run_layers
-from .records import read_records
+from .records import TEXTS, read_records
 
 ARMS = ("full", "kvp", "kvp+refine")
 REPLY_TOKENS = 32
@@ -124,8 +124,8 @@ def read_conversations(path: str) -> list[dict[str, Any]]:
         InputError: unreadable, or something else.
     """
     records = read_records([path], {})
-    if not all("messages" in record or "turns" in record for record in records):
-        raise InputError(f"{path} holds records without 'messages' or 'turns'; name another file.")
+    if not all("messages" in record or TEXTS[1](record.get("turns")) for record in records):
+        raise InputError(f"{path} holds records without 'messages' or 'turns' (a list of texts); name another file.")
     return records
 
 

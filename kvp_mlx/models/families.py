@@ -75,6 +75,11 @@ def check_architecture(model_type: str) -> None:
         )
 
 
+def is_listed(model: nn.Module) -> bool:
+    """Return whether a model's architecture has a row; the others can only be run as a whole."""
+    return getattr(model, "model_type", None) in FAMILIES
+
+
 def check_cache(model: nn.Module) -> None:
     """Refuse a model whose cache is not a plain KV cache in every layer.
 

@@ -1,9 +1,12 @@
 """Bundles and models from and to the Hugging Face Hub."""
 
+import re
 import sys
 from pathlib import Path
 
 from ..errors import InputError, KVPError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def download(hub_id: str, revision: str | None) -> Path:
@@ -14,6 +17,8 @@ def download(hub_id: str, revision: str | None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    if not HUB_ID.fullmatch(hub_id):
+        raise InputError(f"'{hub_id}' is no Hub id; they read owner/name.")
     no_bars_off_terminal()
     patterns = [
         "*.json",

@@ -1,24 +1,34 @@
 """Ordinary mlx-lm models and tokenisers: finding them, loading them, fitting them to the device."""
 
-import json
 import logging
+import math
 import os
+import re
 import warnings
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
+from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.utils import _get_classes, dequantize_model
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
-from ..device import blas
+from ..device import blas, jit
 from ..errors import BundleError, InputError
-from .families import check_architecture, check_cache
+from ..files import read_json, recover
+from .families import FAMILIES, check_architecture, check_cache
 from .hub import download
-from .safetensors import weight_tensors
+from .pruning import DEPTH_KEYS
+from .safetensors import GROUP_SIZES, QUANTISED_BITS, TensorInfo, check_quantised, weight_tensors
+
+NO_CODE = {"trust_remote_code": False}
+"""For transformers: tokenisers of a directory's own code (``auto_map``) are refused without a question."""
+WINDOW_KEYS = ("max_position_embeddings", "max_context_length")
+STRETCHING_ROPES = ("yarn", "linear", "dynamic")
+NUMBERED = re.compile(r"\.(\d+)\.")
 
 
 def model_directory(name: str, revision: str | None = None, *, known: str | None = None) -> Path:
@@ -33,6 +43,7 @@ def model_directory(name: str, revision: str | None = None, *, known: str | None
         InputError: nothing of that name here, and no Hub to ask.
     """
     path = Path(name).expanduser()
+    recover(path)
     if path.is_dir():
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -49,22 +60,191 @@ def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
         BundleError: missing or damaged files.
         UnsupportedModelError: an architecture that has no row in ``families``.
     """
-    config_path = directory / "config.json"
+    check_architecture(read_config(directory)["model_type"])
+    model, config = load_any_model(directory)
+    check_cache(model)
+    return model, config
+
+
+def load_any_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model directory of any architecture that mlx-lm knows, as ``load_model`` does.
+
+    Raises:
+        BundleError: missing or damaged files, or none of mlx-lm's.
+    """
+    config = read_config(directory)
+    changes = {} if _ropes_by_layer(config) else rope_fields(config)
+    tensors = {name: tensor for name, _, tensor in weight_tensors(directory)}
+    check_quantised(tensors, directory)
+    check_depth(config, tensors, directory)
+    check_quantisation(config, directory)
+
+    def classes(config: dict[str, Any]) -> Any:
+        model_class, arguments_class = _get_classes(config)
+
+        def build(arguments: Any) -> nn.Module:
+            check_arguments(arguments, directory)
+            if _ropes_by_layer(config) and "rope_parameters" not in vars(arguments):
+                raise BundleError(
+                    f"{directory}/config.json: mlx-lm's {config['model_type']} does not read rope_parameters by kind "
+                    "of layer; convert the model with mlx-lm."
+                )
+            model: nn.Module = model_class(arguments)
+            _check_groups(model, tensors, directory)
+            return model
+
+        return build, arguments_class
+
     try:
-        architecture = json.loads(config_path.read_text(encoding="utf-8"))["model_type"]
-    except FileNotFoundError as error:
-        raise BundleError(f"{directory} holds no config.json; it is not an mlx-lm model directory.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{config_path} states no model_type; convert or download the model again.") from error
-    check_architecture(architecture)
-    weight_tensors(directory)
-    try:
-        model, config = mlx_lm_load_model(directory, lazy=True)
+        return mlx_lm_load_model(directory, lazy=True, model_config=changes, get_model_classes=classes)
+    except BundleError:
+        raise
     except Exception as error:  # mlx-lm raises whatever its model files raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__  # the names are on the second line
         raise BundleError(f"mlx-lm cannot load {directory}: {reason}") from error
-    check_cache(model)
-    return model, config
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return a model directory's config.json.
+
+    Raises:
+        BundleError: missing, unreadable, without an architecture, or one that wants code of the directory to run.
+    """
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = read_json(path)
+        if not isinstance(config["model_type"], str):
+            raise TypeError("model_type is no text")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{directory} holds no config.json; it is not an mlx-lm model directory.") from error
+    except InputError as error:
+        raise BundleError(f"config.json states no model_type; convert or download the model again: {error}") from error
+    except (OSError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} states no model_type; convert or download the model again.") from error
+    if config.get("model_file") is not None:
+        raise BundleError(
+            f"{path} names Python code to run (model_file), and code of a model directory never runs here; take a "
+            "model of an architecture that mlx-lm knows."
+        )
+    return config
+
+
+def check_depth(config: dict[str, Any], tensors: dict[str, TensorInfo], where: Path) -> None:
+    """Refuse a config of more layers than there are weights for, before anybody builds them.
+
+    Raises:
+        BundleError: such a one, or a number of layers that is none.
+    """
+    numbers = [int(number) for name in tensors for number in NUMBERED.findall(name)]
+    most = max(numbers, default=-1) + 1
+    for key in DEPTH_KEYS:
+        depth = config.get(key)
+        if depth is not None and (type(depth) is not int or not 0 < depth <= most):
+            raise BundleError(
+                f"{where}: Missing layers: config.json's {key} is {str(depth)[:40]}, the weights are of {most}; get "
+                "the model again."
+            )
+
+
+def check_quantisation(config: dict[str, Any], where: Path) -> None:
+    """Refuse quantisation settings that mlx has no kernels for; a group size of 0 would crash it.
+
+    Raises:
+        BundleError: such a ``group_size`` or number of ``bits``, anywhere in the settings.
+    """
+    settings = [config.get("quantization"), config.get("quantization_config")]
+    if (where / "hf_quant_config.json").is_file():
+        try:
+            settings.append(read_json(where / "hf_quant_config.json"))
+        except OSError as error:
+            raise BundleError(f"{where}/hf_quant_config.json cannot be read ({error.strerror}).") from error
+    while settings:
+        part = settings.pop()
+        if not isinstance(part, dict):
+            continue
+        settings += part.values()
+        for key, known in (("group_size", GROUP_SIZES), ("bits", QUANTISED_BITS)):
+            value = part.get(key)
+            if value is not None and (type(value) is not int or value not in known):
+                raise BundleError(
+                    f"{where}: the quantisation's {key} is {str(value)[:40]}, mlx knows {', '.join(map(str, known))}; "
+                    "take another quantisation of the model."
+                )
+
+
+def check_arguments(arguments: Any, where: Path) -> None:
+    """Compare the fields of a config with the types that mlx-lm's model file gives them.
+
+    Raises:
+        BundleError: a number that is none, not finite, or negative where it counts something; heads that cannot share.
+    """
+    for name, kinds in _plain_types(type(arguments)).items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_right = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+        if float in kinds or int in kinds:
+            is_right = is_number and (float in kinds or value == int(value) >= 0)
+        elif kinds == (bool,):
+            is_right = value in (True, False)
+        if not is_right:
+            raise BundleError(f"{where}/config.json: {name} is {str(value)[:40]!r}; get the model again.")
+    heads, shared = (getattr(arguments, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if type(heads) is type(shared) is int and (not shared or heads % shared):
+        raise BundleError(f"{where}/config.json: {heads} heads cannot share {shared} key/value heads.")
+
+
+def _plain_types(arguments: type) -> dict[str, tuple[type, ...]]:
+    """Return the fields of a model file's arguments that are numbers, truth values or text, perhaps optional."""
+    plain = {}
+    for name, hint in get_type_hints(arguments).items():
+        choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = tuple(kind for kind in choices if kind is not type(None))
+        if kinds and all(kind in (int, float, bool, str) for kind in kinds):
+            plain[name] = kinds
+    return plain
+
+
+def _check_groups(model: nn.Module, tensors: dict[str, TensorInfo], where: Path) -> None:
+    """Refuse scales that do not fit the width of their module: mlx-lm would infer a group of 0, which crashes mlx."""
+    for name, module in model.named_modules():
+        scales, weight = (tensors.get(f"{name}.{part}") for part in ("scales", "weight"))
+        if scales is None or weight is None or not hasattr(module, "to_quantized"):
+            continue
+        width, groups, bits = module.weight.shape[-1], scales.shape[-1], 32 * weight.shape[-1]
+        if width % groups or width // groups not in GROUP_SIZES or bits % width or bits // width not in QUANTISED_BITS:
+            raise BundleError(
+                f"{where}: {name} is quantised with scales of shape {scales.shape}, which do not fit its width "
+                f"{width}; get the model again."
+            )
+
+
+def _ropes_by_layer(config: dict[str, Any]) -> bool:
+    """Return whether an architecture that is run as a whole has RoPE parameters for each kind of layer."""
+    parameters = config.get("rope_parameters")
+    is_by_layer = isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values())
+    return is_by_layer and config["model_type"] not in FAMILIES
+
+
+def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``rope_theta`` and ``rope_scaling`` for a config that has them as ``rope_parameters`` alone.
+
+    transformers 5 writes these; mlx-lm's model files of the supported architectures read the former two.
+
+    Raises:
+        BundleError: RoPE parameters that are none, or differ from layer to layer.
+    """
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        raise BundleError("config.json: rope_parameters is no flat object, which mlx-lm's model file cannot take.")
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    found = {"rope_theta": parameters.get("rope_theta"), "rope_scaling": scaling}
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        found["rope_scaling"] = None
+    return {name: value for name, value in found.items() if value is not None and config.get(name) is None}
 
 
 def fit_to_device(model: nn.Module) -> None:
@@ -75,6 +255,7 @@ def fit_to_device(model: nn.Module) -> None:
     if mx.default_device().type == mx.DeviceType.cpu:
         if not blas.load_fast_blas():
             warnings.warn(f"{blas.OPENBLAS} not found, so matmuls run 30 times slower; {blas.REMEDY}", stacklevel=1)
+        jit.secure_folder()
         model.set_dtype(mx.float32)  # the scales too: dequantising is then exact, and much faster than in fp16
         dequantize_model(model)
     mx.eval(model.parameters())
@@ -97,14 +278,34 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        return mlx_lm_load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # tokenizers and transformers raise plain Exception
+        tokenizer = mlx_lm_load_tokenizer(directory, NO_CODE, eos_token_ids=config.get("eos_token_id"))
+    except BaseException as error:  # tokenizers and transformers raise plain Exception, or panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise BundleError(f"the tokeniser in {directory} cannot be loaded ({error}); get the model again.") from error
+    _pad_token_map(tokenizer.detokenizer, config.get("vocab_size"))
+    return tokenizer
+
+
+def _pad_token_map(detokenizer: Any, vocabulary: Any) -> None:
+    """Give ids beyond the tokeniser's (rows that pad a vocabulary) an empty text; mlx-lm's SPM detokeniser has none."""
+    if isinstance(detokenizer, SPMStreamingDetokenizer) and isinstance(vocabulary, int):
+        detokenizer.tokenmap += [b""] * (vocabulary - len(detokenizer.tokenmap))
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """Return the context window in tokens that a model's config states, if any."""
-    for key in ("max_position_embeddings", "max_context_length"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    return None
+    """Return the context window in tokens that a model's config states, if any, RoPE's stretching included.
+
+    YaRN, linear and dynamic scaling stretch the window that the model was trained with
+    (``original_max_position_embeddings``, else ``max_position_embeddings``) by their factor; of the other kinds
+    ``max_position_embeddings`` is the stretched one.
+    """
+    stated = next((config[key] for key in WINDOW_KEYS if isinstance(config.get(key), int)), None)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    if stated is None or not isinstance(scaling, dict):
+        return stated
+    factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings") or stated
+    is_stretched = scaling.get("rope_type", scaling.get("type")) in STRETCHING_ROPES
+    if not is_stretched or not isinstance(factor, int | float) or not isinstance(trained, int):
+        return stated
+    return max(stated, int(factor * trained))

@@ -1,9 +1,11 @@
 """Tokens at positions of their own, where those in between are left out."""
 
 import copy
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from .families import attention_of
 from .sections import with_attention
@@ -29,5 +31,18 @@ def at_positions(model: nn.Module, positions: mx.array) -> nn.Module:
     attentions = {}
     for layer in range(len(model.layers)):
         attentions[layer] = copy.copy(attention_of(model, layer))
-        attentions[layer].rope = _RoPEAt(attentions[layer].rope, positions)
+        attentions[layer].rope = _RoPEAt(settled(attentions[layer].rope, positions), positions)
     return with_attention(model, attentions)
+
+
+def settled(rope: nn.Module, positions: mx.array) -> nn.Module:
+    """Return a RoPE module that turns to ``positions`` as this one does in a sequence that ends with the last of them.
+
+    Dynamic scaling takes its base from the sequence's length, which mlx-lm works out for one offset only.
+    """
+    if not isinstance(rope, DynamicNTKScalingRoPE):
+        return rope
+    length: Any = positions.max().item()
+    stretch = max(length + 1, rope.max_position_embeddings) / rope.max_position_embeddings
+    base = rope.base * (rope.factor * stretch - (rope.factor - 1)) ** (rope.dims / (rope.dims - 2))
+    return nn.RoPE(rope.dims, rope.traditional, base)

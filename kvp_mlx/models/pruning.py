@@ -1,6 +1,5 @@
 """Layer pruning (KVP-LP): which layers are kept, and a copy of these as a model directory of its own."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InputError, UnsupportedModelError
-from ..files import write_json
-from .safetensors import weight_tensors
+from ..files import read_json, write_json
+from .safetensors import weight_tensors, write_tensors
 
 DEPTH_KEYS = ("num_hidden_layers", "num_transformer_layers")
 LAYER_KEY = re.compile(r"^(.*\blayers)\.(\d+)\.(.*)$")
@@ -38,7 +37,7 @@ def write_pruned(base: Path, retained: list[int], out: Path) -> None:
     Raises:
         UnsupportedModelError: the base's config does not state its depth the usual way.
     """
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     write_json(out / "config.json", prune_config(config, retained))
     position = {layer: i for i, layer in enumerate(retained)}
     files: dict[Path, Any] = {path: mx.load(str(path)) for path in {path for _, path, _ in weight_tensors(base)}}
@@ -46,7 +45,7 @@ def write_pruned(base: Path, retained: list[int], out: Path) -> None:
     for name, path, _ in weight_tensors(base):
         if (moved := renumbered(name, position)) is not None:
             kept[moved] = files[path][name]
-    mx.save_safetensors(str(out / "model.safetensors"), kept, metadata={"format": "mlx"})
+    write_tensors(kept, out / "model.safetensors")
 
 
 def prune_config(config: dict[str, Any], retained: list[int]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..bundle.config import RecomputeConfig
 from ..bundle.loading import KVPModel
+from ..engine.prefill import Progress
 from ..engine.recompute import settings_of
 from ..errors import KVPError
 from ..models.entries import RawPair
@@ -32,7 +33,9 @@ def with_estimator(model: KVPModel) -> KVPModel:
     return replace(model, config=model.config.model_copy(update={"recompute": RecomputeConfig()}))
 
 
-def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None:
+def fit_deviation(
+    model: KVPModel, windows: Sequence[list[int]], progress: Progress = lambda done, total: None
+) -> float | None:
     """Set the predictor's estimator of deviation by ridge regression, for the maps as they are now.
 
     What counts is how a text's tokens compare with one another, so each window's deviations are centred.
@@ -41,6 +44,7 @@ def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None
         model: the bundle.
         windows: token ids; the first token of each, which attends to nothing but itself, is left out, and so are those
             that are recomputed in any case.
+        progress: called with (windows done, windows in all).
 
     Returns:
         The share of the deviation's variance that the estimator explains on these windows (R squared), or None where
@@ -50,7 +54,8 @@ def fit_deviation(model: KVPModel, windows: Sequence[list[int]]) -> float | None
         KVPError: the deviations are not finite (a broken model).
     """
     inputs, deviations, asking = [], [], settings_of(model).asking_tokens
-    for window in windows if model.predictor.blocks else []:
+    for number, window in enumerate(windows if model.predictor.blocks else []):
+        progress(number, len(windows))
         split = round(PREDICTED_SHARE * len(window))
         if split <= asking + 2:
             continue

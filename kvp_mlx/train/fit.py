@@ -1,6 +1,6 @@
 """``kvp fit``: a bundle with closed-form maps, for any base and each kind of auxiliary."""
 
-import shutil
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,13 +15,13 @@ from .. import __version__
 from ..bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, RecomputeConfig
 from ..bundle.layer_map import prefix_layer_map, pruned_layer_map, spread_layer_map, widened
 from ..bundle.loading import KVPModel, build_predictor, load_auxiliary
-from ..bundle.named import ALIAS, find_model
+from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..errors import InputError
-from ..files import atomic_directory, require_free
+from ..files import atomic_directory, copy_ours, require_free
 from ..models.loading import fit_to_device, load_model, load_tokenizer
 from ..models.pruning import retained_layers, write_pruned
-from ..models.safetensors import fingerprint
+from ..models.safetensors import fingerprint, write_tensors
 from .deviation import DEVIATION_TOKENS, fit_deviation
 from .ridge import fit_predictor
 from .text import data_files, token_windows
@@ -58,7 +58,7 @@ class FitOptions:
         if self.layers is not None and self.sources != 1:
             raise InputError("--sources belongs to --auxiliary and --prune; a prefix reads one hidden state.")
         for name, value in (("--tokens", self.tokens), ("--window", self.window), ("--penalty", self.penalty)):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive, not {value}.")
 
 
@@ -152,7 +152,7 @@ def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work:
         return AuxiliaryConfig(kind="pruned", layers=len(retained), retained_layers=tuple(retained), fingerprint=mark)
     source = find_model(str(options.auxiliary))
     auxiliary, _ = load_model(source)
-    shutil.copytree(source, work / "auxiliary")
+    copy_ours(source, work / "auxiliary")
     return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers), fingerprint=fingerprint(source))
 
 
@@ -172,8 +172,8 @@ def bundle_config(
         layer_map = widened(layer_map, options.sources, auxiliary.layers)
         predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
     mark = fingerprint(base_path)
-    if base_name == ALIAS:
-        reference = BaseConfig(fingerprint=mark, alias=ALIAS)
+    if base_name in NAMED:
+        reference = BaseConfig.model_validate({"fingerprint": mark, "alias": base_name})
     elif Path(base_name).expanduser().is_dir():
         reference = BaseConfig(fingerprint=mark, path=str(base_path.resolve()))
     else:
@@ -189,7 +189,7 @@ def write_predictor(predictor: Predictor, path: Path) -> None:
 def write_float16(arrays: dict[str, mx.array], path: Path) -> None:
     """Write arrays as a safetensors file in fp16."""
     halved = {name: array.astype(mx.float16) for name, array in arrays.items()}
-    mx.save_safetensors(str(path), halved, metadata={"format": "mlx"})
+    write_tensors(halved, path)
 
 
 def budgeted(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:

@@ -34,7 +34,8 @@ class TrainOptions:
     """How to train.
 
     Attributes:
-        minutes: wall-clock budget; the learning rate follows the clock.
+        minutes: of the clock, from the first step on; the learning rate follows it. Validations on the way count, the
+            first and the last do not.
         tokens: token budget in place of minutes; with it, the same seed gives the same losses.
         learning_rate: AdamW's at its peak; warm-up over the first steps, then cosine to a tenth.
         weight_decay: AdamW's, on matrices only.
@@ -88,6 +89,14 @@ class TrainOptions:
         spent = state.tokens / self.tokens if self.tokens else state.minutes / cast(float, self.minutes)
         return min(spent, 1.0)
 
+    def is_over(self, state: TrainingState) -> bool:
+        """Return whether a run ended at its budget."""
+        return state.finished or self.share(state) >= 1
+
+    def is_spent(self, state: TrainingState, step_minutes: float) -> bool:
+        """Return whether no budget is left for another step, given how long the one before took."""
+        return self.share(state) >= 1 or (self.minutes is not None and state.minutes + step_minutes > self.minutes)
+
 
 class Trained(nn.Module):
     """The parts of a bundle that training changes."""
@@ -107,6 +116,7 @@ def train(
     directory: Path,
     *,
     resume: bool,
+    is_kept: bool = True,
     data: list[str],
     validate: Callable[[], dict[str, Any]],
     save: Callable[[dict[str, Any]], None],
@@ -121,6 +131,7 @@ def train(
         options: see ``TrainOptions``.
         directory: receives log.jsonl (a line per step and per validation) and state.safetensors.
         resume: go on from the state in ``directory``.
+        is_kept: whether the best bundle so far, which ``save`` wrote, is still there; if not, it is written anew.
         data: names of what ``batches`` reads; a resumed run must have the same, and the same options.
         validate: measures ``recovery`` and whatever else goes into the log.
         save: called with the record of every validation that beats the ones before.
@@ -133,26 +144,35 @@ def train(
     state = TrainingState(options={**asdict(options), "data": data})
     if resume:
         state = load_state(directory, trained, optimizer, state.options)
-        if options.share(state) >= 1:
-            return state
+        if not is_kept:
+            state.best = {}
     leads = mx.distributed.init().rank() == 0
+    if options.is_over(state):
+        keep_again(directory, state, trained, optimizer, validate, save)
+        return state
     stream = batches(state.batches)
     log = Log(directory / "log.jsonl" if leads else Path(os.devnull), keep=state.step)
     clock, saved = time.perf_counter() - 60 * state.minutes, time.perf_counter()
-    next_validation = state.minutes + (options.validate_every if resume else 0)
+    next_validation = state.minutes + options.validate_every if state.best else 0.0
+    first, step_minutes = state.step, 0.0
     while True:
         state.minutes = shared_mean((time.perf_counter() - clock) / 60)
-        finished = options.share(state) >= 1
-        if state.minutes >= next_validation or finished:
+        state.finished = state.step > 0 and options.is_spent(state, step_minutes)
+        if state.minutes >= next_validation or state.finished:
             next_validation = state.minutes + options.validate_every
             if leads:
                 keep_best(state, validate(), log, save)
-        if leads and (finished or time.perf_counter() - saved > STATE_EVERY_SECONDS):
+            if state.step == first:  # the budget begins with training
+                shared_mean(0.0)  # all processes wait for the one that validates
+                clock = time.perf_counter() - 60 * state.minutes
+        if leads and (state.finished or time.perf_counter() - saved > STATE_EVERY_SECONDS):
             save_state(directory, state, trained, optimizer)
             saved = time.perf_counter()
-        if finished:
+        if state.finished:
             return state
+        started = time.perf_counter()
         entry = counted_step(model, trained, optimizer, stream, state, options)
+        step_minutes = shared_mean((time.perf_counter() - started) / 60)
         log.write(entry)
         progress(options.share(state), entry)
 
@@ -194,6 +214,21 @@ def keep_best(state: TrainingState, record: dict[str, Any], log: "Log", save: Ca
     if not state.best or record["recovery"] > state.best["recovery"]:
         state.best = record
         save(record)
+
+
+def keep_again(
+    directory: Path,
+    state: TrainingState,
+    trained: Trained,
+    optimizer: optim.Optimizer,
+    validate: Callable[[], dict[str, Any]],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Save the last state of a finished run as its bundle, where the best one is gone."""
+    if state.best or mx.distributed.init().rank() > 0:
+        return
+    keep_best(state, validate(), Log(directory / "log.jsonl", keep=state.step), save)
+    save_state(directory, state, trained, optimizer)
 
 
 class Log:

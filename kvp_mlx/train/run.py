@@ -1,9 +1,13 @@
 """``kvp train``: from a bundle as it was fitted to a trained one."""
 
+import contextlib
+import fcntl
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,7 @@ from mlx.utils import tree_flatten
 from .. import __version__
 from ..bundle.adapter import adapted_prefix, adapter_weights, add_adapter, fused_weights
 from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
+from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import atomic_directory, require_free, write_json
 from ..models.safetensors import fingerprint
@@ -31,6 +36,17 @@ from .work import flops_per_token
 
 HELD_BACK_WINDOWS = 6
 MIN_TRAINING_TOKENS = 128
+LOCK = "lock"
+
+Phase = Callable[[str], AbstractContextManager[Progress]]
+"""Tells what is being done while a block lasts; yields what is told how far it is."""
+
+
+@contextlib.contextmanager
+def silent(label: str) -> Iterator[Progress]:
+    """Tell nothing."""
+    del label
+    yield lambda done, total: None
 
 
 def training_directory(out: Path) -> Path:
@@ -39,7 +55,7 @@ def training_directory(out: Path) -> Path:
 
 
 def train_bundle(
-    start: str,
+    start: str | Callable[[], str],
     data: list[str],
     out: Path,
     options: TrainOptions,
@@ -47,31 +63,55 @@ def train_bundle(
     resume: bool = False,
     force: bool = False,
     progress: Callable[[float, dict[str, Any]], None] = lambda share, entry: None,
+    phase: Phase = silent,
 ) -> dict[str, Any]:
     """Train the bundle ``start`` and write the bundle ``out``.
 
     ``out`` is written whenever validation improves, so a killed run leaves the best bundle so far.
 
     Args:
-        start: bundle to start from (``kvp fit``); its base must be known by Hub id, alias or absolute path.
+        start: bundle to start from (``kvp fit``), or what makes one once ``out`` is known to be free; its base must be
+            known by Hub id, alias or absolute path.
         data: see ``text.data_files``.
         out: bundle directory to write.
         options: see ``TrainOptions``.
         resume: go on with the run that was writing ``out``; ``start`` is not used.
         force: replace an existing ``out``.
         progress: see ``loop.train``.
+        phase: tells validations and savings.
 
     Returns:
         The best validation's record: recovery, separation, step, tokens, minutes; tokens_per_second, the median
-        over steps; and flops_per_token, see ``work``.
+        over steps; flops_per_token, see ``work``; steps_taken, tokens_taken and minutes_taken of the whole run, and
+        steps_now of this call; kept, ``start`` where no step made it better, else ``trained``; and rewritten, whether
+        the bundle of a resumed run was gone and the last state took its place.
 
     Raises:
-        InputError: unusable data or output, or a bundle that cannot be copied.
+        InputError: unusable data or output, a bundle that cannot be copied, or another process training into ``out``.
     """
     files = data_files(data)
+    check_begun(out, resume, force)
+    with sole_run(out):
+        check_begun(out, resume, force)  # another run may have ended meanwhile
+        place = "" if resume else start if isinstance(start, str) else start()
+        return _train(place, files, out, options, resume=resume, force=force, progress=progress, phase=phase)
+
+
+def _train(
+    start: str,
+    files: list[Path],
+    out: Path,
+    options: TrainOptions,
+    *,
+    resume: bool,
+    force: bool,
+    progress: Callable[[float, dict[str, Any]], None],
+    phase: Phase,
+) -> dict[str, Any]:
     directory = training_directory(out)
     model = open_start(start, out, resume, force)
     begun = model.config.training
+    is_kept = not resume or all((out / name).is_file() for name in ("kvp.json", "predictor.safetensors"))
     options = replace(options, weights=options.weights.settled(model))
     model = with_estimator(make_trainable(model, options))
     trained = Trained(model, options)
@@ -80,11 +120,11 @@ def train_bundle(
     measurement = RecoveryMeasurement(model, list(held_back.values()), options.window // 4)
 
     def save(record: dict[str, Any]) -> None:
-        explained = fit_deviation(
-            model, list(budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS))
-        )
-        training = training_record(files, options, begun) | {"deviation_explained": explained, "validation": record}
-        write_trained(model, trained, training, directory / "start", out)
+        windows = list(budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS))
+        with phase("saving the best so far, windows") as told:
+            explained = fit_deviation(model, windows, told)
+            training = training_record(files, options, begun) | {"deviation_explained": explained, "validation": record}
+            write_trained(model, trained, training, directory / "start", out)
 
     if not resume and mx.distributed.init().rank() == 0:
         begin(bundle_directory(start), directory)
@@ -96,8 +136,9 @@ def train_bundle(
             options,
             directory,
             resume=resume,
+            is_kept=is_kept,
             data=[f"{path.resolve()} {path.stat().st_size}" for path in files],
-            validate=partial(validate, measurement),
+            validate=partial(validate, measurement, phase),
             save=save,
             progress=progress,
         )
@@ -105,7 +146,53 @@ def train_bundle(
         if mx.distributed.init().rank() == 0:
             draw_training(directory / "log.jsonl", directory / "loss.png")
     speed = {"tokens_per_second": round(median(state.speeds), 1)} if state.speeds else {}
-    return {**state.best, **speed, "flops_per_token": round(flops_per_token(model, trained, options))}
+    taken = {"steps_taken": state.step, "tokens_taken": state.tokens, "minutes_taken": round(state.minutes, 2)}
+    kept = "trained" if state.best.get("step") else "start"
+    return {
+        **state.best,
+        **speed,
+        "flops_per_token": round(flops_per_token(model, trained, options)),
+        **taken,
+        "steps_now": len(state.speeds),
+        "kept": kept,
+        "rewritten": not is_kept,
+    }
+
+
+@contextlib.contextmanager
+def sole_run(out: Path) -> Iterator[None]:
+    """Keep other processes from training into ``out`` while the block lasts.
+
+    The lock is the system's, so it ends with the process, however that ends. A run's own processes share it.
+
+    Raises:
+        InputError: another process has it, or the place cannot be written.
+    """
+    if mx.distributed.init().rank() > 0:
+        yield
+        return
+    directory = training_directory(out)
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / LOCK, "a", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}; choose another --out.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK))
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"another process is training into {out}; wait for its end, or choose another --out.")
+        try:
+            yield
+        finally:
+            (directory / LOCK).unlink(missing_ok=True)
+            for place in missing:
+                with contextlib.suppress(OSError):  # something is in it
+                    place.rmdir()
 
 
 def batches_from(
@@ -117,9 +204,10 @@ def batches_from(
     return itertools.islice(stream, number + group.rank(), None, group.size())
 
 
-def validate(measurement: RecoveryMeasurement) -> dict[str, Any]:
+def validate(measurement: RecoveryMeasurement, phase: Phase) -> dict[str, Any]:
     """Measure what a validation's record holds."""
-    result = measurement.measure()
+    with phase("validation, documents") as told:
+        result = measurement.measure(told)
     return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
 
 
@@ -139,14 +227,9 @@ def open_start(start: str, out: Path, resume: bool, force: bool) -> KVPModel:
     """Load the bundle that training starts from, or started from.
 
     Raises:
-        InputError: nothing to resume, an output that is taken, or a bundle that cannot be trained into another.
+        InputError: an output that is taken, or a bundle that cannot be trained into another.
     """
-    directory = training_directory(out)
-    if not resume:
-        require_unstarted(out, force)
-    elif not (directory / STATE_FILE).is_file():
-        raise InputError(f"{directory} holds no unfinished run; leave --resume out to start one.")
-    model = load(str(directory / "start") if resume else start)
+    model = load(str(training_directory(out) / "start") if resume else start)
     base_path = model.config.base.path
     if base_path is not None and not Path(base_path).is_absolute():
         raise InputError(f"{start} carries its base inside; fit a bundle on the base's own directory to train.")
@@ -158,9 +241,26 @@ def open_start(start: str, out: Path, resume: bool, force: bool) -> KVPModel:
 
 
 def begin(start: Path, directory: Path) -> None:
-    """Make a run's directory, with a copy of what it starts from, which ``--resume`` needs and ``fit`` may remove."""
-    with atomic_directory(directory) as work:
-        shutil.copytree(start, work / "start")
+    """Begin a run's directory, with a copy of what it starts from, which ``--resume`` needs and ``fit`` may remove."""
+    for name in (STATE_FILE, f".{STATE_FILE}", "log.jsonl", "loss.png"):
+        (directory / name).unlink(missing_ok=True)
+    with atomic_directory(directory / "start") as work:
+        shutil.copytree(start, work, dirs_exist_ok=True)
+
+
+def check_begun(out: Path, resume: bool, force: bool) -> None:
+    """Refuse to resume what was not begun, and to begin where something is.
+
+    Raises:
+        InputError: see ``require_unstarted``.
+    """
+    directory = training_directory(out)
+    if not resume:
+        require_unstarted(out, force)
+        return
+    if not (directory / STATE_FILE).is_file():
+        raise InputError(f"{directory} holds no unfinished run; leave --resume out to start one.")
+    require_free(out, force=True)
 
 
 def require_unstarted(out: Path, force: bool) -> None:
@@ -170,11 +270,19 @@ def require_unstarted(out: Path, force: bool) -> None:
         InputError: one of the two, and no ``force``; or something else in the run's place.
     """
     directory = training_directory(out)
-    if directory.exists() and not (directory / "start").is_dir():
+    if os.path.lexists(directory) and not _is_run(directory):
         raise InputError(f"{directory} is in the way and no training run; move it, or choose another --out.")
     if (directory / STATE_FILE).exists() and not force:
         raise InputError(f"{directory} holds a run already; go on with --resume, or start again with --force.")
     require_free(out, force)
+
+
+def _is_run(directory: Path) -> bool:
+    """Return whether a directory is a run's, or one that a kill left before it was."""
+    if not directory.is_dir():
+        return False
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".start.")}
+    return names <= {LOCK} or (directory / "start").is_dir()
 
 
 def make_trainable(model: KVPModel, options: TrainOptions) -> KVPModel:

@@ -27,6 +27,7 @@ class TrainingState:
         best: the record of the best validation.
         speeds: tokens per second of every step since the start or resumption.
         options: what the run was started with, for ``--resume`` to compare.
+        finished: whether the budget is spent.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class TrainingState:
     best: dict[str, Any] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
 
 
 def save_state(directory: Path, state: TrainingState, trained: nn.Module, optimizer: optim.Optimizer) -> None:

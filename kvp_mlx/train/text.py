@@ -1,27 +1,31 @@
 """Text files as token windows: ``.txt``, ``.md`` and ``.jsonl``, plain or gzipped, one file or a folder of them."""
 
 import glob
-import gzip
-import json
 import random
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..engine.prompt import render_text
+from ..engine.controls import encode_apart
+from ..engine.prompt import encode_text, render_text
 from ..errors import InputError
+from .reader import JSON_LINES, TEXTS, holds_records, read_json_lines, read_text_pieces
 
 HUB = "hub:"
-SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (*TEXTS, *JSON_LINES)
 PIECE_CHARACTERS_PER_TOKEN = 6  # generous, so that most pieces fill a window
 MIN_WINDOW_TOKENS = 32
 BUCKET_BATCHES = 16
+POOL_CHARACTERS = 2**26
+"""Of a file's documents that are held and shuffled together; what follows makes the next pool."""
+
+
+class Conversation(str):
+    """Text that a chat template has written: its control tokens are tokens, and its own BOS is the only one."""
 
 
 def data_files(places: Iterable[str | Path]) -> list[Path]:
@@ -65,37 +69,36 @@ def _hub_dataset(name: str) -> Path:
 def read_documents(path: Path, tokenizer: TokenizerWrapper) -> Iterator[str]:
     """Yield the documents of one file.
 
-    A text file is one document. A line of a JSONL file is one, either its ``text`` or its ``messages``
+    A text file is one document, a long one several. A line of a JSONL file is one: its ``text``, or its ``messages``,
     written out by the tokeniser's chat template.
 
     Raises:
-        InputError: not UTF-8, not gzip, not JSON, or a line with neither field.
+        InputError: see ``reader``; also a line with neither field, or messages that the chat template refuses.
     """
+    if not holds_records(path):
+        yield from read_text_pieces(path)
+        return
+    for record, where in read_json_lines(path):
+        if isinstance(record.get("text"), str):
+            yield record["text"]
+        elif "messages" in record:
+            yield _conversation(record["messages"], where, tokenizer)
+        else:
+            raise InputError(f"{where}: a record needs 'text' (a string) or 'messages' (a list).")
+
+
+def _conversation(messages: list[dict[str, str]], where: str, tokenizer: TokenizerWrapper) -> Conversation:
+    if tokenizer.chat_template is None:
+        raise InputError(f"{where}: this model has no chat template for 'messages'; give records with 'text'.")
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            if not path.name.removesuffix(".gz").endswith(".jsonl"):
-                yield file.read()
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _document(json.loads(line), f"{path}, line {number}", tokenizer)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
+        return Conversation(render_text(tokenizer, messages))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
-def _document(record: Any, where: str, tokenizer: TokenizerWrapper) -> str:
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        try:
-            return render_text(tokenizer, record["messages"])
-        except Exception as error:  # whatever the model's own template makes of it
-            raise InputError(f"{where}: the chat template does not take these messages ({error}).") from error
-    raise InputError(f"{where}: a record needs 'text' (a string) or 'messages' (a list).")
+def ids_of(piece: str, tokenizer: TokenizerWrapper) -> list[int]:
+    """Return the token ids of a document or a piece of one, as generation encodes them."""
+    return encode_apart(tokenizer, piece) if isinstance(piece, Conversation) else encode_text(tokenizer, piece)
 
 
 def token_windows(
@@ -147,7 +150,7 @@ def full_pieces(
     streams = [_pieces(path, tokenizer, length, random.Random(f"{seed} {place}")) for place, path in enumerate(files)]
     while streams:
         for stream in list(streams):
-            full = ((piece, ids) for piece in stream if len(ids := tokenizer.encode(piece)) >= length)
+            full = ((piece, ids) for piece in stream if len(ids := ids_of(piece, tokenizer)) >= length)
             if (found := next(full, None)) is None:
                 streams.remove(stream)
             else:
@@ -157,16 +160,20 @@ def full_pieces(
 def cut_up(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> Iterator[list[int]]:
     """Yield each piece's tokens in windows of ``length``, the last one shorter (but not below 32 tokens)."""
     for piece in pieces:
-        ids = tokenizer.encode(piece)
+        ids = ids_of(piece, tokenizer)
         for start in range(0, len(ids) - MIN_WINDOW_TOKENS + 1, length):
             yield ids[start : start + length]
 
 
 def pack(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> Iterator[list[int]]:
-    """Yield windows of exactly ``length`` tokens, pieces one after another with an end-of-text token between."""
+    """Yield windows of exactly ``length`` tokens, pieces one after another with an end-of-text token between.
+
+    A tokeniser that has none leaves it out.
+    """
     ids: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for piece in pieces:
-        ids += [*tokenizer.encode(piece), tokenizer.eos_token_id]
+        ids += [*ids_of(piece, tokenizer), *end]
         while len(ids) >= length:
             yield ids[:length]
             ids = ids[length:]
@@ -186,9 +193,22 @@ def bucketed(windows: Iterator[list[int]], batch_size: int, seed: int) -> Iterat
 
 
 def _pieces(path: Path, tokenizer: TokenizerWrapper, length: int, rng: random.Random) -> Iterator[str]:
+    """Yield the pieces of a file in shuffled order, pool by pool where it is long."""
     size = length * PIECE_CHARACTERS_PER_TOKEN
-    documents = list(read_documents(path, tokenizer))
-    places = [(i, start) for i, document in enumerate(documents) for start in range(0, len(document), size)]
-    rng.shuffle(places)
-    for i, start in places:
-        yield documents[i][start : start + size]
+    for documents in _pools(read_documents(path, tokenizer)):
+        places = [(document, start) for document in documents for start in range(0, len(document), size)]
+        rng.shuffle(places)
+        for document, start in places:
+            yield type(document)(document[start : start + size])
+
+
+def _pools(documents: Iterator[str]) -> Iterator[list[str]]:
+    pool: list[str] = []
+    size = 0
+    for document in documents:
+        pool.append(document)
+        size += len(document) + 1
+        if size >= POOL_CHARACTERS:
+            yield pool
+            pool, size = [], 0
+    yield pool

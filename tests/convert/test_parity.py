@@ -183,6 +183,7 @@ def scratch() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.mark.long
 def test_true_shapes(kvp: Kvp, scratch: Path) -> None:
     """OpenELM-450M as the base of OpenELM-270M: both at their published shapes."""
     base, auxiliary = corenet.published("450m"), corenet.published("270m")

@@ -1,3 +1,5 @@
+import json
+import struct
 from pathlib import Path
 
 import mlx.core as mx
@@ -61,3 +63,50 @@ def test_fingerprint_changes_with_the_end_of_a_large_tensor(tmp_path: Path) -> N
 def test_directory_without_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not an mlx-lm model directory"):
         fingerprint(tmp_path)
+
+
+def write_raw(path: Path, header: object, data: bytes) -> Path:
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(start: int, end: int, **changes: object) -> dict[str, object]:
+    return {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end], **changes}
+
+
+ODD: dict[str, tuple[object, str]] = {
+    "overlapping": ({"a": entry(0, 8), "b": entry(4, 12)}, "b begins at byte"),
+    "one in the other": ({"a": entry(0, 12), "b": entry(4, 8)}, "b begins at byte"),
+    "twice the same": ({"a": entry(0, 12), "b": entry(0, 12)}, "b begins at byte"),
+    "a gap": ({"a": entry(0, 4), "b": entry(8, 12)}, "b begins at byte"),
+    "shifted": ({"a": entry(4, 12)}, "a begins at byte"),
+    "bytes left over": ({"a": entry(0, 8)}, "4 bytes of no tensor"),
+    "backwards": ({"a": entry(0, 12, data_offsets=[12, 0])}, "not a safetensors file"),
+    "negative": ({"a": entry(0, 12, data_offsets=[-4, 8])}, "not a safetensors file"),
+    "negative shape": ({"a": entry(0, 12, shape=[-3, -4])}, "not a safetensors file"),
+    "a truth value": ({"a": entry(0, 1, shape=[True], data_offsets=[0, True])}, "not a safetensors file"),
+    "a fraction": ({"a": entry(0, 12, shape=[12.0])}, "not a safetensors file"),
+    "three offsets": ({"a": entry(0, 12, data_offsets=[0, 6, 12])}, "not a safetensors file"),
+    "offsets beyond": ({"a": entry(0, 2**70)}, "cut short"),
+    "no object": ({"a": [1]}, "not a safetensors file"),
+    "a list": ([1], "not a safetensors file"),
+    "metadata of numbers": ({"__metadata__": {"x": 5}, "a": entry(0, 12)}, "not a safetensors file"),
+    "metadata a list": ({"__metadata__": [1], "a": entry(0, 12)}, "not a safetensors file"),
+    "nested": (b"[" * 50_000, "not a safetensors file"),
+    "lone surrogate": (b'{"\\ud800": 1}', "not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_that_do_not_fill_their_file_are_refused(name: str, tmp_path: Path) -> None:
+    header, reason = ODD[name]
+    path = write_raw(tmp_path / "x.safetensors", header, bytes(12))
+    with pytest.raises(BundleError, match=reason) as refused:
+        read_header(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_tensors_in_any_order_fill_their_file(tmp_path: Path) -> None:
+    header = {"b": entry(8, 12), "empty": entry(8, 8), "a": entry(0, 8), "__metadata__": {"format": "pt"}}
+    assert set(read_header(write_raw(tmp_path / "x.safetensors", header, bytes(12)))) == {"a", "b", "empty"}

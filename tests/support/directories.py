@@ -1,12 +1,12 @@
 """Tiny model directories with a tokeniser trained on the spot, as a user would have them on disk."""
 
+import importlib
 import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEXT = (
@@ -35,9 +35,17 @@ LLAMA = {
 
 def write_llama(directory: Path, *, seed: int = 0, tokenizer: bool = True, **changes: object) -> Path:
     """Write an mlx-lm directory of a seeded random Llama; ``changes`` go into its config."""
+    write_random(directory, LLAMA | changes, seed=seed)
+    if tokenizer:
+        write_tokenizer(directory)
+    return directory
+
+
+def write_random(directory: Path, config: dict, *, seed: int = 0) -> Path:
+    """Write an mlx-lm directory of a seeded random model of any architecture, without a tokeniser."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = LLAMA | changes
-    model = llama.Model(llama.ModelArgs.from_dict(config))
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
     rng = np.random.default_rng(seed)
     weights = {
         name: mx.array(
@@ -50,8 +58,6 @@ def write_llama(directory: Path, *, seed: int = 0, tokenizer: bool = True, **cha
     }
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
     (directory / "config.json").write_text(json.dumps(config))
-    if tokenizer:
-        write_tokenizer(directory)
     return directory
 
 

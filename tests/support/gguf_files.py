@@ -1,14 +1,27 @@
-"""What llama.cpp's converter puts into a GGUF file of the tiny Llama in ``directories``: names, rows, metadata."""
+"""GGUF files as llama.cpp's converter writes them, of tiny mlx-lm directories: names, rows, metadata."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import mlx.core as mx
-from kvp_mlx.convert.gguf import LAYER_TENSORS, TOP_TENSORS
+import numpy as np
+from gguf.quants import dequantize, quantize
+from kvp_mlx.convert.gguf_config import ARCHITECTURES, TOP_TENSORS
+from kvp_mlx.convert.gguf_tensors import half_split_rows
 from tokenizers import pre_tokenizers
 
 from .directories import LLAMA
 
-GGUF_NAMES = {target: name for name, target in (LAYER_TENSORS | TOP_TENSORS).items()}
+Types = gguf.GGMLQuantizationType
+Kind = Types | Callable[[str], Types]
+
+
+def gguf_names(architecture: str) -> dict[str, str]:
+    """Return GGUF's names by mlx-lm's, without layers."""
+    table = ARCHITECTURES[architecture].layer | TOP_TENSORS
+    return {target: name for name, (target, _) in table.items()}
 
 
 def llama_cpp_rows(array: mx.array, heads: int) -> mx.array:
@@ -49,15 +62,101 @@ def gguf_metadata() -> dict[str, object]:
 
 
 def write_gguf(path: Path, model: Path, **metadata: object) -> None:
-    """Write a model directory's weights and tokeniser as llama.cpp's converter would."""
-    arrays = {}
+    """Write a llama directory's weights and tokeniser with mlx's own writer."""
+    arrays, names = {}, gguf_names("llama")
     for name, array in mx.load(str(model / "model.safetensors")).items():
-        stem, _, suffix = name.rpartition(".")
-        parts = stem.split(".")
-        if parts[1] == "layers":
-            inner = GGUF_NAMES[".".join(parts[3:])]
-            heads = {"attn_q": LLAMA["num_attention_heads"], "attn_k": LLAMA["num_key_value_heads"]}.get(inner)
-            arrays[f"blk.{parts[2]}.{inner}.{suffix}"] = llama_cpp_rows(array, heads) if heads else array
-        else:
-            arrays[f"{GGUF_NAMES[stem]}.{suffix}"] = array
+        full, heads = _place(name, names, LLAMA, "llama")
+        arrays[full] = llama_cpp_rows(array, heads) if heads else array
     mx.save_gguf(str(path), arrays, gguf_metadata() | metadata)
+
+
+def _place(name: str, names: dict[str, str], config: dict, architecture: str) -> tuple[str, int]:
+    """Return a tensor's name in GGUF, and of how many heads rows are interleaved there."""
+    parts = name.split(".")
+    inner = names[".".join(parts[3:]) if parts[1] == "layers" else name]
+    interleaved = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
+    heads = config[interleaved[inner]] if architecture == "llama" and inner in interleaved else 0
+    return f"blk.{parts[2]}.{inner}" if parts[1] == "layers" else inner, heads
+
+
+def model_metadata(config: dict) -> dict[str, object]:
+    """Return what llama.cpp's converter writes of a config, with the tokeniser above."""
+    name, heads = config["model_type"], config["num_attention_heads"]
+    numbers = {
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "context_length": config["max_position_embeddings"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(config.get("rope_theta", 10000.0)),
+    }
+    if "head_dim" in config:
+        numbers |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
+    if "partial_rotary_factor" in config:
+        numbers["rope.dimension_count"] = int(config["hidden_size"] // heads * config["partial_rotary_factor"])
+    common = {key: value for key, value in gguf_metadata().items() if not key.startswith("llama.")}
+    return common | {"general.architecture": name} | {f"{name}.{key}": value for key, value in numbers.items()}
+
+
+def write_file(
+    path: Path,
+    model: Path,
+    kind: Kind = Types.F16,
+    *,
+    without: str = "",
+    only: Callable[[str], bool] = lambda name: True,
+    tensors: dict[str, np.ndarray] | None = None,
+    big_endian: bool = False,
+    **changes: object,
+) -> dict[str, np.ndarray]:
+    """Write a directory of a supported architecture as GGUF, with llama.cpp's own package.
+
+    Args:
+        path: the file.
+        model: the directory.
+        kind: type of the matrices, or of each by its name.
+        without: metadata key that is left out.
+        only: which tensors are written.
+        tensors: further ones, in fp32.
+        big_endian: byte order.
+        changes: metadata, over what the converter would write.
+
+    Returns:
+        The weights as these types keep them, by mlx-lm's names.
+    """
+    config = json.loads((model / "config.json").read_text())
+    name, order = config["model_type"], gguf.GGUFEndian.BIG if big_endian else gguf.GGUFEndian.LITTLE
+    metadata = model_metadata(config) | changes
+    writer = gguf.GGUFWriter(path, str(metadata["general.architecture"]), endianess=order)
+    for key, value in metadata.items():
+        if key not in ("general.architecture", without):
+            add_value(writer, key, value)
+    kept, names = {}, gguf_names(name)
+    for mlx_name, array in mx.load(str(model / "model.safetensors")).items():
+        full, heads = _place(mlx_name, names, config, name)
+        if only(full):
+            rows = np.array(llama_cpp_rows(array, heads) if heads else array)
+            stored = Types.F32 if rows.ndim == 1 else kind if isinstance(kind, Types) else kind(full)
+            data = quantize(rows, stored)
+            writer.add_tensor(full, data, raw_dtype=stored)
+            restored = dequantize(data, stored)
+            kept[mlx_name] = half_split_rows(restored, heads) if heads else restored
+    for full, array in (tensors or {}).items():
+        writer.add_tensor(full, array.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept
+
+
+def add_value(writer: gguf.GGUFWriter, key: str, given: object) -> None:
+    """Write metadata in the type that the converter uses for such values."""
+    value = np.array(given).tolist() if isinstance(given, mx.array) else given
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        add = {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        (writer.add_int32 if isinstance(value, int) and value < 0 else add[type(value)])(key, value)

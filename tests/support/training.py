@@ -9,7 +9,9 @@ import numpy as np
 
 
 def train_args(start: Path, base: Path, data: Path, *more: object) -> tuple:
-    return ("train", base, "--start", start, "--data", data, "--window", 64, "--right", 16, *more)
+    """The command of a small run; what ``more`` says of the same options counts."""
+    own = {"--start": start, "--data": data, "--window": 64, "--right": 16}
+    return ("train", base, *(part for pair in own.items() if pair[0] not in more for part in pair), *more)
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:

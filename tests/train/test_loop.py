@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -217,6 +218,71 @@ def test_no_matplotlib_no_picture_no_error(
     assert outcome.code == 0, outcome.err
     assert not list(training(out).glob("*.png"))
     assert len(steps_of(out)) == 2
+
+
+def test_the_clock_runs_while_training_does(
+    starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation that takes longer than the whole budget leaves the budget to training."""
+    measure = RecoveryMeasurement.measure
+
+    def slowly(*args: object) -> dict:
+        time.sleep(1.5)
+        return measure(*args)
+
+    monkeypatch.setattr(RecoveryMeasurement, "measure", slowly)
+    out = tmp_path / "out"
+    outcome = kvp(*train_args(starts["prefix"], base_dir, texts, "--minutes", 0.02, "--out", out, "--json"))
+    assert outcome.code == 0, outcome.err
+    result = outcome.json()
+    assert result["steps_taken"] == len(steps_of(out)) > 1
+    assert result["tokens_taken"] == 64 * result["steps_taken"]
+    assert result["minutes_taken"] < 0.03
+    resumed = kvp("train", base_dir, "--data", texts, "--window", 64, "--right", 16, "--minutes", 0.02, "--out", out,
+                  "--resume", "--json")  # fmt: skip
+    assert resumed.json()["steps_now"] == 0
+
+
+def test_no_step_begins_that_is_longer_than_what_is_left() -> None:
+    options = TrainOptions(minutes=2.0)
+    assert not options.is_spent(TrainingState(minutes=1.0), 0.9)
+    assert options.is_spent(TrainingState(minutes=1.0), 1.1)
+    assert not TrainOptions(minutes=None, tokens=100).is_spent(TrainingState(tokens=99, minutes=50), 1.1)
+
+
+def test_it_is_said_what_was_taken_and_what_is_kept(
+    starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate that makes it worse from the first step on."""
+    common = ("--tokens", 128, "--learning-rate", 100)
+    outcome = kvp(*train_args(starts["prefix"], base_dir, texts, *common, "--out", tmp_path / "a"))
+    assert outcome.code == 0, outcome.err
+    assert "2 steps taken, 128 tokens" in outcome.err
+    assert "the start's maps are kept" in outcome.err
+    common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 128)
+    outcome = kvp(*common, "--tokens", 64, "--learning-rate", 100, "--out", tmp_path / "b")
+    assert "1 step taken, 64 tokens" in outcome.err
+    assert "the closed form's maps are kept" in outcome.err
+    assert outcome.out == ""
+
+
+def test_phases_are_told_where_there_is_no_terminal(
+    base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = sys.modules["kvp_mlx.cli.output"].progress_lines
+
+    def at_once(label: str) -> object:
+        monkeypatch.setattr("kvp_mlx.cli.output.SILENT_SECONDS", 0.0)
+        return wrapped(label)
+
+    monkeypatch.setattr("kvp_mlx.cli.output.progress_lines", at_once)
+    monkeypatch.setattr("kvp_mlx.cli.training.progress_lines", at_once)
+    common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 128)
+    outcome = kvp(*common, "--tokens", 128, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    for phase in ("closed form, tokens", "validation, documents", "saving the best so far, windows", "training"):
+        assert f"{phase}: done after" in outcome.err
+    assert "% of the budget, loss" in outcome.err
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------

@@ -83,14 +83,22 @@ def test_dataset_without_network_is_one_line(tmp_path: Path) -> None:
         (("--validate-every", "nan"), "--validate-every"),
         (("--lora-rank", 2, "--train-auxiliary"), "--train-auxiliary"),
         (("--start", "/nowhere"), "nowhere"),
+        (("--seed", -1), "--seed"),
+        (("--seed", 2**70), "--seed"),
+        (("--window", 2**70), "--window"),
+        (("--tokens", 0), "--tokens"),
+        (("--tokens", 2**70), "--tokens"),
+        (("--minutes", "nan"), "--minutes"),
+        (("--minutes", "inf"), "--minutes"),
+        (("--lora-rank", -1), "--lora-rank"),
+        (("--fit-tokens", 0), "--fit-tokens"),
     ],
 )
 def test_bad_options_are_named(
     options: tuple, named: str, starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp
 ) -> None:
     budget = () if {"--tokens", "--minutes"} & set(options) else ("--tokens", 128)
-    common = train_args(starts["prefix"], base_dir, texts, *budget)
-    outcome = kvp(*common, *options, "--out", tmp_path / "out")
+    outcome = kvp(*train_args(starts["prefix"], base_dir, texts, *budget, *options, "--out", tmp_path / "out"))
     assert outcome.code == 2, outcome.err
     assert named in outcome.err
     assert outcome.err.count("\n") == 1

@@ -74,6 +74,7 @@ KILLED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_and_resumed_is_never_interrupted(
     name: str, starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp
@@ -196,6 +197,67 @@ def test_damaged_state_is_named(damage: str, run: Path, base_dir: Path, texts: P
     assert "state.safetensors" in outcome.err
     assert outcome.err.count("\n") == 1
     kvp_mlx.load(str(run))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_bundle_that_is_gone_is_written_again(
+    is_finished: bool, run: Path, base_dir: Path, texts: Path, kvp: Kvp
+) -> None:
+    """What is there afterwards is what the command says, whatever was lost in between."""
+    if not is_finished:
+        rewind(training(run) / "state.safetensors")
+    shutil.rmtree(run)
+    common = ("train", base_dir, "--data", texts, "--window", 64, "--right", 16, "--tokens", 64 * 4, "--resume")
+    outcome = kvp(*common, "--out", run, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json()
+    assert result["rewritten"]
+    assert result["steps_now"] == (0 if is_finished else 2)
+    record = kvp_mlx.load(str(run)).config.training["validation"]
+    assert record["recovery"] == result["recovery"]
+    again = kvp(*common, "--out", run)
+    assert again.code == 0, again.err
+    assert "Wrote" not in again.err
+    assert "Nothing is left" in again.err
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "thesis.tex").write_text("mine")
+    refused = kvp(*common, "--out", run)
+    assert refused.code == 2
+    assert (run / "thesis.tex").read_text() == "mine"
+
+
+def rewind(path: Path) -> None:
+    """Make a run's state one of two steps ago (by its counts, which is what is looked at)."""
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    state = json.loads(metadata["state"])
+    state |= {"step": state["step"] - 2, "tokens": state["tokens"] - 128, "finished": False}
+    mx.save_safetensors(str(path), arrays, metadata={"state": json.dumps(state)})
+
+
+def test_one_run_at_a_time(starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp) -> None:
+    """A second one is refused while the first lives; a killed one's lock is nobody's."""
+    out, parent = tmp_path / "out", tmp_path
+    slow = train_args(starts["prefix"], base_dir, texts, "--tokens", 10**7, "--out", out)
+    process = subprocess.Popen([sys.executable, "-c", STEADY, *map(str, slow)], stderr=subprocess.PIPE)
+    try:
+        wait_until((training(out) / "state.safetensors").exists, process)
+        for more in ((), ("--force",), ("--resume",)):
+            outcome = kvp(*slow, *more)
+            assert outcome.code == 2
+            assert "another process" in outcome.err or "--resume" in outcome.err
+            assert outcome.err.count("\n") == 1
+        assert "another process" in outcome.err
+    finally:
+        process.kill()
+        process.wait()
+    assert (training(out) / "lock").exists()
+    quick = train_args(starts["prefix"], base_dir, texts, "--tokens", 64, "--out", out, "--force")
+    outcome = kvp(*quick)
+    assert outcome.code == 0, outcome.err
+    assert not (training(out) / "lock").exists()
+    kvp_mlx.load(str(out))
+    assert sorted(path.name for path in parent.iterdir()) == ["out", "out.training"]
 
 
 def test_resume_without_a_run_is_refused(

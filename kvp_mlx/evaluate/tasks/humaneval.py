@@ -12,7 +12,7 @@ from ...engine.prompt import encode
 from ..answer import Question, generate
 from ..records import TEXT, hash_of, hashes, read_records
 from ..rows import BATCH
-from ..sandbox import passes
+from ..sandbox import Judged, passes
 from ..task import Asked, Item, Measure, Place, Row, Run, Task, row_of
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
@@ -34,9 +34,14 @@ def prompt_ids(model: KVPModel, item: Item) -> list[int]:
     return encode(model, item.prompt, raw=True)
 
 
-def program(item: Item, completion: str) -> str:
-    """Return the program that fails unless the completion is right."""
-    return f"{item.prompt}{completion}\n{item.extra['test']}\ncheck({item.extra['entry_point']})\n"
+def program(item: Item, completion: str) -> Judged:
+    """Return the program that fails unless the completion is right.
+
+    The tests may use what the problem defines before the function that is asked for.
+    """
+    entry_point = item.extra["entry_point"]
+    given = item.prompt[: max(0, item.prompt.rfind(f"def {entry_point}("))]
+    return Judged(item.prompt + completion, entry_point, given, item.extra["test"])
 
 
 def measure_completions(samples: int, temperature: float, seed: int) -> Measure:
@@ -88,7 +93,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def run(data: list[str], samples: int = 1, temperature: float = 0.6, limit: int | None = None, seed: int = 0) -> Run:
     """HumanEval: programs that pass their tests, pass@1 and pass@10.
 
-    They run in a process with limits on time, memory, processes, files and network: a fence, not a virtual machine.
+    They run fenced in, apart from their tests, with limits on time, memory, processes, files and network.
     """
     options = {"data": hashes(data), "samples": samples, "temperature": temperature}
     measure = measure_completions(samples, temperature, seed)

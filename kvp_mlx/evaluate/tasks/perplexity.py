@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...arms.arm import Arm
 from ...bundle.loading import KVPModel
+from ...engine.prompt import check_window
 from ...train.text import data_files, token_windows
 from ..likelihood import continuation_losses
 from ..records import SAMPLE, hashes
@@ -59,6 +60,7 @@ def run(
     options = {"data": hashes(places), "prompt_tokens": prompt_tokens, "continuation_tokens": continuation_tokens}
 
     def windows(model: KVPModel) -> list[Item]:
+        check_window(model, prompt_tokens + continuation_tokens - 1)
         return items(places, model.text_tokenizer, prompt_tokens, continuation_tokens, seed, limit)
 
     return Run("perplexity", windows, measure, prompt_ids, limit, seed, options, perplexity)

@@ -1,0 +1,96 @@
+"""What stands between the program and a terminal: control characters, odd streams and sizes, Ctrl-C.
+
+This file imports nothing slow, since every command needs it.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+PATIENCE_SECONDS = 1.0
+LEFT_BY_CTRL_C = 130
+_VISIBLE = {
+    number: f"\\x{number:02x}"
+    for number in range(0xA0)
+    if unicodedata.category(chr(number)) == "Cc" and chr(number) not in "\n\t"
+}
+
+
+def visible(text: str) -> str:
+    r"""Return text whose control characters (but line feeds and tabs) are spelled out, as ``\x1b``.
+
+    Terminals obey these: they would set titles, write the clipboard or overwrite lines, on behalf of whoever wrote a
+    model, a file name or a document.
+    """
+    return text.translate(_VISIBLE)
+
+
+def prepare_streams() -> None:
+    """Make the three streams and the screen's size such as the rest of the program may rely on.
+
+    A closed stream becomes the null device, before a file that is opened takes its number. What an encoding lacks
+    is spelled out, so that no answer is lost; input is UTF-8. ``COLUMNS=0`` counts as unset.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    with contextlib.suppress(AttributeError, ValueError):  # something else than a text file stands in
+        sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for name in ("COLUMNS", "LINES"):
+        if not os.environ.get(name, "1").isdecimal() or int(os.environ.get(name, "1")) < 1:
+            del os.environ[name]
+
+
+def is_utf8(stream: Any) -> bool:
+    """Return whether a stream takes any character."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
+
+
+@contextlib.contextmanager
+def leaving_on_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the program within ``PATIENCE_SECONDS`` while the block runs, whatever it is busy with.
+
+    Python hears a signal only between two of its own steps, and a tokeniser or a chunk of prefill may take long. So a
+    thread waits for the signal itself, and ends the program where the block has not ended by then. For commands that
+    have nothing to put in order.
+    """
+    ended = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    try:
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    except ValueError:  # not the main thread, which alone has signals
+        os.close(reading)
+        os.close(writing)
+        yield
+        return
+    watching = threading.Thread(target=_leave_after_signal, args=(reading, ended), daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writing)  # which ends the thread's reading
+        watching.join()
+        os.close(reading)
+
+
+def _leave_after_signal(reading: int, ended: threading.Event) -> None:
+    while number := os.read(reading, 1):
+        if number[0] == signal.SIGINT and not ended.wait(PATIENCE_SECONDS):
+            show_cursor = "\r\x1b[?25h\x1b[K" if os.isatty(2) else ""
+            os.write(2, f"{show_cursor}kvp: interrupted.\n".encode())
+            os._exit(LEFT_BY_CTRL_C)
