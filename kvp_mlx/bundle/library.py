@@ -42,7 +42,8 @@ def list_models(folders: list[Path]) -> tuple[list[Entry], list[str]]:
         folders: whose own and direct subfolders are looked at, beside the shipped default and the Hub's cache.
     """
     places = [(name, "shipped", place) for name in named.NAMED if (place := named.shipped_bundle(name))]
-    places += [(f"{name} (its base)", "cache", base) for name in named.NAMED if (base := named.base_path(name)).is_dir()]
+    bases = {name: named.base_path(name) for name in named.NAMED}
+    places += [(f"{name} (its base)", "cache", base) for name, base in bases.items() if base.is_dir()]
     places += [(name, "hub", path) for name, path in _hub_snapshots()]
     for folder in folders:
         candidates = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]

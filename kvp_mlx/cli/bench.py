@@ -241,6 +241,7 @@ def plot(
     """Draw saved results: the first one's times and parts, and what all of them realise."""
     check_writable(out)
     draw_ttft([read_drawable(path) for path in results], out)
+    say(f"Wrote {out}.")
 
 
 def make_sweep(prompt_tokens: str, batch_size: int, arms: str, rounds: int, step_size: int | None) -> Sweep:
@@ -305,6 +306,7 @@ def report(result: Result, columns: dict[str, Callable[[Any], str]], title: str,
     """Write the result to ``out``, and print it as JSON or as a table."""
     if out is not None:
         write_result(out, result, columns)
+        say(f"Wrote {out}.")
     if json:
         print_json(result)
         return

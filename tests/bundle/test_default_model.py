@@ -134,5 +134,6 @@ def test_shipped_bundle_is_whole(tmp_path: Path, kvp: Kvp) -> None:
     info = kvp("info", "--json").json()
     assert info["base"]["alias"] == "smollm2-135m"
     assert info["base"]["fingerprint"] == default_model.NAMED[default_model.ALIAS].fingerprint
-    copy = shutil.copytree(default_model.shipped_bundle(default_model.ALIAS), tmp_path / "copy")  # an alias base works from anywhere
+    shipped = default_model.shipped_bundle(default_model.ALIAS)
+    copy = shutil.copytree(shipped, tmp_path / "copy")  # an alias base works from anywhere
     assert kvp("info", copy, "--json").json()["predictor"] == info["predictor"]

@@ -18,9 +18,8 @@ from kvp_mlx.evaluate.intervals import bootstrap_ratio
 from kvp_mlx.evaluate.report import page, read_results, summary
 from kvp_mlx.evaluate.suite import arms_of, claimed, plan
 from kvp_mlx.evaluate.summary import EQUAL_TTFT, compare_at_equal_ttft
-from kvp_mlx.evaluate.tables import EVALUATION, ROOT, render
+from kvp_mlx.evaluate.tables import EVALUATION, ROOT, pages, render
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHOICES = [{"query": f"Question: the {i}?", "choices": ["the lamp", "x"], "gold": i % 2} for i in range(6)]
 FILES: dict[str, list[dict[str, Any]]] = {
     "squad_dev_half": [{"context": TEXT, "question": f"what {i}?", "answers": ["the harbour"]} for i in range(6)],
@@ -215,10 +214,11 @@ def test_the_summary_shows_rivals_and_the_average() -> None:
     assert text.endswith("mean difference from full over arc_easy, piqa: kvp -0.150 [-0.171, -0.129].\n")
 
 
-def test_the_page_and_the_readme_are_current() -> None:
+def test_the_page_and_its_summary_are_current() -> None:
     results, made = ROOT / "docs" / "results", ROOT / "docs" / "evaluation.md"
-    assert render(README) == README, "run 'make readme'"
-    assert len(EVALUATION.findall(README)) == 1
+    texts = {path: path.read_text(encoding="utf-8") for path in pages()}
+    assert all(render(text) == text for text in texts.values()), "run 'make readme'"
+    assert sum(len(EVALUATION.findall(text)) for text in texts.values()) == 1
     if any(results.glob("*.json")):
         assert made.read_text(encoding="utf-8") == page(read_results(results)), "run 'kvp eval report docs/results'"
     else:
