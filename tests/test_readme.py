@@ -1,4 +1,4 @@
-"""Every kvp command in the README runs, as written, in the checkout."""
+"""Every kvp command in README.md and docs/ runs, as written, in the checkout; each page by itself."""
 
 import re
 import shlex
@@ -14,7 +14,12 @@ from support.gguf_files import write_gguf
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^\$ kvp (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+COMMAND = re.compile(r"^\$ kvp (.*?)(?:\s+#.*)?$", re.MULTILINE)
+PAGES = {
+    str(path.relative_to(ROOT)): commands
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if (commands := COMMAND.findall(path.read_text()))
+}
 
 # These take the place of the options given: what would take minutes is cut short, and outputs go where they do no harm.
 SHORTER = {
@@ -32,13 +37,14 @@ SHORTER = {
 }
 
 
-def test_the_readme_runs(kvp: Kvp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(COMMANDS) >= 8
+@pytest.mark.long
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page: str, kvp: Kvp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("kvp_mlx", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_checkpoints(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for command in COMMANDS:
+    for command in PAGES[page]:
         extra = next((more for name, more in SHORTER.items() if command.startswith(name)), [])
         outcome = kvp(*replaced(shlex.split(command), extra))
         assert outcome.code == 0, f"kvp {command}: {outcome.err}"
@@ -61,6 +67,11 @@ def write_checkpoints(directory: Path) -> None:
     corenet.save(corenet.openelm(base), directory / "checkpoint_average.pt")
     corenet.save(corenet.kv_prediction(base, auxiliary), directory / "kv_prediction.pt")
     write_gguf(directory / "model.gguf", write_llama(directory / "llama", tokenizer=False))
+
+
+def test_there_are_commands() -> None:
+    assert len(PAGES["README.md"]) >= 8
+    assert len(PAGES) >= 5
 
 
 def test_the_two_commands_and_ci_agree() -> None:
