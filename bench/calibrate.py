@@ -7,8 +7,9 @@ from typing import Any
 from ..bundle.loading import KVPModel
 from ..device.machine import describe_machine
 from ..engine.calibration import store_auto_min
-from ..engine.dial import Path
-from ..engine.reply import stream_generate
+from ..engine.context import Context
+from ..engine.dial import Dial, Path
+from ..engine.reply import reply
 from ..errors import InputError
 from .ttft import fresh_prompt
 
@@ -47,7 +48,7 @@ def calibrate_auto(
         for round_number in range(rounds + 1):
             for path, samples in times.items():
                 ids = fresh_prompt(text_ids, predicted + exact_tail + 1, 2 * round_number + (path == "kvp"))
-                answer = stream_generate(model, ids, prefill=path, exact_head=0, exact_tail=exact_tail, max_tokens=2)
+                answer = reply(Context(model), ids, Dial(path, 0, exact_tail), max_tokens=2)
                 first = next(answer)
                 if round_number:
                     samples.append(first.ttft_ms)
