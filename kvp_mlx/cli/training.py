@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from ..device.machine import matmul_flops_per_s
 from ..train import SAMPLE
-from ..train.fit import FitOptions, fit_bundle
+from ..train.fit import FitOptions, fit_bundle, fit_bundles
 from ..train.loop import TrainOptions
 from ..train.objectives import weights_of
 from ..train.run import Phase, train_bundle
-from .options import DataSeed, Force, Json, OutDirectory, TextOrSample
+from .options import DataSeed, Force, Json, OutDirectory, TextOrSample, parse_numbers
 from .output import clean_stdout, errors, plural, print_json, progress_bar, progress_lines, say
 
 MOST = 2**40
@@ -27,6 +27,10 @@ MOST = 2**40
 Base = Annotated[str, typer.Argument(help="mlx-lm model: directory, Hub id or the default's alias.")]
 Layers = Annotated[
     int | None, typer.Option("--layers", min=1, help="Prefix: the base's own first K layers read the prompt.")
+]
+Prefixes = Annotated[
+    str | None,
+    typer.Option("--layers", help="As for train; several, as 8,12, in one pass: bundles OUT/8 and OUT/12."),
 ]
 Auxiliary = Annotated[Path | None, typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser.")]
 Prune = Annotated[float | None, typer.Option("--prune", help="Keep 0.75, 0.5 or 0.25 of the base's layers.")]
@@ -39,7 +43,7 @@ def fit(
     base: Base,
     out: OutDirectory,
     data: TextOrSample = None,
-    layers: Layers = None,
+    layers: Prefixes = None,
     auxiliary: Auxiliary = None,
     prune: Prune = None,
     sources: Sources = 1,
@@ -54,13 +58,18 @@ def fit(
 
     Ridge regression from what the auxiliary reads to the base's keys and values.
     """
-    options = FitOptions(layers, auxiliary, prune, sources, tokens, window, penalty, seed)
+    prefixes = [None] if layers is None else sorted(set(parse_numbers(layers, "--layers")))
+    common: dict[str, Any] = {"tokens": tokens, "window": window, "penalty": penalty, "seed": seed}
+    wanted = {
+        out / str(prefix) if len(prefixes) > 1 else out: FitOptions(prefix, auxiliary, prune, sources, **common)
+        for prefix in prefixes
+    }
     with clean_stdout(json), progress_bar("tokens read") as progress:
-        result = fit_bundle(base, data or [str(SAMPLE)], out, options, force=force, progress=progress)
+        result = fit_bundles(base, data or [str(SAMPLE)], wanted, force=force, progress=progress)
     if json:
         print_json({"out": str(out), **result})
     else:
-        say(f"Wrote {out}: {result['tokens']:,} tokens read in {result['seconds']} s.")
+        say(f"Wrote {' and '.join(map(str, wanted))}: {result['tokens']:,} tokens read in {result['seconds']} s.")
 
 
 class Objective(StrEnum):

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..models.loading import fit_to_device, load_model, load_tokenizer
 from ..models.pruning import retained_layers, write_pruned
 from ..models.safetensors import fingerprint, write_tensors
 from .deviation import DEVIATION_TOKENS, fit_deviation
-from .ridge import fit_predictor
+from .ridge import fit_predictors
 from .text import data_files, token_windows
 
 
@@ -62,27 +63,30 @@ class FitOptions:
                 raise InputError(f"{name} must be positive, not {value}.")
 
 
-def fit_bundle(
+def fit_bundle(base_name: str, data: list[str], out: Path, options: FitOptions, **how: Any) -> dict[str, Any]:
+    """Fit a predictor and write the bundle ``out``; see ``fit_bundles``."""
+    return fit_bundles(base_name, data, {out: options}, **how)
+
+
+def fit_bundles(
     base_name: str,
     data: list[str],
-    out: Path,
-    options: FitOptions,
+    wanted: Mapping[Path, FitOptions],
     *,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Fit a predictor and write the bundle ``out``.
+    """Fit predictors for one base in one pass over the text, and write a bundle for each.
 
     Args:
         base_name: the base: alias, directory or Hub id of an mlx-lm model.
         data: text files or folders.
-        out: bundle directory to write.
-        options: see ``FitOptions``.
-        force: replace an existing ``out``.
+        wanted: the bundle directories to write, each with its options; these differ in the auxiliary alone.
+        force: replace existing bundles.
         progress: called with (tokens read, tokens to read).
 
     Returns:
-        What was done: ``tokens``, ``seconds``, ``predictor_bytes``.
+        What was done: ``tokens``, ``seconds``, ``predictor_bytes`` (of all together).
 
     Raises:
         InputError: unusable data, options or output.
@@ -90,59 +94,69 @@ def fit_bundle(
     files = data_files(data)
     start = time.perf_counter()
     base_path = find_model(base_name)
-    sources = [base_path] if options.auxiliary is None else [base_path, find_model(str(options.auxiliary))]
-    require_free(out, force, sources=sources)
+    for out, options in wanted.items():
+        sources = [base_path] if options.auxiliary is None else [base_path, find_model(str(options.auxiliary))]
+        require_free(out, force, sources=sources)
     base, base_config = load_model(base_path)
     tokenizer = load_tokenizer(base_path, base_config)
     if tokenizer is None:
         raise InputError(f"{base_path} has no tokeniser; text cannot be read for it.")
-    with atomic_directory(out) as work:
-        auxiliary_config = write_auxiliary(base, base_path, options, work)
-        config = bundle_config(base, base_name, base_path, auxiliary_config, options)
-        auxiliary = load_auxiliary(base, config, work)
-        predictor = build_predictor(base, auxiliary, config)
-        fit_to_device(base)
-        if auxiliary_config.kind != "prefix":
-            fit_to_device(auxiliary)
-        record = fit_maps(
-            KVPModel(base, auxiliary, predictor, tokenizer, config, base_config), files, options, progress
-        )
-        write_predictor(predictor, work / "predictor.safetensors")
-        config.model_copy(update={"training": record}).save(work)
-        size = (work / "predictor.safetensors").stat().st_size
-    return {"tokens": record["tokens"], "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
+    for options in wanted.values():
+        if options.layers is not None:
+            prefix_layer_map(len(base.layers), options.layers)  # refuses a prefix that does not fit
+    fit_to_device(base)
+    with ExitStack() as stack:
+        works, models = [], []
+        for out, options in wanted.items():
+            work = stack.enter_context(atomic_directory(out))
+            auxiliary_config = write_auxiliary(base, base_path, options, work)
+            config = bundle_config(base, base_name, base_path, auxiliary_config, options)
+            auxiliary = load_auxiliary(base, config, work)
+            predictor = build_predictor(base, auxiliary, config)
+            if auxiliary_config.kind != "prefix":
+                fit_to_device(auxiliary)
+            works.append(work)
+            models.append(KVPModel(base, auxiliary, predictor, tokenizer, config, base_config))
+        records = fit_maps(models, files, options, progress)
+        for work, model, record in zip(works, models, records, strict=True):
+            write_predictor(model.predictor, work / "predictor.safetensors")
+            model.config.model_copy(update={"training": record}).save(work)
+        size = sum((work / "predictor.safetensors").stat().st_size for work in works)
+    return {"tokens": records[0]["tokens"], "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
 
 
 def fit_maps(
-    model: KVPModel, files: list[Path], options: FitOptions, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """Set a bundle's maps and its estimator of deviation; returns what kvp.json keeps of how that was done."""
+    models: Sequence[KVPModel], files: list[Path], options: FitOptions, progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Set bundles' maps and estimators of deviation; returns what each kvp.json keeps of how that was done."""
 
     def windows(tokens: int) -> Iterator[list[int]]:
-        return budgeted(token_windows(files, model.text_tokenizer, options.window, options.seed), tokens)
+        return budgeted(token_windows(files, models[0].text_tokenizer, options.window, options.seed), tokens)
 
-    tokens = fit_predictor(
-        model.base,
-        None if model.is_prefix else model.auxiliary,
-        model.predictor,
+    tokens = fit_predictors(
+        models,
         windows(options.tokens),
         penalty=options.penalty,
         progress=lambda done: progress(min(done, options.tokens), options.tokens),
     )
-    return {
-        "method": "ridge",
-        "kvp_mlx": __version__,
-        "tokens": tokens,
-        "deviation_explained": fit_deviation(model, list(windows(min(options.tokens, DEVIATION_TOKENS)))),
-        "data": [path.name for path in files],
-        **{key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")},
-    }
+    judged = list(windows(min(options.tokens, DEVIATION_TOKENS)))
+    common = {key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")}
+    return [
+        {
+            "method": "ridge",
+            "kvp_mlx": __version__,
+            "tokens": tokens,
+            "deviation_explained": fit_deviation(model, judged),
+            "data": [path.name for path in files],
+            **common,
+        }
+        for model in models
+    ]
 
 
 def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work: Path) -> AuxiliaryConfig:
     """Put the auxiliary into the bundle ``work`` (nothing to put for a prefix) and describe it."""
     if options.layers is not None:
-        prefix_layer_map(len(base.layers), options.layers)  # refuses a prefix that does not fit
         return AuxiliaryConfig(kind="prefix", layers=options.layers)
     if options.prune is not None:
         retained = retained_layers(len(base.layers), options.prune)

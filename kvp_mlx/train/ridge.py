@@ -4,14 +4,14 @@ The idea of fitting the cache's maps in closed form is that of NVIDIA's cross-mo
 (arXiv 2608.03893). Here it is the quick start of a predictor, and the starting point of training.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..bundle.predictor import Block, Predictor
+from ..bundle.loading import KVPModel
+from ..bundle.predictor import Block
 from ..errors import KVPError
 from ..models.sections import RawLayer, run_layers
 
@@ -49,21 +49,17 @@ class RidgeSums:
         return solution[:-1].T, solution[-1]
 
 
-def fit_predictor(
-    base: nn.Module,
-    auxiliary: nn.Module | None,
-    predictor: Predictor,
+def fit_predictors(
+    models: Sequence[KVPModel],
     windows: Iterable[list[int]],
     *,
     penalty: float,
     progress: Callable[[int], None],
 ) -> int:
-    """Set a predictor's maps to the ridge solution over the given token windows.
+    """Set the maps of bundles of one base to the ridge solution over the given token windows, in one pass.
 
     Args:
-        base: the model whose cache is to be predicted.
-        auxiliary: the model that reads the prompt; None for a prefix, where the base's own pass has it all.
-        predictor: receives the maps, fp32.
+        models: share a base, which reads each window once; their predictors receive the maps, fp32.
         windows: token ids; each window is one independent prompt.
         penalty: see ``RidgeSums.solve``.
         progress: called with the number of tokens read after every window.
@@ -74,24 +70,27 @@ def fit_predictor(
     Raises:
         KVPError: the statistics are not finite (a broken model).
     """
-    sums = [RidgeSums(block) for block in predictor.blocks]
-    tokens = 0
+    base, tokens = models[0].base, 0
+    sums = [[RidgeSums(block) for block in model.predictor.blocks] for model in models]
     for window in windows:
         ids = mx.array([window])
         _, raw = run_layers(base, ids, make_prompt_cache(base), listen=range(len(base.layers)))
-        captured = raw
-        if auxiliary is not None:
-            _, captured = run_layers(auxiliary, ids, make_prompt_cache(auxiliary), predictor.sources)
-        inputs = predictor.inputs(captured)
-        for part in sums:
-            part.add(inputs[part.block.name], raw)
+        for model, parts in zip(models, sums, strict=True):
+            captured = raw  # a prefix's readings are the base's own
+            if not model.is_prefix:
+                reader = model.auxiliary
+                _, captured = run_layers(reader, ids, make_prompt_cache(reader), model.predictor.sources)
+            inputs = model.predictor.inputs(captured)
+            for part in parts:
+                part.add(inputs[part.block.name], raw)
         mx.clear_cache()
         tokens += len(window)
         progress(tokens)
-    for part in sums:
-        weight, bias = part.solve(penalty)
-        if not np.isfinite(weight).all():
-            raise KVPError(f"map {part.block.name} came out not finite; does the base model work at all?")
-        predictor.maps[part.block.name].weight = mx.array(weight.astype(np.float32))
-        predictor.maps[part.block.name].bias = mx.array(bias.astype(np.float32))
+    for model, parts in zip(models, sums, strict=True):
+        for part in parts:
+            weight, bias = part.solve(penalty)
+            if not np.isfinite(weight).all():
+                raise KVPError(f"map {part.block.name} came out not finite; does the base model work at all?")
+            model.predictor.maps[part.block.name].weight = mx.array(weight.astype(np.float32))
+            model.predictor.maps[part.block.name].bias = mx.array(bias.astype(np.float32))
     return tokens

@@ -288,3 +288,26 @@ def test_sliding_window_base_is_refused_by_name(text_file: Path, tmp_path: Path,
     assert outcome.code == 2
     assert "RotatingKVCache" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_several_prefixes_in_one_pass_are_what_each_alone_is(
+    base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    common = ("fit", base_dir, "--data", text_file, "--tokens", 300, "--window", 64)
+    outcome = kvp(*common, "--layers", "2,1", "--out", tmp_path / "several", "--json")
+    assert outcome.code == 0, outcome.err
+    for layers in (1, 2):
+        assert kvp(*common, "--layers", layers, "--out", tmp_path / str(layers)).code == 0
+        alone, together = (folder / str(layers) for folder in (tmp_path, tmp_path / "several"))
+        assert (alone / "kvp.json").read_text() == (together / "kvp.json").read_text()
+        assert (alone / "predictor.safetensors").read_bytes() == (together / "predictor.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("layers", ["1,x", "0", "1,99", ""])
+def test_prefixes_that_are_none_are_refused(
+    base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp, layers: str
+) -> None:
+    outcome = kvp("fit", base_dir, "--layers", layers, "--data", text_file, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
