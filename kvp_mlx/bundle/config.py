@@ -11,6 +11,7 @@ from ..files import read_json, sha256_of, write_json
 
 FORMAT_VERSION: Final = 2
 HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
+HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
 
 Sources = tuple[NonNegativeInt, ...]
 
@@ -19,10 +20,28 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ModelMark(_Part):
+    """What tells a model from others of its shape, in any precision (``bundle.mark``).
+
+    Attributes:
+        arguments: what config.json tells the model.
+        vocabulary: hash of the tokeniser's.
+        rows: the beginning of some weights' first rows, by name and shape (``NAME|OUT,IN``).
+    """
+
+    arguments: dict[str, Any]
+    vocabulary: str | None
+    rows: dict[str, tuple[float, ...]]
+
+
 class BaseConfig(_Part):
-    """Where the base lives: exactly one of ``path`` (relative to the bundle or absolute), ``hub_id``, ``alias``."""
+    """Where the base lives: exactly one of ``path`` (relative to the bundle or absolute), ``hub_id``, ``alias``.
+
+    A base of another fingerprint is let in if it has the ``mark``; bundles made before that was introduced have none.
+    """
 
     fingerprint: str
+    mark: ModelMark | None = None
     path: str | None = None
     hub_id: str | None = None
     revision: str | None = None

@@ -19,6 +19,7 @@ from ..models.safetensors import TensorInfo, fingerprint, read_header
 from ..models.sections import prefix_model
 from .adapter import adapted_prefix, adapter_weights
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
+from .mark import check_mark
 from .named import ALIAS, find_model, shipped_bundle
 from .predictor import Predictor, plan_blocks
 
@@ -73,12 +74,13 @@ class KVPModel:
         return min((length for length in stated if length is not None), default=None)
 
 
-def load(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
+def load(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch: bool = False) -> KVPModel:
     """Load a bundle from a directory, a Hub id or the alias ``smollm2-135m``.
 
     Args:
         name: where the bundle is.
-        allow_base_mismatch: run on a base whose fingerprint differs from the one the maps were made for.
+        base_name: run on this copy of the base, in another precision say (default: the one that kvp.json names).
+        allow_base_mismatch: run on another base than the maps were made for.
 
     Raises:
         InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there).
@@ -89,8 +91,8 @@ def load(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
     config = read_config(directory)
     weights = directory / "predictor.safetensors"
     tensors = read_header(weights)
-    base_path = base_directory(config.base, directory)
-    if not allow_base_mismatch:
+    base_path = base_directory(config.base, directory) if base_name is None else find_model(base_name)
+    if not allow_base_mismatch and config.base.mark is None:
         _check_fingerprint(base_path, config.base.fingerprint)
     base, base_config = load_model(base_path)
     auxiliary = load_auxiliary(base, config, directory)
@@ -98,6 +100,9 @@ def load(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
     _match_quantisation(predictor, tensors, weights)
     _check_tensors(tree_flatten(predictor.parameters()), tensors, weights)
     tokenizer = load_tokenizer(base_path, base_config)
+    if not allow_base_mismatch and config.base.mark is not None:
+        is_same_file = fingerprint(base_path) == config.base.fingerprint
+        check_mark(config.base.mark, base, tokenizer, has_weights=is_same_file)
     fit_to_device(base)
     if config.auxiliary.adapter_rank is not None:
         auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")
@@ -114,11 +119,12 @@ def load(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
     return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
 
 
-def load_any(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPModel:
+def load_any(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch: bool = False) -> KVPModel:
     """Load a bundle, or any other model that mlx-lm runs: it reads every prompt in full (``config.has_predictor``).
 
     Args:
         name: see ``load``.
+        base_name: see ``load``; of a bundle only.
         allow_base_mismatch: see ``load``.
 
     Raises:
@@ -126,7 +132,9 @@ def load_any(name: str = ALIAS, *, allow_base_mismatch: bool = False) -> KVPMode
     """
     directory = bundle_directory(name)
     if (directory / "kvp.json").exists() or not (directory / "config.json").exists():
-        return load(name, allow_base_mismatch=allow_base_mismatch)
+        return load(name, base_name=base_name, allow_base_mismatch=allow_base_mismatch)
+    if base_name is not None:
+        raise InputError(f"{name} is no bundle, so there is no base to exchange; leave out --base.")
     base, base_config = load_any_model(directory)
     tokenizer = load_tokenizer(directory, base_config)
     fit_to_device(base)

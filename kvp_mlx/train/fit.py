@@ -13,9 +13,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import __version__
-from ..bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, RecomputeConfig
+from ..bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, ModelMark, PredictorConfig, RecomputeConfig
 from ..bundle.layer_map import prefix_layer_map, pruned_layer_map, spread_layer_map, widened
 from ..bundle.loading import KVPModel, build_predictor, load_auxiliary
+from ..bundle.mark import mark_of
 from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..errors import InputError
@@ -110,7 +111,8 @@ def fit_bundles(
         for out, options in wanted.items():
             work = stack.enter_context(atomic_directory(out))
             auxiliary_config = write_auxiliary(base, base_path, options, work)
-            config = bundle_config(base, base_name, base_path, auxiliary_config, options)
+            reference = base_reference(base_name, base_path, mark_of(base, tokenizer))
+            config = bundle_config(reference, len(base.layers), auxiliary_config, options)
             auxiliary = load_auxiliary(base, config, work)
             predictor = build_predictor(base, auxiliary, config)
             if auxiliary_config.kind != "prefix":
@@ -170,11 +172,18 @@ def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work:
     return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers), fingerprint=fingerprint(source))
 
 
-def bundle_config(
-    base: nn.Module, base_name: str, base_path: Path, auxiliary: AuxiliaryConfig, options: FitOptions
-) -> BundleConfig:
-    """Describe the bundle: where its base lives, its auxiliary, and which layers the maps read."""
-    depth = len(base.layers)
+def base_reference(name: str, path: Path, mark: ModelMark) -> BaseConfig:
+    """Say where a bundle's base lives, and what tells it from others."""
+    what: dict[str, Any] = {"fingerprint": fingerprint(path), "mark": mark}
+    if name in NAMED:
+        return BaseConfig(**what, alias=name)  # type: ignore[arg-type] # the table and the literal are one, by a test
+    if Path(name).expanduser().is_dir():
+        return BaseConfig(**what, path=str(path.resolve()))
+    return BaseConfig(**what, hub_id=name, revision=path.name)
+
+
+def bundle_config(base: BaseConfig, depth: int, auxiliary: AuxiliaryConfig, options: FitOptions) -> BundleConfig:
+    """Describe the bundle: its base of ``depth`` layers, its auxiliary, and which layers the maps read."""
     if auxiliary.kind == "prefix":
         layer_map = prefix_layer_map(depth, auxiliary.layers)
         predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=layer_map)
@@ -185,14 +194,7 @@ def bundle_config(
             layer_map = spread_layer_map(depth, auxiliary.layers)
         layer_map = widened(layer_map, options.sources, auxiliary.layers)
         predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
-    mark = fingerprint(base_path)
-    if base_name in NAMED:
-        reference = BaseConfig.model_validate({"fingerprint": mark, "alias": base_name})
-    elif Path(base_name).expanduser().is_dir():
-        reference = BaseConfig(fingerprint=mark, path=str(base_path.resolve()))
-    else:
-        reference = BaseConfig(fingerprint=mark, hub_id=base_name, revision=base_path.name)
-    return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor, recompute=RecomputeConfig())
+    return BundleConfig(base=base, auxiliary=auxiliary, predictor=predictor, recompute=RecomputeConfig())
 
 
 def write_predictor(predictor: Predictor, path: Path) -> None:
