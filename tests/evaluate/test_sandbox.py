@@ -285,3 +285,5 @@ def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
         item = Item(record["task_id"], record["prompt"], extra=record)
         assert passes(program_of(item, record["canonical_solution"])), record["task_id"]
         assert not passes(program_of(item, "")), record["task_id"]
+        assert passes(program_of(item, record["prompt"] + record["canonical_solution"], chat=True)), record["task_id"]
+        assert not passes(program_of(item, record["prompt"], chat=True)), record["task_id"]

@@ -201,6 +201,18 @@ def test_prompts_are_the_papers(data: dict[str, Path]) -> None:
     assert humaneval.items([str(data["humaneval"])])[0].id == "t/0"
 
 
+def test_humaneval_in_a_chat_begins_the_answers_code_block(data: dict[str, Path], fitted: Path, kvp: Kvp) -> None:
+    model, item = kvp_mlx.load(str(fitted)), humaneval.items([str(data["humaneval"])])[0]
+    text = model.text_tokenizer.decode(humaneval.prompt_ids(model, item, chat=True))
+    question, _, answer = text.rpartition("assistant")
+    assert f"```python\n{item.prompt}```" in question
+    assert answer.endswith("```python\n") and answer.count("```") == 1
+    options = ("--chat", "--allow-code-execution", "--limit", 1, "--arms", "full", "--json")
+    outcome = kvp("eval", "humaneval", fitted, "--data", data["humaneval"], *options)
+    assert outcome.code == 0, outcome.err
+    assert outcome.json()["recipe"]["chat"] is True
+
+
 def test_scores_of_answers() -> None:
     problem = Item("1", "", [" 1,200"])
     assert gsm8k.score(problem, " so\n#### 1200")["exact_match"] == 1

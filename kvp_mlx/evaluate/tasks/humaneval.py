@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_top_p
 
 from ...bundle.loading import KVPModel
 from ...engine.clock import Chooser
-from ...engine.prompt import encode
+from ...engine.prompt import encode, encode_text
 from ..answer import Question, generate
 from ..records import TEXT, hash_of, hashes, read_records
 from ..rows import BATCH
@@ -18,6 +19,13 @@ from ..task import Asked, Item, Measure, Place, Row, Run, Task, row_of
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
 MAX_TOKENS = 256
 TOP_P = 0.95
+REQUEST = """Complete this Python function. Answer with the whole function, and whatever it needs, in one code block.
+
+```python
+{prompt}```"""
+BLOCK, BLOCK_END = "```python\n", "\n```"
+CHAT_MAX_TOKENS = 512
+"""Of an answer that repeats the function's head and docstring."""
 
 
 def items(places: Sequence[str]) -> list[Item]:
@@ -29,38 +37,44 @@ def items(places: Sequence[str]) -> list[Item]:
     ]
 
 
-def prompt_ids(model: KVPModel, item: Item) -> list[int]:
-    """Return the token ids of a problem."""
-    return encode(model, item.prompt, raw=True)
+def prompt_ids(model: KVPModel, item: Item, *, chat: bool = False) -> list[int]:
+    """Return the token ids of a problem: as it stands, or asked in a chat whose answer has begun with a code block."""
+    if not chat:
+        return encode(model, item.prompt, raw=True)
+    begun = encode_text(model.text_tokenizer, BLOCK)
+    return encode(model, [*encode(model, REQUEST.format(prompt=item.prompt)), *begun])
 
 
-def program(item: Item, completion: str) -> Judged:
+def program(item: Item, completion: str, *, chat: bool = False) -> Judged:
     """Return the program that fails unless the completion is right.
 
-    The tests may use what the problem defines before the function that is asked for.
+    The tests may use what the problem defines before the function that is asked for; so may an answer in a chat, which
+    repeats the function's head.
     """
     entry_point = item.extra["entry_point"]
     given = item.prompt[: max(0, item.prompt.rfind(f"def {entry_point}("))]
-    return Judged(item.prompt + completion, entry_point, given, item.extra["test"])
+    return Judged((given if chat else item.prompt) + completion, entry_point, given, item.extra["test"])
 
 
-def measure_completions(samples: int, temperature: float, seed: int) -> Measure:
+def measure_completions(samples: int, temperature: float, seed: int, *, chat: bool = False) -> Measure:
     """Return how completions are measured: generated, and run in ``sandbox``.
 
     Args:
         samples: completions per problem; one is greedy, more are drawn with top-p ``TOP_P``.
         temperature: of the drawing; 0 is greedy.
         seed: of the drawing, which every problem, arm and sample has its own of.
+        chat: whether problems are asked through the chat template.
     """
+    stop, max_tokens = ((BLOCK_END,), CHAT_MAX_TOKENS) if chat else (STOP, MAX_TOKENS)
 
     def measure(model: KVPModel, asked: Sequence[Asked]) -> Iterator[Row]:
         for start in range(0, len(asked), step := max(1, BATCH // samples)):
             batch = asked[start : start + step]
-            questions = [Question(arm, prompt_ids(model, item), samplers_of(item)) for arm, item in batch]
-            found = generate(model, questions, stop=STOP, max_tokens=MAX_TOKENS)
+            questions = [Question(arm, prompt_ids(model, item, chat=chat), samplers_of(item)) for arm, item in batch]
+            found = generate(model, questions, stop=stop, max_tokens=max_tokens)
             for question, (_, item), answers in zip(questions, batch, found, strict=True):
                 texts = [answer.text for answer in answers]
-                passed = [passes(program(item, text)) for text in texts]
+                passed = [passes(program(item, text, chat=chat)) for text in texts]
                 metrics = {f"pass@{k}": pass_at_k(samples, sum(passed), k) for k in (1, 10, 100) if k <= samples}
                 prompt_tokens, ttft_ms = len(question.ids), answers[0].ttft_ms
                 yield row_of(metrics["pass@1"], metrics, ttft_ms, prompt_tokens, passed=passed, texts=texts)
@@ -90,14 +104,21 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def run(data: list[str], samples: int = 1, temperature: float = 0.6, limit: int | None = None, seed: int = 0) -> Run:
+def run(
+    data: list[str],
+    samples: int = 1,
+    temperature: float = 0.6,
+    chat: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Run:
     """HumanEval: programs that pass their tests, pass@1 and pass@10.
 
     They run fenced in, apart from their tests, with limits on time, memory, processes, files and network.
     """
-    options = {"data": hashes(data), "samples": samples, "temperature": temperature}
-    measure = measure_completions(samples, temperature, seed)
-    return Run("humaneval", lambda _: items(data), measure, prompt_ids, limit, seed, options)
+    options = {"data": hashes(data), "samples": samples, "temperature": temperature} | ({"chat": True} if chat else {})
+    measure, ids = measure_completions(samples, temperature, seed, chat=chat), partial(prompt_ids, chat=chat)
+    return Run("humaneval", lambda _: items(data), measure, ids, limit, seed, options)
 
 
 PLACE = Place(
