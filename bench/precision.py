@@ -35,9 +35,11 @@ def preset_for_bench(
     return model
 
 
-def bundle_for_bench(name: str, dtype: str | None, q_bits: int | None, *, allow_base_mismatch: bool) -> KVPModel:
+def bundle_for_bench(
+    name: str, dtype: str | None, q_bits: int | None, *, base_name: str | None, allow_base_mismatch: bool
+) -> KVPModel:
     """Load a bundle; without ``dtype`` and ``q_bits`` as every other command would run it."""
-    model = load(name, allow_base_mismatch=allow_base_mismatch)
+    model = load(name, base_name=base_name, allow_base_mismatch=allow_base_mismatch)
     if dtype is None and q_bits is None:
         return model
     model = in_precision(model, dtype, q_bits)

@@ -35,6 +35,7 @@ from .options import (
     ExactTail,
     Json,
     Model,
+    OtherBase,
     OutFile,
     Plot,
     PromptLengths,
@@ -62,6 +63,7 @@ class Subject:
     preset: str | None
     dtype: Dtype | None
     q_bits: int | None
+    base: str | None
     allow_base_mismatch: bool
 
     @property
@@ -89,6 +91,7 @@ def ttft(
     device: DeviceOption = None,
     out: OutFile = None,
     plot: Plot = None,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -98,7 +101,7 @@ def ttft(
     """
     use_device(device)
     sweep = make_sweep(prompt_tokens, batch_size, arms, rounds, prefill_step_size)
-    subject = Subject(model, preset, dtype, q_bits, allow_base_mismatch)
+    subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out, plot)
     require_default_model(sweep, subject)
     with clean_stdout(json), progress_bar("measuring") as progress:
@@ -124,13 +127,14 @@ def decode(
     q_bits: QBits = None,
     device: DeviceOption = None,
     out: OutFile = None,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
     """Time decoding after a predicted and after a true cache."""
     use_device(device)
     sweep = make_sweep(prompt_tokens, 1, arms, rounds, prefill_step_size)
-    subject = Subject(model, preset, dtype, q_bits, allow_base_mismatch)
+    subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out)
     with clean_stdout(json), progress_bar("measuring") as progress:
         loaded, text_ids = load_subject(subject, sweep)
@@ -150,13 +154,14 @@ def memory(
     q_bits: QBits = None,
     device: DeviceOption = None,
     out: OutFile = None,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
     """Measure each arm's peak memory up to the first token, beside what it is made of."""
     use_device(device)
     sweep = make_sweep(prompt_tokens, batch_size, arms, 1, prefill_step_size)
-    subject = Subject(model, preset, dtype, q_bits, allow_base_mismatch)
+    subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out)
     with clean_stdout(json), progress_bar("measuring") as progress:
         loaded, text_ids = load_subject(subject, sweep)
@@ -216,6 +221,7 @@ def calibrate(
     exact_tail: ExactTail = None,
     rounds: Rounds = 5,
     device: DeviceOption = None,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -223,7 +229,7 @@ def calibrate(
     use_device(device)
     tail = DEFAULT_EXACT_TAIL if exact_tail is None else exact_tail
     with clean_stdout(json), progress_bar("measuring") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = load(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
         result = calibrate_auto(loaded, model, demo_ids(loaded), exact_tail=tail, rounds=rounds, progress=progress)
     if json:
         print_json(result)
@@ -292,7 +298,9 @@ def load_subject(subject: Subject, sweep: Sweep) -> tuple[KVPModel, list[int]]:
     if subject.preset is not None:
         loaded = preset_for_bench(subject.preset, dtype, q_bits, **size)
         return loaded, random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)
-    loaded = bundle_for_bench(subject.model, dtype, q_bits, allow_base_mismatch=subject.allow_base_mismatch)
+    loaded = bundle_for_bench(
+        subject.model, dtype, q_bits, base_name=subject.base, allow_base_mismatch=subject.allow_base_mismatch
+    )
     require_memory(loaded, **size, loaded=True)
     return loaded, demo_ids(loaded)
 

@@ -19,7 +19,7 @@ from ..engine.saved_caches import (
 )
 from ..errors import BundleError, InputError
 from ..models.families import is_listed
-from .options import DEFAULT_MODEL, AllowMismatch, AnyModel, Json
+from .options import DEFAULT_MODEL, AllowMismatch, AnyModel, Json, OtherBase
 from .output import clean_stdout, plural, print_json, progress_bar, read_text, say, show
 from .screen import leaving_on_ctrl_c
 
@@ -35,6 +35,7 @@ def build(
         bool, typer.Option("--predicted", help="Predict it: sooner, but it answers for no exact one.")
     ] = False,
     model: AnyModel = DEFAULT_MODEL,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def build(
     limit_from_environment()
     role: Role = "system" if system else "document"
     with leaving_on_ctrl_c(), clean_stdout(json), progress_bar("reading") as progress:
-        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = load_any(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
         if not is_listed(loaded.base):
             raise InputError(f"the cache of {model} cannot be saved: its architecture is not of a supported family.")
         if predicted and not loaded.config.has_predictor:

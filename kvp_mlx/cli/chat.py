@@ -36,6 +36,7 @@ from .options import (
     KVBits,
     MaxTokens,
     MinP,
+    OtherBase,
     PrefillOption,
     Quality,
     Recompute,
@@ -102,6 +103,7 @@ def chat(
             rich_help_panel=READING,
         ),
     ] = True,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
 ) -> None:
     """Hold a conversation.
@@ -118,7 +120,7 @@ def chat(
     session.keep_heads = exact_head is not None
 
     def start() -> None:
-        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = load_any(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
         check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
         session.generation = quantised_cache(loaded, kv_bits)
         session.open(Conversation(loaded, system, template_arguments=arguments), cache)

@@ -30,6 +30,7 @@ from .options import (
     KVBits,
     MaxTokens,
     MinP,
+    OtherBase,
     PrefillOption,
     Quality,
     Recompute,
@@ -98,6 +99,7 @@ def generate(
     recompute: Recompute = None,
     cache: Cache = None,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
     json_stream: Annotated[
@@ -121,7 +123,7 @@ def generate(
     head_tokens = dial.exact_head if exact_head is not None and dial.path != "full" else 0
     show_piece = print_line_of(dial, sys.stdout) if json_stream else (ignore if json else echo)
     with leaving_on_ctrl_c(), clean_stdout(json or json_stream):
-        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = load_any(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
         check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
         options = sampling.options(len(loaded.text_tokenizer)) | quantised_cache(loaded, kv_bits)
         if cache is None:

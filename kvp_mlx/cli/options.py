@@ -1,7 +1,6 @@
 """The options that several commands share, each declared once: types for typer, and what reads their values."""
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -63,3 +63,12 @@ def test_other_arguments_and_vocabulary_are_refused(
 def test_base_of_a_model_without_a_bundle_is_refused(base_dir: Path) -> None:
     with pytest.raises(InputError, match="no bundle"):
         kvp_mlx.bundle.loading.load_any(str(base_dir), base_name=str(base_dir))
+
+
+def test_commands_run_on_another_copy_of_the_base(bundle: Path, base_dir: Path, tmp_path: Path, kvp: Kvp) -> None:
+    other = other_precision(kvp, base_dir, tmp_path / "other", "--q-bits", 8)
+    found = kvp("generate", "the old harbour", "--model", bundle, "--base", other, "--max-tokens", 3, "--json")
+    assert found.code == 0, found.err
+    assert found.json()["tokens"]
+    refused = kvp("generate", "hello", "--model", bundle, "--base", tmp_path / "nowhere")
+    assert refused.code == 2 and "nowhere" in refused.err
