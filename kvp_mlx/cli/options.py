@@ -19,6 +19,7 @@ from ..bundle.named import ALIAS
 from ..engine.dial import QUALITIES, Dial
 from ..engine.dial import Path as PrefillPath
 from ..errors import InputError
+from ..files import parse_json
 from ..models.families import is_listed, kv_shapes
 from .output import say
 
@@ -50,6 +51,10 @@ AnyModel = Annotated[
 ModelArgument = Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
+]
+OtherBase = Annotated[
+    str | None,
+    typer.Option("--base", help="A copy of the bundle's base, in 4 bits say, to run on: directory or Hub id."),
 ]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Type of the weights that are not quantised; default: as they are.")
@@ -251,9 +256,9 @@ def parse_template_arguments(text: str | None) -> dict[str, Any]:
         InputError: no JSON object, or one that would change what is rendered and not how.
     """
     try:
-        arguments = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--chat-template-args is a JSON object ('{{\"a\": false}}'), not '{text}'.") from error
+        arguments = {} if text is None else parse_json(text, "--chat-template-args")
+    except InputError as error:
+        raise InputError(f"--chat-template-args is a JSON object ('{{\"a\": false}}'): {error}") from error
     if not isinstance(arguments, dict):
         raise InputError(f"--chat-template-args is a JSON object ('{{\"a\": false}}'), not '{text}'.")
     ours = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
