@@ -9,7 +9,9 @@ from mlx.utils import tree_flatten
 from ..bundle.loading import KVPModel
 from ..device.machine import free_bytes
 from ..errors import InputError
-from ..models.families import family_of, kv_shapes
+from ..models.families import kinds_of, kv_shapes
+from ..models.kinds.attention import query_heads
+from ..models.loading import compute_dtype, is_norm
 
 CACHE_STEP = 256  # positions that mlx-lm's KVCache grows by
 SCORE_COPIES = 3  # scores, masked scores and their softmax, where attention is not fused
@@ -67,17 +69,17 @@ def cache_bytes(model: nn.Module, tokens: int, batch: int) -> int:
 
 def activation_bytes(model: nn.Module, chunk: int, context: int, batch: int) -> int:
     """Estimate one layer's activations: scores (whole, unless a GPU fuses attention), FFN and residual."""
-    family, hidden = family_of(model), _stream_width(model.layers[0])
+    hidden = _stream_width(model.layers[0])
     is_fused = mx.default_device().type == mx.DeviceType.gpu
-    heads = 0 if is_fused else max(layer[family.attention].n_heads for layer in model.layers)
+    mixers = [layer[kind.mixer] for layer, kind in zip(model.layers, kinds_of(model), strict=True)]
+    heads = 0 if is_fused else max(map(query_heads, mixers))
     ffn = max((_ffn_width(layer) for layer in model.layers), default=hidden)
     return batch * chunk * float_bytes(model) * (SCORE_COPIES * heads * context + 3 * ffn + 8 * hidden)
 
 
 def float_bytes(model: nn.Module) -> int:
     """Return the bytes of one activation."""
-    norms = (module.weight for module in model.modules() if isinstance(module, nn.RMSNorm))
-    return int(next(norms).itemsize)
+    return compute_dtype(model).size
 
 
 def _ffn_width(layer: nn.Module) -> int:
@@ -87,4 +89,4 @@ def _ffn_width(layer: nn.Module) -> int:
 
 def _stream_width(layer: nn.Module) -> int:
     """Return the width of the residual stream; a part of a model has no final norm to ask."""
-    return int(next(part.weight.shape[0] for part in layer.values() if isinstance(part, nn.RMSNorm)))
+    return int(next(part.weight.shape[0] for part in layer.values() if isinstance(part, nn.Module) and is_norm(part)))

@@ -57,7 +57,11 @@ def read_rows(path: Path) -> dict[tuple[str, int, int], np.ndarray]:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise other_file(path) from error
-    if any(samples.ndim != 1 or not samples.size or samples.min() <= 0 for samples in found.values()):
+    if not all(isinstance(number, int) and number > 0 for _, *numbers in found for number in numbers):
+        raise other_file(path)
+    if not all(
+        samples.ndim == 1 and samples.size and 0 < samples.min() <= samples.max() < np.inf for samples in found.values()
+    ):
         raise InputError(f"{path} has rows without samples; measure again.")
     return found
 

@@ -1,7 +1,9 @@
 """Results of the bench as JSON documents: today's format, and older ones as they are to be read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
 from ..errors import InputError
 from ..files import read_json
@@ -34,6 +36,47 @@ def read_result(path: Path, command: str = "ttft") -> dict[str, Any]:
     if not all(isinstance(arm, str) for arm in arms):
         raise other_file(path, command)
     return dict(document)
+
+
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Part = FiniteFloat | None
+
+
+class Quartiles(BaseModel):
+    """Times in ms."""
+
+    model_config = ConfigDict(strict=True)
+    median: Positive
+    q1: Positive
+    q3: Positive
+    samples: list[Positive] = Field(min_length=1)
+
+
+class TimedRow(BaseModel):
+    """A row of ``kvp bench ttft``, as far as it is compared and drawn."""
+
+    model_config = ConfigDict(strict=True)
+    arm: str
+    prompt_tokens: PositiveInt
+    batch_size: PositiveInt
+    ttft_ms: Quartiles
+    flops_ratio: Positive
+    floor_ms: Positive
+    speedup: Positive | None
+    auxiliary_prefill_ms: Part = None
+    predict_ms: Part = None
+    recompute_ms: Part = None
+    first_step_ms: Part = None
+
+
+class TTFTResult(BaseModel):
+    """A result of ``kvp bench ttft``, as far as it is drawn."""
+
+    model_config = ConfigDict(strict=True)
+    model: str
+    precision: str
+    machine: dict[str, Any]
+    rows: list[TimedRow] = Field(min_length=1)
 
 
 def other_file(path: Path, command: str = "ttft") -> InputError:

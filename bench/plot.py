@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import InputError
-from .document import other_file, read_result
+from .document import TTFTResult, other_file, read_result
 
 # Published: FLOPs ratio and speed-up on an M2 Pro CPU at 64 x 59 tokens (arXiv 2410.08391, OpenELM-1.1B).
 PAPER_POINTS = {
@@ -29,7 +31,12 @@ def read_drawable(path: Path) -> dict[str, Any]:
         InputError: it is none.
     """
     result = read_result(path)
-    if not all("speedup" in row for row in result["rows"]):
+    try:
+        found = TTFTResult.model_validate(result)
+    except ValidationError as error:
+        raise other_file(path) from error
+    kvp = [row for row in found.rows if row.arm == "kvp"]
+    if not all(isinstance(getattr(row, part), int | float) for row in kvp for part in PARTS):
         raise other_file(path)
     return result
 
@@ -56,7 +63,8 @@ def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     machine = first["machine"]
-    figure.suptitle(f"{first['model']}, {first['precision']}, {machine['chip']}, {machine['cores']} cores", fontsize=11)
+    where = f"{machine.get('chip', 'unknown chip')}, {machine.get('cores', 'unknown')} cores"
+    figure.suptitle(f"{first['model']}, {first['precision']}, {where}", fontsize=11)
     try:
         figure.savefig(picture, dpi=150)
     except (ValueError, OSError) as error:

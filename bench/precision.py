@@ -1,6 +1,7 @@
 """What to measure: a bundle or a published pair with random weights, in a chosen precision."""
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,11 +36,9 @@ def preset_for_bench(
     return model
 
 
-def bundle_for_bench(
-    name: str, dtype: str | None, q_bits: int | None, *, base_name: str | None, allow_base_mismatch: bool
-) -> KVPModel:
-    """Load a bundle; without ``dtype`` and ``q_bits`` as every other command would run it."""
-    model = load(name, base_name=base_name, allow_base_mismatch=allow_base_mismatch)
+def bundle_for_bench(name: str, dtype: str | None, q_bits: int | None, **how: Any) -> KVPModel:
+    """Load a bundle, ``how`` as ``load`` takes it; without ``dtype`` and ``q_bits`` as other commands would run it."""
+    model = load(name, **how)
     if dtype is None and q_bits is None:
         return model
     model = in_precision(model, dtype, q_bits)

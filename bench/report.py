@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..files import write_json, write_text
 
@@ -90,16 +90,15 @@ CALIBRATION: Columns = {
 }
 
 
-def print_table(title: str, columns: Columns, rows: list[Row]) -> None:
-    """Print a table for people, never narrower than it is."""
+def table_of(title: str, columns: Columns, rows: list[Row]) -> tuple[Table, int]:
+    """Return a table for a terminal, and the width below which its cells would break."""
     cells = [[cell(row) for cell in columns.values()] for row in rows]
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=Text(title), box=SIMPLE_HEAD, padding=(0, 1))
     for column in columns:
         table.add_column(column, justify="left" if column in ("arm", "preset") else "right", no_wrap=True)
     for line in cells:
-        table.add_row(*line)
-    width = sum(max(map(len, column)) + 3 for column in zip(columns, *cells, strict=True)) + 2
-    Console(width=max(Console().width, width)).print(table)
+        table.add_row(*map(Text, line))
+    return table, sum(max(map(len, column)) + 3 for column in zip(columns, *cells, strict=True)) + 2
 
 
 def markdown(columns: Columns, rows: list[Row]) -> str:

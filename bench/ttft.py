@@ -74,6 +74,7 @@ def measure_ttft(
     sweep: Sweep,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    begun: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
     """Run the benchmark and return its JSON document (design.md section 6).
 
@@ -85,6 +86,7 @@ def measure_ttft(
         text_ids: real text as token ids; each prompt is a fresh stretch of it, repeated where it is too short.
         sweep: what to measure.
         progress: called with (rounds done, rounds in all).
+        begun: called with the document, whose rows come as lengths are finished.
 
     Raises:
         InputError: a prompt length that cannot be run, or an arm that cannot (at this batch size).
@@ -107,6 +109,7 @@ def measure_ttft(
         "interrupted": False,
         "rows": [],
     }
+    begun(document)
     steps, total = itertools.count(1), len(sweep.prompt_tokens) * (sweep.rounds + 1)
     try:
         for length in sweep.prompt_tokens:

@@ -58,7 +58,7 @@ def convert_kvp(
         layer_map: the auxiliary layer that each base layer reads, for any other pair.
         tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: none.
         force: replace an existing bundle.
-        progress: called with (tensors done, tensors to do), for each part anew.
+        progress: called with (MB done, MB to do), for each part anew.
 
     Returns:
         What was written: ``out``, ``model``, source, and ``parts`` with the sizes of each.

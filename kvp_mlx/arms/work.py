@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..bundle.loading import KVPModel
 from ..engine.recompute import Span, is_asked, settings_of, spans
-from ..models.families import attention_of, family_of, kv_shapes, linear_size
+from ..models.families import kinds_of, linear_size, targets_of
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,20 @@ def span_work(model: KVPModel, span: Span, pairs: float, batch: int) -> Work:
     """
     work, last = Work(), len(model.base.layers) - 1
     for layer in range(span.first, min(span.last, last)):
-        module = model.base.layers[layer]
-        width = module[family_of(model.base).attention].n_heads * kv_shapes(model.base)[layer].head_dim
-        work += Work(2.0 * batch * span.tokens * linear_size(module) + 4.0 * batch * width * pairs, _bytes(module))
+        module, mixing = model.base.layers[layer], batch * attention_flops(model.base, layer, 1, pairs)
+        work += Work(2.0 * batch * span.tokens * linear_size(module) + mixing, _bytes(module))
     return work + kv_work(model.base, last, span.tokens, batch) if span.first <= last < span.last else work
 
 
 def predictor_work(model: KVPModel, tokens: int, batch: int) -> Work:
     """Return the work of the predictor's maps on ``batch * tokens`` positions."""
-    sizes = sum(block.in_width * block.out_width for block in model.predictor.blocks)
-    return Work(2.0 * batch * tokens * sizes, sum(map(_bytes, model.predictor.maps.values())))
+    flops = 0.0
+    for block in model.predictor.blocks:
+        positions = tokens if block.last is None else min(tokens, block.last)
+        flops += 2.0 * positions * block.in_width * block.out_width
+    for layer in {layer for block in model.predictor.blocks for layer, _, _ in block.targets}:
+        flops += tokens * state_flops(model.base, layer)
+    return Work(batch * flops, sum(map(_bytes, model.predictor.maps.values())))
 
 
 def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
@@ -99,28 +103,26 @@ def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
 def layer_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
     """Return the work of one whole layer on ``tokens`` positions that follow none."""
     module = model.layers[layer]
-    width = module[family_of(model).attention].n_heads * kv_shapes(model)[layer].head_dim
-    attention = 4.0 * batch * width * tokens * (tokens + 1) / 2
-    return Work(2.0 * batch * tokens * linear_size(module) + attention, _bytes(module))
+    attention = batch * attention_flops(model, layer, tokens, (tokens + 1) / 2)
+    rest = batch * tokens * (2.0 * linear_size(module) + state_flops(model, layer))
+    return Work(rest + attention, _bytes(module))
 
 
 def kv_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
-    """Return the work of one layer's K and V projections (all of a fused one)."""
-    family = family_of(model)
-    attention = model.layers[layer][family.attention]
-    names = [family.qkv_proj] if family.qkv_proj else [family.k_proj, family.v_proj]
-    projections = [attention[name] for name in names]
+    """Return the work of the projections that feed one layer's cache (all of a fused one)."""
+    mixer = model.layers[layer][kinds_of(model)[layer].mixer]
+    projections = [mixer[name] for name in dict.fromkeys(target.projection for target in targets_of(model)[layer])]
     size = sum(linear_size(projection) for projection in projections)
-    return Work(2.0 * batch * tokens * size, sum(map(_bytes, projections)))
+    flops = batch * tokens * (2.0 * size + state_flops(model, layer))
+    return Work(flops, sum(map(_bytes, projections)))
 
 
 def step_work(model: nn.Module, context: int, batch: int) -> Work:
     """Return the work of one decoding step that attends to ``context`` positions; bytes include the head."""
-    family = family_of(model)
     work = Work(0.0, _bytes(model))
-    for layer, shape in zip(model.layers, kv_shapes(model), strict=True):
-        attention = 4.0 * batch * context * layer[family.attention].n_heads * shape.head_dim
-        work += Work(2.0 * batch * linear_size(layer) + attention)
+    for number, layer in enumerate(model.layers):
+        rest = 2.0 * linear_size(layer) + state_flops(model, number)
+        work += Work(batch * (rest + attention_flops(model, number, 1, context)))
     return work
 
 
@@ -144,9 +146,20 @@ def lazy_work(base: nn.Module, kept_by_layer: Sequence[int], batch: int) -> Work
     return work
 
 
-def attention_flops(model: nn.Module, layer: int, queries: int, keys: int) -> float:
-    """Return the FLOPs of scores and weighted values of ``queries`` tokens over ``keys`` entries of one layer."""
-    return 4.0 * queries * keys * attention_of(model, layer).n_heads * kv_shapes(model)[layer].head_dim
+def attention_flops(model: nn.Module, layer: int, queries: int, keys: float) -> float:
+    """Return the FLOPs of scores and weighted values of ``queries`` tokens over ``keys`` entries of one layer.
+
+    A window is taken to hold as many entries for all of them.
+    """
+    kind = kinds_of(model)[layer]
+    keys = min(keys, getattr(kind, "window", keys))
+    return queries * keys * kind.pair_flops(model.layers[layer][kind.mixer])
+
+
+def state_flops(model: nn.Module, layer: int) -> float:
+    """Return the FLOPs per token of keeping one layer's state."""
+    kind = kinds_of(model)[layer]
+    return kind.state_flops(model.layers[layer][kind.mixer])
 
 
 def parameters_of(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from ..models.families import family_of
+from ..models.families import inner_model
 from ..models.sections import prefix_model
 
 LORA_PARAMETERS = ["lora_a", "lora_b"]
@@ -23,7 +23,7 @@ SCALE = 2.0
 def adapted_prefix(base: nn.Module, layers: int, rank: int) -> nn.Module:
     """Return a ``prefix_model`` with low-rank updates that the base does not see; at first they change nothing."""
     view = prefix_model(base, layers)
-    inner = view[family_of(view).inner]
+    inner = inner_model(view)
     inner.layers = [_with_own_modules(layer) for layer in inner.layers]
     add_adapter(view, rank)
     return view

@@ -4,13 +4,21 @@ import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ..errors import BundleError, InputError
 from ..files import read_json, sha256_of, write_json
 
 FORMAT_VERSION: Final = 2
-HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
 HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
 
 Sources = tuple[NonNegativeInt, ...]
@@ -31,7 +39,7 @@ class ModelMark(_Part):
 
     arguments: dict[str, Any]
     vocabulary: str | None
-    rows: dict[str, tuple[float, ...]]
+    rows: dict[str, tuple[FiniteFloat, ...]]
 
 
 class BaseConfig(_Part):

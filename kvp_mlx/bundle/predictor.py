@@ -1,19 +1,18 @@
-"""The linear maps from what the auxiliary read to the base's raw keys and values.
+"""The linear maps from what the auxiliary read to what feeds the base's cache: raw keys and values, of attention.
 
 Base layers that read the same source share one wide matmul, so the number of matmuls for a chunk is the number
 of distinct sources (once for keys and once for values; once in all for a hidden state), however many base
 layers there are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.entries import RawPair
-from ..models.families import KVShape
+from ..models.kinds import RawOutputs, Target
 from ..models.sections import RawLayer
 from .layer_map import LayerMap
 
@@ -27,10 +26,11 @@ class Block:
 
     Attributes:
         name: the map's name in predictor.safetensors.
-        reads: what it reads of the sources, an attribute of ``RawLayer``.
+        reads: what it reads of the sources: ``hidden``, or the name of a target of theirs.
         sources: auxiliary layers whose readings are concatenated, in order.
         in_width: features of that concatenation.
-        targets: the base layers' raw arrays it yields, ``(layer, "keys" | "values", width)``, in order.
+        targets: what it yields, ``(base layer, name, width)``, in order.
+        last: how many of a prompt's last positions need it (None: all).
     """
 
     name: str
@@ -38,6 +38,7 @@ class Block:
     sources: tuple[int, ...]
     in_width: int
     targets: tuple[tuple[int, str, int], ...]
+    last: int | None = None
 
     @property
     def out_width(self) -> int:
@@ -46,21 +47,26 @@ class Block:
 
     def gather(self, captured: dict[int, RawLayer]) -> mx.array:
         """Return the map's input ``(B, T, in_width)``."""
-        parts = [getattr(captured[source], self.reads) for source in self.sources]
+        layers = [captured[source] for source in self.sources]
+        parts = [layer.hidden if self.reads == "hidden" else layer.raw[self.reads] for layer in layers]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
 def plan_blocks(
-    layer_map: LayerMap, predictor_input: str, auxiliary: list[KVShape], hidden: int, base: list[KVShape]
+    layer_map: LayerMap,
+    predictor_input: str,
+    auxiliary: Sequence[tuple[Target, ...]],
+    hidden: int,
+    base: Sequence[tuple[Target, ...]],
 ) -> list[Block]:
     """Group the base layers by source.
 
     Args:
         layer_map: source layers of each base layer (None: exact, not predicted).
-        predictor_input: ``hidden_state`` or ``keys_values``.
-        auxiliary: key/value shapes of the auxiliary's layers.
+        predictor_input: ``hidden_state`` or ``keys_values``, of which each is predicted from the sources' of its name.
+        auxiliary: targets of the auxiliary's layers.
         hidden: width of the auxiliary's residual stream.
-        base: key/value shapes of the base's layers.
+        base: targets of the base's layers.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for layer, sources in enumerate(layer_map):
@@ -68,15 +74,16 @@ def plan_blocks(
             groups.setdefault(sources, []).append(layer)
     blocks = []
     for sources, layers in groups.items():
-        tag = "_".join(map(str, sources))
-        keys = tuple((layer, "keys", base[layer].width) for layer in layers)
-        values = tuple((layer, "values", base[layer].width) for layer in layers)
-        if predictor_input == HIDDEN_STATE:
-            blocks.append(Block(f"hidden_{tag}", "hidden", sources, hidden * len(sources), keys + values))
-        else:
-            width = sum(auxiliary[source].width for source in sources)
-            blocks.append(Block(f"keys_{tag}", "keys", sources, width, keys))
-            blocks.append(Block(f"values_{tag}", "values", sources, width, values))
+        targets: dict[tuple[str, int | None], list[tuple[int, str, int]]] = {}
+        for layer, target in sorted(((n, t) for n in layers for t in base[n]), key=lambda pair: pair[1].name):
+            reads = "hidden" if predictor_input == HIDDEN_STATE else target.name
+            targets.setdefault((reads, target.last), []).append((layer, target.name, target.width))
+        for (reads, last), own in targets.items():
+            name = "_".join([reads, *map(str, sources), *([f"last{last}"] if last else [])])
+            width = hidden * len(sources)
+            if reads != "hidden":
+                width = sum(target.width for source in sources for target in auxiliary[source] if target.name == reads)
+            blocks.append(Block(name, reads, sources, width, tuple(own), last))
     return blocks
 
 
@@ -138,13 +145,22 @@ class Predictor(nn.Module):
         deviations: mx.array = self.deviation(inputs[self._blocks[-1].name])
         return deviations
 
-    def __call__(self, inputs: dict[str, mx.array]) -> dict[int, RawPair]:
-        """Predict raw pairs, ``{base layer: {"keys": (B, T, H*D), "values": (B, T, H*D)}}``."""
-        predicted: dict[int, RawPair] = {}
+    def __call__(self, inputs: dict[str, mx.array], following: int | None = None) -> dict[int, RawOutputs]:
+        """Predict what feeds the base's cache, ``{base layer: {target: (B, T, width)}}``.
+
+        Args:
+            inputs: of each map ``(B, T, in)``.
+            following: how many of the prompt's tokens follow these; then what only its last positions need is
+                predicted for those of them that stand here, and shorter. None: everything for all.
+        """
+        predicted: dict[int, RawOutputs] = {}
         for block in self._blocks:
-            wide = self.maps[block.name](inputs[block.name])  # (B, T, in) -> (B, T, sum of target widths)
+            x = inputs[block.name]
+            if block.last is not None and following is not None:
+                x = x[:, max(0, x.shape[1] - max(0, block.last - following)) :]
+            wide = self.maps[block.name](x)  # (B, T, in) -> (B, T, sum of target widths)
             start = 0
-            for layer, kind, width in block.targets:
-                predicted.setdefault(layer, {})[kind] = wide[..., start : start + width]
+            for layer, name, width in block.targets:
+                predicted.setdefault(layer, {})[name] = wide[..., start : start + width]
                 start += width
         return predicted

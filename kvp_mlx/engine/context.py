@@ -1,5 +1,6 @@
 """What a model has read so far: the token ids, the caches that hold them, and how many of them are exact."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,11 @@ from mlx_lm.models.cache import (
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..models.families import Cache, is_listed
+from ..models.families import Cache, LayerCache, fixed_kinds, is_listed
 from ..models.sections import run_layers, section
 from .dial import Dial
-from .prefill import PrefillTimes, Progress, auxiliary_cache_for, base_prefill, catch_up_auxiliary, fill
+from .pace import Pace, Steps, finish
+from .prefill import PrefillTimes, Progress, auxiliary_cache_for, base_prefilling, catch_up_auxiliary, filling
 
 REFINE_CHUNK_TOKENS = 64
 """Measured (docs/chat.md): as quick as full prefill within 4 %, and no layer of it takes 50 ms at 2,048 tokens."""
@@ -57,12 +59,20 @@ class Context:
     @property
     def can_be_saved(self) -> bool:
         """Whether the cache can be written to disk and taken up again."""
-        return is_listed(self.model.base) and all(isinstance(layer, KVCache) for layer in self.cache)
+        is_known = is_listed(self.model.base) and not fixed_kinds(self.model.base)
+        return is_known and all(isinstance(layer, KVCache) for layer in self.cache)
 
     @property
     def auxiliary_cache(self) -> Cache:
         """The auxiliary's own cache; for a prefix the base's first layers, as they are now."""
         return self._own_auxiliary_cache or auxiliary_cache_for(self.model, self.cache)
+
+    @property
+    def position(self) -> int:
+        """How many tokens all layers hold, also between two pauses of a reading."""
+        offsets = [getattr(layer, "offset", None) for layer in self.cache]
+        known = [offset for offset in offsets if offset is not None]
+        return self._uncounted_tokens if len(known) < len(offsets) else min(known)
 
     def replace(self, tokens: list[int], cache: Cache, exact_tokens: int) -> None:
         """Take over a base's cache that holds ``tokens``, the first ``exact_tokens`` of them exact."""
@@ -86,8 +96,7 @@ class Context:
 
     def _keep_or_begin_anew(self, length: int) -> int:
         """Do what ``keep`` does where no cache is plain; only a model without a predictor has such."""
-        offsets = [getattr(layer, "offset", None) for layer in self.cache]
-        held = self._uncounted_tokens if None in offsets else min(offset for offset in offsets if offset is not None)
+        held = self.position
         if held > length > 0 and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, held - length)
             return length
@@ -104,7 +113,43 @@ class Context:
         self._uncounted_tokens = 0
         return self.cache
 
-    def read(
+    def take_back(self, cache: Cache, tokens: list[int]) -> None:
+        """Go on from a copy of the cache that others extended until it held ``tokens``."""
+        self.cache, self._uncounted_tokens = cache, len(tokens)
+        self.grown_to(tokens)
+
+    def copy(self, length: int) -> "Context":
+        """Return a context of the first ``length`` tokens, which shares no state with this one.
+
+        Where the cache cannot be cut there (see ``keep``), it is empty.
+        """
+        other = Context(self.model)
+        other._uncounted_tokens = self._uncounted_tokens
+        other.tokens, other.exact_tokens = list(self.tokens), self.exact_tokens
+        other.cache = first_entries(self.cache, length)
+        if self._own_auxiliary_cache is not None:
+            other._own_auxiliary_cache = first_entries(self._own_auxiliary_cache, length)
+        other.keep(length)
+        return other
+
+    def compacted(self) -> "Context":
+        """Give back the memory that the tokens do not need, evaluate all, and return this context."""
+        for layer in [*self.cache, *(self._own_auxiliary_cache or [])]:
+            if isinstance(layer, KVCache) and layer.offset:
+                layer.keys, layer.values = (mx.contiguous(entries) for entries in layer.keys_and_values())
+                mx.eval(layer.keys, layer.values)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """What the caches take."""
+        return sum(layer.nbytes for layer in [*self.cache, *(self._own_auxiliary_cache or [])] if not layer.empty())
+
+    def read(self, ids: list[int], dial: Dial, **report: Any) -> None:
+        """Bring the caches up to the last of ``ids``; what they hold stays. See ``reading``."""
+        finish(self.reading(ids, dial, **report))
+
+    def reading(
         self,
         ids: list[int],
         dial: Dial,
@@ -112,8 +157,11 @@ class Context:
         times: PrefillTimes | None = None,
         step_size: int | None = None,
         progress: Progress | None = None,
-    ) -> None:
-        """Bring the caches up to the last of ``ids``; what they hold stays.
+        pace: Pace | None = None,
+    ) -> Steps[None]:
+        """Do what ``read`` does, with pauses in which nothing else may use the context.
+
+        Closing the iterator at a pause leaves a valid context, which holds what was read exactly until then.
 
         Args:
             ids: token ids that begin with ``tokens``.
@@ -121,20 +169,28 @@ class Context:
             times: filled with what each part took.
             step_size: tokens per chunk (default: ``default_step_size()``).
             progress: called with (tokens done, tokens to do) after every chunk; it may raise to stop the reading.
+            pace: how often to pause between two chunks.
         """
         end, is_predicted = len(ids) - 1, dial.path == "kvp"
         exact = max(len(self.tokens), min(dial.exact_head, end) if is_predicted else end)
-        report: dict[str, Any] = {"prefill_step_size": step_size, "times": times, "progress": progress}
+        held = len(self.tokens)
+
+        def note(done: int, to_do: int) -> None:
+            self._uncounted_tokens = held + done
+            if progress:
+                progress(done, to_do)
+
+        report: dict[str, Any] = {"prefill_step_size": step_size, "times": times, "progress": note, "pace": pace}
         try:
             if self.model.config.has_predictor:
-                fill(self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, **report)
-            elif len(self.tokens) < end:
-                base_prefill(self.model, mx.array([ids[len(self.tokens) : end]]), self.cache, **report)
+                yield from filling(self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, **report)
+            elif held < end:
+                yield from base_prefilling(self.model, mx.array([ids[held:end]]), self.cache, **report)
             self._uncounted_tokens = end
-        except BaseException:
+        except BaseException as error:
             if is_predicted:  # what was predicted still lacks what the base would have read of it
                 self.keep(exact)
-            if not self.is_plain:  # nobody knows how far each layer came
+            if not (self.is_plain or isinstance(error, GeneratorExit)):  # nobody knows how far each layer came
                 self._begin_anew()
             raise
         finally:
@@ -157,7 +213,8 @@ class Context:
         """Do what the next turn gains from: let the auxiliary catch up, then refine. As ``refining``."""
         if self._own_auxiliary_cache is not None:
             yield from self._catching_up(self._own_auxiliary_cache)
-        yield from self.refining()
+        if self.is_plain:
+            yield from self.refining()
 
     def refining(self, chunk_tokens: int = REFINE_CHUNK_TOKENS) -> Iterator[None]:
         """Recompute exactly, in place and from the front, whatever is not exact.
@@ -226,3 +283,20 @@ def refine(context: Context, **options: Any) -> None:
     """Refine a context to its end."""
     for _ in context.refining(**options):
         pass
+
+
+def first_entries(cache: Cache, length: int) -> Cache:
+    """Return a cache of the first ``length`` entries, or of all; layers of other kinds than mlx-lm's plain one whole.
+
+    It shares the numbers until one of the two caches changes, and leaves out mlx-lm's room for more.
+    """
+    return [_first_of_layer(layer, length) for layer in cache]
+
+
+def _first_of_layer(layer: LayerCache, length: int) -> LayerCache:
+    if not isinstance(layer, KVCache):
+        return copy.deepcopy(layer)
+    if not (length := min(length, layer.offset)):
+        return KVCache()
+    keys, values = layer.keys_and_values()
+    return KVCache.from_state((keys[..., :length, :], values[..., :length, :], length))

@@ -5,8 +5,11 @@ Content that holds none is rendered and encoded as ever. In other content a brea
 each, and after rendering the text is encoded from break to break, so that no tokeniser of any kind sees it whole.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -14,6 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 BREAK = "\ufdd0"
 """A noncharacter: Unicode keeps it for such uses, and no text that is passed on holds it."""
 PROBES = ("\n", "a", "1")
+MAX_REMEMBERED_CHARACTERS = 2**17
+"""Of a turn whose token ids are remembered; 1,024 turns are, of a few thousand characters mostly."""
 
 
 def set_apart(tokenizer: TokenizerWrapper, messages: list[Any]) -> list[Any]:
@@ -41,10 +46,44 @@ def set_apart(tokenizer: TokenizerWrapper, messages: list[Any]) -> list[Any]:
 def encode_apart(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     """Return the token ids of a rendered template, breaks and all; without breaks they are what they always were."""
     first, *others = text.split(BREAK)
-    ids: list[int] = tokenizer.encode(first, add_special_tokens=False)
+    ids = _encoded(tokenizer, first)
     for piece in others:
         ids += _continued(tokenizer, piece)
     return ids
+
+
+def _encoded(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Return the token ids of text, those of its turns from memory where the same were encoded before.
+
+    Tokenisers of the library ``tokenizers`` cut text at control tokens and encode what is between for itself, so
+    ``tests/engine/test_controls.py`` finds no difference. Others encode the whole.
+    """
+    turns = _turn_starts(tokenizer)
+    if turns is None:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    pattern, starting = turns
+    cuts = [0, *(match.start() for match in pattern.finditer(text) if match[0] in starting), len(text)]
+    return [each for start, end in pairwise(cuts) if start < end for each in _encoded_turn(tokenizer, text[start:end])]
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_starts(tokenizer: TokenizerWrapper) -> tuple[re.Pattern[str], set[str]] | None:
+    """Return what finds the tokens that a tokeniser looks for first of all, and those of them that text is cut at."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(tokenizer, "is_fast", False) else []
+    texts = sorted((token.content for token in added if not token.normalized), key=len, reverse=True)
+    around = {token.content for token in added if token.lstrip or token.single_word}  # depend on what is before
+    return (re.compile("|".join(map(re.escape, texts))), {*texts} - around) if texts else None
+
+
+def _encoded_turn(tokenizer: TokenizerWrapper, turn: str) -> Iterable[int]:
+    if len(turn) > MAX_REMEMBERED_CHARACTERS:
+        return list(tokenizer.encode(turn, add_special_tokens=False))
+    return _remembered(tokenizer, turn)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(tokenizer: TokenizerWrapper, turn: str) -> "array[int]":
+    return array("i", tokenizer.encode(turn, add_special_tokens=False))
 
 
 def control_tokens(tokenizer: TokenizerWrapper) -> list[str]:
@@ -87,18 +126,17 @@ def _broken(text: str, tokens: list[str], normalise: Callable[[str], str] | None
 def _continued(tokenizer: TokenizerWrapper, piece: str) -> list[int]:
     """Return the token ids of text that goes on from other text, so that no tokeniser puts a space in front."""
     for probe in PROBES:
-        head = tokenizer.encode(probe, add_special_tokens=False)
-        ids: list[int] = tokenizer.encode(probe + piece, add_special_tokens=False)
+        head, ids = _encoded(tokenizer, probe), _encoded(tokenizer, probe + piece)
         if ids[: len(head)] == head:
             return ids[len(head) :]
-    return list(tokenizer.encode(piece, add_special_tokens=False))
+    return _encoded(tokenizer, piece)
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
-        for child in value.values() if isinstance(value, dict) else value:
+        for child in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
             yield from _strings(child)
 
 
@@ -107,7 +145,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(child, change) for key, child in value.items()}
+        return {change(key): _mapped(child, change) for key, child in value.items()}
     return [_ended(_mapped(child, change)) for child in value] if isinstance(value, list | tuple) else value
 
 

@@ -54,7 +54,8 @@ class Dial:
             return config.recompute.share if config.recompute is not None else 0.0
         if self.recompute and config.recompute is None:
             raise InputError(
-                "this bundle cannot tell which tokens to recompute; fit or train it again, or leave it at 0."
+                "this bundle cannot tell which tokens to recompute; fit or train it again, or leave it at 0 (a base "
+                "with other layers than full attention never recomputes)."
             )
         return self.recompute
 

@@ -8,8 +8,8 @@ from ..bundle.loading import KVPModel
 from ..errors import InputError
 from .controls import encode_apart, set_apart
 
-Message = dict[str, str]
-"""``role`` and ``content``, as chat templates take them."""
+Message = dict[str, Any]
+"""``role``, ``content`` and the like, as chat templates take them."""
 MAX_CHARACTERS_PER_TOKEN = 32
 """On average over a text, and generous: prose has about 4."""
 
@@ -23,18 +23,22 @@ def render(
         tokenizer: the model's.
         messages: the conversation.
         asks: open the assistant's turn.
-        arguments: for the template (``enable_thinking``, ...).
+        arguments: for the template (``enable_thinking``, ...; ``tools``, which forge nothing either).
 
     Raises:
         InputError: the template refuses these messages, or fails.
     """
-    safe = set_apart(tokenizer, messages)
-    options = {**(arguments or {}), "add_generation_prompt": asks, "tokenize": safe is messages}
+    arguments = arguments or {}
+    written = [*messages, *(arguments.get("tools") or [])]
+    safe = set_apart(tokenizer, written)
+    options = {**arguments, "add_generation_prompt": asks, "tokenize": False}
+    if safe is not written and "tools" in arguments:
+        options["tools"] = safe[len(messages) :] or None
     try:
-        rendered: list[int] | str = tokenizer.apply_chat_template(safe, **options)
+        rendered: str = tokenizer.apply_chat_template(safe[: len(messages)], **options)
     except Exception as error:  # templates raise what they like, and everything that Python does
         raise template_error(tokenizer, error) from error
-    return encode_apart(tokenizer, rendered) if isinstance(rendered, str) else rendered
+    return encode_apart(tokenizer, rendered)
 
 
 def template_error(tokenizer: TokenizerWrapper, error: Exception) -> InputError:

@@ -19,6 +19,7 @@ from ..models.attention import last_attention
 from ..models.families import Cache, LayerCache
 from ..models.positions import at_positions
 from ..models.sections import run_layers, section
+from .pace import Pace, Steps, groups
 
 
 def settings_of(model: KVPModel) -> RecomputeConfig:
@@ -78,7 +79,7 @@ class RewrittenCache:
         return (mx.arange(self.offset) <= self.positions[..., None])[:, None]
 
 
-def repair(
+def repairing(
     model: KVPModel,
     x: mx.array,
     deviations: mx.array | None,
@@ -86,7 +87,8 @@ def repair(
     share: float,
     exact_tail: int,
     step_size: int,
-) -> int:
+    pace: Pace | None = None,
+) -> Steps[int]:
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
     The share holds the tokens that ask in any case, and beside these the tokens whose prediction would do most
@@ -102,6 +104,7 @@ def repair(
         share: of the other tokens, on average over layers.
         exact_tail: how many of the newest tokens are read in any case.
         step_size: tokens per chunk.
+        pace: pause between groups of layers, too, and not only between chunks.
 
     Returns:
         How many tokens of each sequence were read, in some layers at least.
@@ -114,7 +117,8 @@ def repair(
     last = min(lower.tokens, max(exact_tail, asking))
     harm = mx.zeros((batch, tokens)) if deviations is None else deviations
     if is_asked(lower.tokens, last, asking):
-        attention = reached(attention_of_end(model, x[:, -asking:], cache, lower), settings.attention_reach)
+        looked_at = yield from attention_of_end(model, x[:, -asking:], cache, lower, pace)
+        attention = reached(looked_at, settings.attention_reach)
         harm = harm + settings.attention_weight * mx.log(attention[:, -tokens:] + 1e-9)
     harm = mx.where(mx.arange(tokens) < tokens - last, harm, mx.inf)
     positions = mx.broadcast_to(mx.arange(cache[0].offset - tokens, cache[0].offset), (batch, tokens))
@@ -122,7 +126,7 @@ def repair(
         kept = largest(harm, span.tokens)
         harm, positions = (mx.take_along_axis(numbers, kept, axis=1) for numbers in (harm, positions))
         x = mx.take_along_axis(x, kept if x.ndim == 2 else kept[..., None], axis=1)
-        x = recompute_span(model, x, positions, cache, span, step_size)
+        x = yield from recompute_span(model, x, positions, cache, span, step_size, pace)
     return lower.tokens
 
 
@@ -150,7 +154,7 @@ def reached(attention: mx.array, reach: int) -> mx.array:
     return mx.stack([padded[:, start : start + entries] for start in range(reach + 1)]).max(axis=0)
 
 
-def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span) -> mx.array:
+def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span, pace: Pace | None) -> Steps[mx.array]:
     """Let the base read the newest tokens in a span; returns the most attention (B, S) that one pays to each entry.
 
     That is the largest over heads, tokens and layers. The tokens' own entries are replaced.
@@ -158,19 +162,30 @@ def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span) -> 
     tokens, entries = x.shape[1], cache[span.first : span.last]
     for layer in entries:
         layer.trim(tokens)
-    with mx.stream(generation_stream):
-        _, captured = run_layers(section(model.base, span.first, span.last), x, entries, range(len(entries)))
-        most = mx.array(0.0)
-        for number, layer in enumerate(entries):
-            keys, _ = layer.keys_and_values()
-            row = last_attention(model.base, span.first + number, captured[number].hidden, keys, tokens)
-            most = mx.maximum(most, row.max(axis=(1, 2)))  # (B, query heads, tokens, S) -> (B, S)
-        return most
+    most = mx.array(0.0)
+    for group in groups(pace, len(entries), x.shape[0] * tokens):
+        first, last = span.first + group.start, span.first + group.stop
+        with mx.stream(generation_stream):
+            x, captured = run_layers(section(model.base, first, last), x, cache[first:last], range(last - first))
+            for number in range(first, last):
+                keys, _ = cache[number].keys_and_values()
+                row = last_attention(model.base, number, captured[number - first].hidden, keys, tokens)
+                most = mx.maximum(most, row.max(axis=(1, 2)))  # (B, query heads, tokens, S) -> (B, S)
+        if last < span.last:
+            mx.eval(most, x)
+            yield
+    return most
 
 
 def recompute_span(
-    model: KVPModel, x: mx.array, positions: mx.array, cache: Cache, span: Span, step_size: int
-) -> mx.array:
+    model: KVPModel,
+    x: mx.array,
+    positions: mx.array,
+    cache: Cache,
+    span: Span,
+    step_size: int,
+    pace: Pace | None,
+) -> Steps[mx.array]:
     """Let some of the base's layers read tokens that its cache holds, and replace their entries.
 
     Args:
@@ -180,22 +195,37 @@ def recompute_span(
         cache: the base's cache, whose layers of the span are evaluated afterwards.
         span: the layers.
         step_size: tokens per chunk.
+        pace: see ``repairing``.
 
     Returns:
         What the layer after the span takes ``(B, n, hidden)``; lazy behind the last layer.
     """
-    layers, entries = section(model.base, span.first, span.last), cache[span.first : span.last]
-    is_last = span.last == len(model.base.layers)
     seen: Any = (positions.max(axis=0) + 1).tolist()  # entries up to each token
     outputs = []
-    with side_by_side(positions.size) as streams:
-        for begin in range(0, positions.shape[1], step_size):
-            done = begin
+    for begin in range(0, positions.shape[1], step_size):
+        done = begin
+        started: list[tuple[Any, mx.array, mx.array, int]] = []  # stream, x, positions, entries that are seen
+        with side_by_side(positions.size) as streams:
             for stream, part in parts(x[:, begin : begin + step_size], streams):
                 places = positions[:, done : done + part.shape[1]]
                 done += part.shape[1]
-                with mx.stream(stream):
-                    rewritten: Any = [RewrittenCache(layer, places, seen[done - 1]) for layer in entries]
-                    outputs.append(run_layers(at_positions(layers, places), part, rewritten)[0])
-            mx.eval([layer.state for layer in entries], [] if is_last else outputs)
+                started.append((stream, part, places, seen[done - 1]))
+        for group in groups(pace, span.last - span.first, sum(places.size for _, _, places, _ in started)):
+            first, last = span.first + group.start, span.first + group.stop
+            with side_by_side(positions.size):
+                started = [_rewritten(model, first, last, cache, *each) for each in started]
+                reached_last = last == len(model.base.layers)
+                mx.eval([layer.state for layer in cache[first:last]], [] if reached_last else [s[1] for s in started])
+            yield
+        outputs += [x for _, x, _, _ in started]
     return mx.concatenate(outputs, axis=1)
+
+
+def _rewritten(
+    model: KVPModel, first: int, last: int, cache: Cache, stream: Any, x: mx.array, places: mx.array, seen: int
+) -> tuple[Any, mx.array, mx.array, int]:
+    """Let layers ``first`` to ``last - 1`` read a part of the tokens on its stream; lazy. See ``recompute_span``."""
+    with mx.stream(stream):
+        rewritten: Any = [RewrittenCache(layer, places, seen) for layer in cache[first:last]]
+        view = at_positions(section(model.base, first, last), places)
+        return stream, run_layers(view, x, rewritten)[0], places, seen

@@ -125,25 +125,40 @@ def reply(
 
 
 def until(pieces: Iterator[Piece], stop: Sequence[str]) -> Iterator[Piece]:
-    """End a streamed text before the first stop string; text that may be the beginning of one waits for the next piece.
+    """End a streamed text before the first stop string; see ``StopTexts``."""
+    stops = StopTexts(stop)
+    for piece in pieces:
+        text = stops.add(piece.text, is_last=piece.finish_reason is not None)
+        if stops.found is not None:
+            yield replace(piece, text=text, finish_reason="stop")
+            return
+        yield replace(piece, text=text)
+
+
+class StopTexts:
+    """Finds stop strings in a text that comes in pieces.
+
+    Attributes:
+        found: the stop string before which the text ended.
 
     Args:
-        pieces: of the text.
         stop: the stop strings; empty ones are none.
     """
-    marks = [mark for mark in stop if mark]
-    if not marks:
-        yield from pieces
-        return
-    text = ""
-    for piece in pieces:
-        text += piece.text
-        if found := [place for mark in marks if (place := text.find(mark)) >= 0]:
-            yield replace(piece, text=text[: min(found)], finish_reason="stop")
-            return
-        waiting = 0 if piece.finish_reason else max(_overlap(text, mark) for mark in marks)
-        yield replace(piece, text=text[: len(text) - waiting])
-        text = text[len(text) - waiting :]
+
+    def __init__(self, stop: Sequence[str]):
+        self.found: str | None = None
+        self._marks = [mark for mark in stop if mark]
+        self._waiting = ""
+
+    def add(self, text: str, *, is_last: bool) -> str:
+        """Return what may be shown after one more piece; what may be the beginning of a stop string waits."""
+        text = self._waiting + text
+        if found := [(place, mark) for mark in self._marks if (place := text.find(mark)) >= 0]:
+            place, self.found = min(found, key=lambda each: each[0])
+            return text[:place]
+        waiting = 0 if is_last else max((_overlap(text, mark) for mark in self._marks), default=0)
+        self._waiting = text[len(text) - waiting :]
+        return text[: len(text) - waiting]
 
 
 def _overlap(text: str, mark: str) -> int:

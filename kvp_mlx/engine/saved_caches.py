@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.utils import common_prefix_len
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
@@ -29,7 +29,7 @@ from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
 from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, sha256_of, write_json
 from ..models.families import Cache, kv_shapes
-from .context import Context
+from .context import Context, first_entries
 from .dial import Dial
 from .prefill import Progress
 from .prompt import Message, check_size, check_text, check_window, render
@@ -55,6 +55,8 @@ class SavedCache(BaseModel):
         base: fingerprint of the base's weights.
         predictor: fingerprint of what predicted, None where nothing is predicted.
         sha256: of cache.safetensors.
+        dial: of the request that predicted any of it, where only the same may use that (``serve.shelf``).
+        mark: SHA-256 of all the other fields; None in what older versions wrote.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +70,12 @@ class SavedCache(BaseModel):
     predictor: str | None
     sha256: str
     created: str
+    dial: dict[str, Any] | None = None
+    mark: str | None = None
+
+    def own_mark(self) -> str:
+        """Return the mark that goes with the other fields."""
+        return hashlib.sha256(self.model_dump_json(exclude={"mark"}).encode()).hexdigest()
 
     @property
     def is_exact(self) -> bool:
@@ -133,19 +141,31 @@ def save_cache(
         InputError: a bad name, or a cache that the limit does not allow even alone.
     """
     place, limit = cache_place(name), limit_from_environment() if limit_bytes is None else limit_bytes
-    length = len(context.tokens)
-    compact = _first_entries(context.cache, length)
-    size = sum(layer.nbytes for layer in compact)
+    size = sum(layer.nbytes for layer in first_entries(context.cache, len(context.tokens)))
     if size > limit:
         raise InputError(f"this cache takes {size / 1e9:.2f} GB, all may take {limit / 1e9:.2f} (KVP_CACHE_LIMIT_GB).")
-    model = context.model
+    write_context(context, place, role, text)
+    return _remove_oldest(limit, keep=name)
+
+
+def write_context(
+    context: Context, place: Path, role: Role, text: str | None = None, *, dial: dict[str, Any] | None = None
+) -> None:
+    """Save a context as a directory that appears whole, and that nobody else can look into.
+
+    Raises:
+        InputError: the place cannot be written.
+        KVPError: there is no room.
+    """
+    model, length = context.model, len(context.tokens)
     private_directory(place.parent)
     with atomic_directory(place, private=True) as work:
         file = work / "cache.safetensors"
-        _write_entries(compact, length, file)
+        _write_entries(first_entries(context.cache, length), length, file)
         saved = SavedCache(
             role=role,
             text=text,
+            dial=dial,
             tokens=tuple(context.tokens),
             exact_tokens=context.exact_tokens,
             base=base_fingerprint(model),
@@ -153,8 +173,8 @@ def save_cache(
             sha256=sha256_of(file),
             created=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
-        (work / "cache.json").write_text(saved.model_dump_json(), encoding="utf-8")
-    return _remove_oldest(limit, keep=name)
+        marked = saved.model_copy(update={"mark": saved.own_mark()})
+        (work / "cache.json").write_text(marked.model_dump_json(), encoding="utf-8")
 
 
 def _write_entries(cache: Cache, length: int, file: Path) -> None:
@@ -187,20 +207,21 @@ def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[Save
         raise InputError(f"the saved cache '{name}' was predicted by another bundle; build it again for this one.")
     if exact and not saved.is_exact:
         raise InputError(f"the saved cache '{name}' was predicted; build it without --predicted, or leave out 'exact'.")
+    return saved, read_context(model, place, saved)
+
+
+def read_context(model: KVPModel, place: Path, saved: SavedCache) -> Context:
+    """Read the entries of a saved cache of this model, and note that it was used.
+
+    Raises:
+        BundleError: a damaged one.
+    """
     context = Context(model)
     if saved.tokens:
         context.replace(list(saved.tokens), _read_entries(place, saved, model), saved.exact_tokens)
     with contextlib.suppress(OSError):  # a cache that may only be read can be used as well
         os.utime(place / "cache.json")
-    return saved, context
-
-
-def _first_entries(cache: Cache, length: int) -> Cache:
-    """Return a cache of the first ``length`` entries, without mlx-lm's room for more."""
-    return [
-        KVCache.from_state((*(entries[..., :length, :] for entries in layer.keys_and_values()), length))
-        for layer in cache
-    ]
+    return context
 
 
 def _read_entries(place: Path, saved: SavedCache, model: KVPModel) -> Cache:
@@ -226,11 +247,14 @@ def read_saved(place: Path) -> SavedCache:
         BundleError: it is damaged, or of a newer version.
     """
     try:
-        return SavedCache.model_validate(read_json(place / "cache.json"))
+        saved = SavedCache.model_validate(read_json(place / "cache.json"))
+        if saved.mark not in (None, saved.own_mark()):
+            raise InputError("the fields are not those that were marked")
     except (OSError, InputError, ValidationError) as error:
         raise BundleError(
             f"the saved cache {place} is damaged or of another version; remove it ('kvp cache rm {place.name}')."
         ) from error
+    return saved
 
 
 def saved_places() -> list[Path]:
@@ -277,7 +301,7 @@ def save_head(context: Context, ids: list[int]) -> None:
     """
     if context.exact_tokens >= len(ids) and not cache_place(name := _head_name(context.model, ids)).exists():
         head = Context(context.model)
-        head.replace(ids, _first_entries(context.cache, len(ids)), len(ids))
+        head.replace(ids, first_entries(context.cache, len(ids)), len(ids))
         try:
             save_cache(head, name, "head")
         except (KVPError, OSError) as error:

@@ -12,18 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 KEY_PAUSE_SECONDS = 0.1
+PATIENCE_SECONDS = 1.0
+"""For a job that is to stop: its reader then goes on, and the job ends behind its back, before the next one."""
 
 T = TypeVar("T")
 Emit = Callable[[Any], None]
 
 
 class StoppedError(Exception):
-    """Raised by ``emit`` inside a job whose reader has gone."""
+    """Raised by ``emit`` inside a job whose reader has gone, and to a reader who did not wait for its job's end."""
 
 
 @dataclass
 class _Job:
-    """A function to run, and the queue that its reader watches: ("item" | "error" | "end", value)."""
+    """A function to run, and the queue that its reader watches: ("item" | "error" | "end" | "stop", value)."""
 
     function: Callable[[Emit], Any]
     messages: "queue.SimpleQueue[tuple[str, Any]]" = field(default_factory=queue.SimpleQueue)
@@ -41,6 +43,16 @@ class _Job:
             self.messages.put(("end", None))
         except BaseException as error:
             self.messages.put(("error", error))
+
+    def last_message(self) -> tuple[str, Any]:
+        """Return how the job ended, or an error where it has not after a while."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        try:
+            while (message := self.messages.get(timeout=max(0.0, deadline - time.monotonic())))[0] in ("item", "stop"):
+                continue
+        except queue.Empty:
+            return "error", StoppedError()
+        return message
 
 
 class Worker:
@@ -72,6 +84,8 @@ class Worker:
         try:
             while True:
                 kind, value = job.messages.get()
+                if kind == "stop":
+                    kind, value = job.last_message()
                 if kind == "error":
                     raise value
                 if kind == "end":
@@ -82,12 +96,15 @@ class Worker:
             job.stopped.set()
             while kind == "item":
                 try:
-                    kind, _ = job.messages.get()
+                    if (found := job.messages.get()[0]) != "stop":
+                        kind = found
                 except KeyboardInterrupt:  # once more, out of impatience: the job is ending already
                     continue
 
     def stop(self) -> bool:
         """Make the job that is being read stop, as closing its iterator would; may be called in a signal handler.
+
+        Its reader gets ``StoppedError`` where that takes longer than ``PATIENCE_SECONDS``.
 
         Returns:
             Whether there is one.
@@ -95,6 +112,7 @@ class Worker:
         if (job := self._read_job) is None:
             return False
         job.stopped.set()
+        job.messages.put(("stop", None))
         return True
 
     def call(self, function: Callable[[], T]) -> T:

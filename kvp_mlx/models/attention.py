@@ -3,8 +3,8 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from .entries import query_heads
-from .families import attention_of
+from .families import mixer_of
+from .kinds.attention import queries
 
 
 def last_attention(model: nn.Module, layer: int, hidden: mx.array, keys: mx.array, tokens: int = 1) -> mx.array:
@@ -18,9 +18,10 @@ def last_attention(model: nn.Module, layer: int, hidden: mx.array, keys: mx.arra
         tokens: how many of the newest tokens.
     """
     batch, heads, length, dim = keys.shape
-    queries = query_heads(model, layer, hidden[:, -tokens:], length - tokens)  # (B, query heads, tokens, D)
-    grouped = queries.reshape(batch, heads, -1, dim)  # -> (B, H, queries per key head * tokens, D)
-    scores = attention_of(model, layer).scale * grouped @ keys.swapaxes(-1, -2)
+    mixer = mixer_of(model, layer)
+    own = queries(mixer, hidden[:, -tokens:], dim, length - tokens)  # (B, query heads, tokens, D)
+    grouped = own.reshape(batch, heads, -1, dim)  # -> (B, H, queries per key head * tokens, D)
+    scores = mixer.scale * grouped @ keys.swapaxes(-1, -2)
     scores = scores.reshape(batch, -1, tokens, length)  # -> (B, query heads, tokens, S)
     is_seen = mx.arange(length) <= mx.arange(length - tokens, length)[:, None]
     return mx.softmax(mx.where(is_seen, scores, -mx.inf), axis=-1, precise=True)

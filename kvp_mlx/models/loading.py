@@ -5,12 +5,14 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 from mlx_lm.utils import _get_classes, dequantize_model
 from mlx_lm.utils import load_model as mlx_lm_load_model
@@ -19,11 +21,13 @@ from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 from ..device import blas, jit
 from ..errors import BundleError, InputError
 from ..files import read_json, recover
-from .families import FAMILIES, check_architecture, check_cache
+from .families import check_architecture, check_cache, is_listed, text_model
 from .hub import download
 from .pruning import DEPTH_KEYS
 from .safetensors import GROUP_SIZES, QUANTISED_BITS, TensorInfo, check_quantised, weight_tensors
 
+MEGABYTE = 10**6
+Progress = Callable[[int, int], None]
 NO_CODE = {"trust_remote_code": False}
 """For transformers: tokenisers of a directory's own code (``auto_map``) are refused without a question."""
 WINDOW_KEYS = ("max_position_embeddings", "max_context_length")
@@ -42,6 +46,8 @@ def model_directory(name: str, revision: str | None = None, *, known: str | None
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
     """
+    if not name.strip():
+        raise InputError("the model's name is empty; give a directory or a Hub id.")
     path = Path(name).expanduser()
     recover(path)
     if path.is_dir():
@@ -56,24 +62,34 @@ def model_directory(name: str, revision: str | None = None, *, known: str | None
 def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load an mlx-lm model directory lazily, with its config, checking that it is whole and supported.
 
+    Of a model that has other parts beside a language model (for images), that is what is returned.
+
     Raises:
         BundleError: missing or damaged files.
-        UnsupportedModelError: an architecture that has no row in ``families``.
+        UnsupportedModelError: an architecture that has no row in ``families``, or a layer of no kind that can be
+            predicted; no weights have been read then.
     """
-    check_architecture(read_config(directory)["model_type"])
-    model, config = load_any_model(directory)
-    check_cache(model)
-    return model, config
+    config = read_config(directory)
+    check_architecture(config["model_type"], text_config(config).get("model_type"))
+    return load_any_model(directory, check_cache)
 
 
-def load_any_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_any_model(
+    directory: Path, check: Callable[[nn.Module], None] = lambda model: None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model directory of any architecture that mlx-lm knows, as ``load_model`` does.
+
+    Args:
+        directory: where it is.
+        check: what else may refuse the model, before its weights are read.
 
     Raises:
         BundleError: missing or damaged files, or none of mlx-lm's.
     """
     config = read_config(directory)
-    changes = {} if _ropes_by_layer(config) else rope_fields(config)
+    changes = rope_fields(config)
+    if text := text_config(config):
+        changes["text_config"] = text | rope_fields(text)
     tensors = {name: tensor for name, _, tensor in weight_tensors(directory)}
     check_quantised(tensors, directory)
     check_depth(config, tensors, directory)
@@ -84,20 +100,25 @@ def load_any_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
 
         def build(arguments: Any) -> nn.Module:
             check_arguments(arguments, directory)
-            if _ropes_by_layer(config) and "rope_parameters" not in vars(arguments):
+            model: nn.Module = model_class(arguments)
+            text = getattr(text_model(model), "args", arguments)
+            check_arguments(text, directory)
+            own = config if text is arguments else text_config(config)
+            if _ropes_by_layer(own) and "rope_parameters" not in vars(text):
                 raise BundleError(
-                    f"{directory}/config.json: mlx-lm's {config['model_type']} does not read rope_parameters by kind "
+                    f"{directory}/config.json: mlx-lm's {own['model_type']} does not read rope_parameters by kind "
                     "of layer; convert the model with mlx-lm."
                 )
-            model: nn.Module = model_class(arguments)
+            check(model)
             _check_groups(model, tensors, directory)
             return model
 
         return build, arguments_class
 
     try:
-        return mlx_lm_load_model(directory, lazy=True, model_config=changes, get_model_classes=classes)
-    except BundleError:
+        model, config = mlx_lm_load_model(directory, lazy=True, model_config=changes, get_model_classes=classes)
+        return (text_model(model), text_config(config) | config) if is_listed(model) else (model, config)
+    except InputError:
         raise
     except Exception as error:  # mlx-lm raises whatever its model files raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__  # the names are on the second line
@@ -137,8 +158,7 @@ def check_depth(config: dict[str, Any], tensors: dict[str, TensorInfo], where: P
     """
     numbers = [int(number) for name in tensors for number in NUMBERED.findall(name)]
     most = max(numbers, default=-1) + 1
-    for key in DEPTH_KEYS:
-        depth = config.get(key)
+    for key, depth in ((key, part.get(key)) for part in (config, text_config(config)) for key in DEPTH_KEYS):
         if depth is not None and (type(depth) is not int or not 0 < depth <= most):
             raise BundleError(
                 f"{where}: Missing layers: config.json's {key} is {str(depth)[:40]}, the weights are of {most}; get "
@@ -220,11 +240,16 @@ def _check_groups(model: nn.Module, tensors: dict[str, TensorInfo], where: Path)
             )
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config says of the language model within a model; nothing where that is all there is."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
 def _ropes_by_layer(config: dict[str, Any]) -> bool:
-    """Return whether an architecture that is run as a whole has RoPE parameters for each kind of layer."""
+    """Return whether a config has RoPE parameters for each kind of layer."""
     parameters = config.get("rope_parameters")
-    is_by_layer = isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values())
-    return is_by_layer and config["model_type"] not in FAMILIES
+    return isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values())
 
 
 def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -233,13 +258,13 @@ def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     transformers 5 writes these; mlx-lm's model files of the supported architectures read the former two.
 
     Raises:
-        BundleError: RoPE parameters that are none, or differ from layer to layer.
+        BundleError: RoPE parameters that are none.
     """
     parameters = config.get("rope_parameters")
-    if parameters is None:
+    if parameters is None or _ropes_by_layer(config):
         return {}
-    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-        raise BundleError("config.json: rope_parameters is no flat object, which mlx-lm's model file cannot take.")
+    if not isinstance(parameters, dict):
+        raise BundleError("config.json: rope_parameters is no object; get the model again.")
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     found = {"rope_theta": parameters.get("rope_theta"), "rope_scaling": scaling}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
@@ -247,10 +272,14 @@ def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None and config.get(name) is None}
 
 
-def fit_to_device(model: nn.Module) -> None:
+def fit_to_device(model: nn.Module, progress: Progress | None = None) -> None:
     """Bring weights into the form that the device computes fast, in place, and evaluate them.
 
     CPUs have fast matmuls for fp32 only, so there everything is dequantised to fp32; GPUs run what is stored.
+
+    Args:
+        model: an mlx-lm model.
+        progress: called with (MB done, MB in all).
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         if not blas.load_fast_blas():
@@ -258,13 +287,24 @@ def fit_to_device(model: nn.Module) -> None:
         jit.secure_folder()
         model.set_dtype(mx.float32)  # the scales too: dequantising is then exact, and much faster than in fp16
         dequantize_model(model)
-    mx.eval(model.parameters())
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    done, total = 0, sum(array.nbytes for array in arrays)
+    for array in arrays:
+        mx.eval(array)
+        done += array.nbytes
+        if progress:
+            progress(done // MEGABYTE, total // MEGABYTE)
 
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
     """Return the dtype that the model's activations have."""
-    norms = (module.weight for module in model.modules() if isinstance(module, nn.RMSNorm))
-    return next(norms).dtype
+    return next(module.weight for module in model.modules() if is_norm(module)).dtype
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm with a weight; some model files have norms of their own."""
+    weight = module.get("weight")
+    return isinstance(weight, mx.array) and weight.ndim == 1
 
 
 def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper | None:

@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
-from .families import attention_of
-from .sections import with_attention
+from .families import inner_model, kinds_of
+from .sections import with_mixers
 
 
 class _RoPEAt(nn.Module):
@@ -28,11 +28,11 @@ class _RoPEAt(nn.Module):
 
 def at_positions(model: nn.Module, positions: mx.array) -> nn.Module:
     """Return a model whose layers turn what they read to ``positions`` (B, T), sharing everything else."""
-    attentions = {}
-    for layer in range(len(model.layers)):
-        attentions[layer] = copy.copy(attention_of(model, layer))
-        attentions[layer].rope = _RoPEAt(settled(attentions[layer].rope, positions), positions)
-    return with_attention(model, attentions)
+    mixers = {}
+    for number, (layer, kind) in enumerate(zip(inner_model(model).layers, kinds_of(model), strict=True)):
+        mixers[number] = copy.copy(layer[kind.mixer])
+        mixers[number].rope = _RoPEAt(settled(mixers[number].rope, positions), positions)
+    return with_mixers(model, mixers)
 
 
 def settled(rope: nn.Module, positions: mx.array) -> nn.Module:

@@ -4,29 +4,29 @@ Every view shares the weights of the model it is cut from, and changes nothing i
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .families import Cache, Family, attention_of, family_of
+from .families import Cache, family_of, inner_model, kinds_of, mixer_of, text_model
+from .kinds import Kind, RawOutputs, Target
 
 
 @dataclass(frozen=True)
 class RawLayer:
-    """What one layer's K and V projections read and returned.
+    """What the projections that feed one layer's cache read and returned.
 
     Attributes:
         hidden: their input ``(B, T, hidden)``, RMS-normalised where the architecture does so.
-        keys: raw keys ``(B, T, H*D)``.
-        values: raw values ``(B, T, H*D)``.
+        raw: by target ``(B, T, width)``; of attention ``keys`` and ``values``, heads merged, before any norm and RoPE.
     """
 
     hidden: mx.array
-    keys: mx.array
-    values: mx.array
+    raw: RawOutputs
 
 
 def section(model: nn.Module, first: int, last: int) -> nn.Module:
@@ -35,15 +35,8 @@ def section(model: nn.Module, first: int, last: int) -> nn.Module:
     A section that does not start at layer 0 takes the residual stream ``(B, T, hidden)`` in place of token ids,
     and one that stops before the last layer returns it in place of the normed output.
     """
-    family = family_of(model)
-    view, inner = copy.copy(model), copy.copy(model[family.inner])
-    if first > 0:
-        inner[family.embedding] = nn.Identity()
-    if last < len(inner.layers):
-        inner.norm = nn.Identity()
-    inner.layers = inner.layers[first:last]
-    view[family.inner] = inner
-    return view
+    depth = len(inner_model(model).layers)
+    return _cut(model, range(first, min(last, depth)), takes_ids=first == 0, is_normed=last >= depth)
 
 
 def prefix_model(model: nn.Module, layers: int) -> nn.Module:
@@ -73,10 +66,12 @@ def run_layers(
         The inner model's output ``(B, T, hidden)``, and what the projections of each layer in ``listen`` read and
         returned.
     """
-    family, listen = family_of(model), list(listen)
-    view = with_attention(model, {layer: _listening(model.layers[layer][family.attention], family) for layer in listen})
-    output = view[family.inner](ids, cache)
-    return output, {layer: _captured(view.layers[layer][family.attention], family) for layer in listen}
+    kinds, layers = kinds_of(model), inner_model(model).layers
+    mixers = {layer: layers[layer][kinds[layer].mixer] for layer in listen}
+    targets = {layer: kinds[layer].targets(mixer) for layer, mixer in mixers.items()}
+    views = {layer: _listening(mixer, targets[layer]) for layer, mixer in mixers.items()}
+    output = inner_model(with_mixers(model, views))(ids, cache)
+    return output, {layer: _captured(view, targets[layer]) for layer, view in views.items()}
 
 
 def run_streams(
@@ -96,7 +91,7 @@ def run_streams(
         each layer's projections read and returned.
     """
     streams, captured = [x], {}
-    for layer in range(first, len(model.layers)):
+    for layer in range(first, len(inner_model(model).layers)):
         alone = section(model, layer, layer + 1)
         x, raw = run_layers(alone, x, cache[layer : layer + 1], [0] if listen else [])
         streams.append(x)
@@ -105,10 +100,10 @@ def run_streams(
     return streams, captured
 
 
-def attention_outputs(
+def mixer_outputs(
     model: nn.Module, ids: mx.array, cache: Cache, streams: list[mx.array] | None = None
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """Run a model layer by layer and return the residual streams and what every attention block returned.
+    """Run a model layer by layer and return the residual streams and what every mixer (attention block) returned.
 
     Args:
         model: an mlx-lm model.
@@ -117,10 +112,10 @@ def attention_outputs(
         streams: what each layer is to take, in place of what the one below returned (from an earlier run).
     """
     outputs, taken, x = [], [], ids
-    for number in range(len(model.layers)):
+    for number in range(len(inner_model(model).layers)):
         taken.append(x if streams is None else streams[number])
-        listener = _Listener(attention_of(model, number))
-        alone = section(with_attention(model, {number: listener}), number, number + 1)
+        listener = _Listener(mixer_of(model, number))
+        alone = section(with_mixers(model, {number: listener}), number, number + 1)
         x, _ = run_layers(alone, taken[-1], cache[number : number + 1])
         outputs.append(listener.output)
     return taken, outputs
@@ -128,41 +123,124 @@ def attention_outputs(
 
 def early_exit(model: nn.Module, layers: int) -> nn.Module:
     """Return a model's first layers with its own final norm, so that its head can be asked what they know."""
-    view = section(model, 0, layers)
-    family = family_of(model)
-    view[family.inner].norm = model[family.inner].norm
-    return view
+    return _cut(model, range(layers), takes_ids=True, is_normed=True)
 
 
 def only_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     """Return a model of some of a model's layers, in their order, sharing all weights."""
-    family = family_of(model)
-    view, inner = copy.copy(model), copy.copy(model[family.inner])
-    inner.layers = [inner.layers[layer] for layer in layers]
-    view[family.inner] = inner
-    return view
+    return _cut(model, layers, takes_ids=True, is_normed=True)
 
 
 def output_head(model: nn.Module, hidden: mx.array) -> mx.array:
-    """Return logits ``(B, T, vocab)`` of the inner model's output ``(B, T, hidden)``."""
-    if "lm_head" in model:
-        return model.lm_head(hidden)
-    family = family_of(model)
-    return model[family.inner][family.embedding].as_linear(hidden)
+    """Return logits ``(B, T, vocab)`` of the inner model's output ``(B, T, hidden)``, by the model's own call."""
+    result = _Result(inner_model(model), hidden)
+    logits: mx.array = _with_inner(model, result)(None)
+    return logits
 
 
-def with_attention(model: nn.Module, attention: dict[int, nn.Module]) -> nn.Module:
-    """Return a model with other attention modules in some layers, sharing everything else."""
-    if not attention:
+def with_mixers(model: nn.Module, mixers: dict[int, nn.Module]) -> nn.Module:
+    """Return a model with other mixers in some layers, sharing everything else."""
+    if not mixers:
         return model
-    family = family_of(model)
-    view, inner = copy.copy(model), copy.copy(model[family.inner])
+    kinds, inner = kinds_of(model), copy.copy(inner_model(model))
     inner.layers = list(inner.layers)
-    for layer, module in attention.items():
+    for layer, module in mixers.items():
         inner.layers[layer] = copy.copy(inner.layers[layer])
-        inner.layers[layer][family.attention] = module
-    view[family.inner] = inner
+        inner.layers[layer][kinds[layer].mixer] = module
+    return _with_inner(model, inner)
+
+
+def _with_inner(model: nn.Module, inner: nn.Module) -> nn.Module:
+    """Return a model with another part between token ids and output head."""
+    view = copy.copy(text_model(model))
+    view[family_of(model).inner] = inner
     return view
+
+
+def _cut(model: nn.Module, layers: Sequence[int], *, takes_ids: bool, is_normed: bool) -> nn.Module:
+    """Return a model of some layers, with the embedding before them and the norm behind them only if asked for."""
+    inner, kinds, family = inner_model(model), kinds_of(model), family_of(model)
+    cut = _Cut(inner)
+    cut.kinds = tuple(kinds[layer] for layer in layers)
+    cut.layers = [inner.layers[layer] for layer in layers]
+    if not takes_ids:
+        cut.start, cut[family.embedding] = _as_it_is, nn.Identity()
+    elif not isinstance(inner, _Cut):
+        cut.start = partial(_embedded, inner, family.norm)
+    if not is_normed:
+        cut[family.norm] = nn.Identity()
+    cut.norm_name = family.norm
+    return _with_inner(model, cut)
+
+
+class _StandIn(nn.Module):
+    """Takes over all that an inner model has, but not its call."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        dict.update(self, inner)
+        self.__dict__.update(vars(inner))
+
+
+class _Cut(_StandIn):
+    """Some layers, each called as its own kind wants it, and not by where the whole model expects which kind.
+
+    Attributes:
+        kinds: of its layers.
+        start: makes what the first layer takes.
+        norm_name: of the module that comes last.
+    """
+
+    kinds: tuple[Kind, ...]
+    start: Callable[[mx.array], mx.array]
+    norm_name: str
+
+    def __call__(self, inputs: mx.array, cache: Cache | None = None, *_: Any, **__: Any) -> mx.array:
+        x, masks = self.start(inputs), {}
+        caches: list[Any] = [*cache] if cache else [None] * len(self.layers)
+        for layer, kind, own in zip(self.layers, self.kinds, caches, strict=False):
+            if kind not in masks:
+                masks[kind] = kind.mask(x, own)
+            x = layer(x, mask=masks[kind], cache=own)
+            x = x[0] if isinstance(x, tuple) else x  # Gemma 4's layers also return what others may share
+        output: mx.array = self[self.norm_name](x)
+        return output
+
+    @property
+    def pipeline_layers(self) -> list[nn.Module]:
+        """What mlx-lm calls the layers where a model can be spread over machines."""
+        return list(self.layers)
+
+
+def _as_it_is(x: mx.array) -> mx.array:
+    return x
+
+
+def _embedded(inner: nn.Module, norm: str, ids: mx.array) -> mx.array:
+    """Return what a model's first layer takes: its own call without any layers, since some scale embeddings."""
+    bare = copy.copy(inner)
+    bare.layers = []
+    bare[norm] = nn.Identity()
+    x: mx.array = bare(ids, [_NoCache()] * len(inner.layers))
+    return x
+
+
+class _NoCache:
+    """Stands where a model looks for a cache, whichever it makes its masks of."""
+
+    offset = 0
+
+
+class _Result(_StandIn):
+    """Stands in for an inner model that has run already."""
+
+    def __init__(self, inner: nn.Module, output: mx.array):
+        super().__init__(inner)
+        self._output = output
+
+    def __call__(self, *_: Any, **__: Any) -> mx.array:
+        output: mx.array = self._output
+        return output
 
 
 class _Listener(nn.Module):
@@ -172,26 +250,20 @@ class _Listener(nn.Module):
         super().__init__()
         self.module = module
 
-    def __call__(self, x: mx.array, *rest: Any) -> mx.array:
-        self.input, self.output = x, self.module(x, *rest)
+    def __call__(self, x: mx.array, *rest: Any, **options: Any) -> Any:
+        self.input, self.output = x, self.module(x, *rest, **options)
         return self.output
 
 
-def _listening(attention: nn.Module, family: Family) -> nn.Module:
-    """Return an attention module whose K and V projections are listened to."""
-    view = copy.copy(attention)
-    for name in family.kv_projections:
-        view[name] = _Listener(attention[name])
+def _listening(mixer: nn.Module, targets: tuple[Target, ...]) -> nn.Module:
+    """Return a mixer whose projections that feed its cache are listened to."""
+    view = copy.copy(mixer)
+    for target in targets:
+        view[target.projection] = _Listener(mixer[target.projection])
     return view
 
 
-def _captured(attention: nn.Module, family: Family) -> RawLayer:
-    """Return what the projections of a module that was listened to read and returned."""
-    listeners = [attention[name] for name in family.kv_projections]
-    hidden, output = listeners[0].input, listeners[0].output
-    if not family.qkv_proj:
-        return RawLayer(hidden, output, listeners[1].output)
-    rows, heads = output.shape[-1], attention.n_kv_heads
-    width = rows // (attention.n_heads + 2 * heads) * heads
-    _, keys, values = mx.split(output, [rows - 2 * width, rows - width], axis=-1)
-    return RawLayer(hidden, keys, values)
+def _captured(view: nn.Module, targets: tuple[Target, ...]) -> RawLayer:
+    """Return what the projections of a mixer that was listened to read and returned."""
+    raw = {target.name: target.of(view[target.projection].output) for target in targets}
+    return RawLayer(view[targets[0].projection].input, raw)

@@ -5,7 +5,7 @@ from mlx.utils import tree_flatten
 from ..bundle.loading import KVPModel
 from ..device.machine import free_bytes
 from ..errors import InputError
-from ..models.families import hidden_size, kv_shapes
+from ..models.families import hidden_size, targets_of
 from .loop import Trained, TrainOptions
 from .teacher import CHUNK, exact_layers
 
@@ -37,7 +37,7 @@ def training_bytes(model: KVPModel, trained: Trained, options: TrainOptions) -> 
     parameters = sum(array.size for _, array in tree_flatten(trained.trainable_parameters()))
     depth, exact = len(model.base.layers), exact_layers(model)
     tokens = options.batch_size * options.window
-    kv_width = sum(2 * shape.width for shape in kv_shapes(model.base))
+    kv_width = sum(target.width for targets in targets_of(model.base) for target in targets)
     kept = tokens * (2 * kv_width + (depth - exact + 3) * hidden_size(model.base))
     rows = options.batch_size * max(options.right if options.weights.continuation else 0, _rows_alone(options))
     pass_floats = rows * (1 if options.checkpoint else depth - exact) * _layer_floats(model, options.window)

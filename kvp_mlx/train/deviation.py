@@ -12,7 +12,8 @@ from ..bundle.loading import KVPModel
 from ..engine.prefill import Progress
 from ..engine.recompute import settings_of
 from ..errors import KVPError
-from ..models.entries import RawPair
+from ..models.families import fixed_kinds
+from ..models.kinds import RawOutputs
 from ..models.sections import output_head, run_streams
 from .objectives import kl_divergence, predict, student_cache
 from .teacher import Reading, Teacher, exact_layers, make_batch, read, teach
@@ -26,8 +27,11 @@ PENALTY = 0.1
 
 
 def with_estimator(model: KVPModel) -> KVPModel:
-    """Return a bundle whose predictor has an estimator of deviation, not fitted if it had none."""
-    if model.config.recompute is not None:
+    """Return a bundle whose predictor has an estimator of deviation, not fitted if it had none.
+
+    A base that cannot recompute gets none.
+    """
+    if model.config.recompute is not None or fixed_kinds(model.base):
         return model
     model.predictor.add_estimator()
     return replace(model, config=model.config.model_copy(update={"recompute": RecomputeConfig()}))
@@ -48,13 +52,13 @@ def fit_deviation(
 
     Returns:
         The share of the deviation's variance that the estimator explains on these windows (R squared), or None where
-        nothing is predicted or no window is long enough.
+        there is none, nothing is predicted or no window is long enough.
 
     Raises:
         KVPError: the deviations are not finite (a broken model).
     """
     inputs, deviations, asking = [], [], settings_of(model).asking_tokens
-    for number, window in enumerate(windows if model.predictor.blocks else []):
+    for number, window in enumerate(windows if "deviation" in model.predictor else []):
         progress(number, len(windows))
         split = round(PREDICTED_SHARE * len(window))
         if split <= asking + 2:
@@ -104,7 +108,7 @@ def deviation(model: KVPModel, teacher: Teacher, reading: Reading, split: int) -
 
 
 def harm(
-    model: KVPModel, teacher: Teacher, reading: Reading, predicted: dict[int, RawPair], true: dict[int, RawPair]
+    model: KVPModel, teacher: Teacher, reading: Reading, predicted: dict[int, RawOutputs], true: dict[int, RawOutputs]
 ) -> mx.array:
     """Return how far what follows strays because of each token's prediction (B, split), in nats, to first order.
 
@@ -122,7 +126,7 @@ def harm(
     start, split = exact_layers(model), next(iter(true.values()))["keys"].shape[1]
     logits = output_head(model.base, teacher.streams[-1][:, split:])
 
-    def divergence(pairs: dict[int, RawPair]) -> mx.array:
+    def divergence(pairs: dict[int, RawOutputs]) -> mx.array:
         cache = student_cache(model, reading, pairs, split)
         streams, _ = run_streams(model.base, teacher.streams[0][:, split:], cache, start)
         return kl_divergence(logits, output_head(model.base, streams[-1])).sum()

@@ -21,12 +21,13 @@ from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..errors import InputError
 from ..files import atomic_directory, copy_ours, require_free
+from ..models.families import fixed_kinds
 from ..models.loading import fit_to_device, load_model, load_tokenizer
 from ..models.pruning import retained_layers, write_pruned
 from ..models.safetensors import fingerprint, write_tensors
 from .deviation import DEVIATION_TOKENS, fit_deviation
 from .ridge import fit_predictors
-from .text import data_files, token_windows
+from .text import MIN_WINDOW_TOKENS, data_files, token_windows
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class FitOptions:
             raise InputError("choose the auxiliary with exactly one of --layers K, --auxiliary DIR and --prune 0.5.")
         if self.layers is not None and self.sources != 1:
             raise InputError("--sources belongs to --auxiliary and --prune; a prefix reads one hidden state.")
+        if self.window < MIN_WINDOW_TOKENS:
+            raise InputError(
+                f"windows of {self.window} tokens are too short; give --window {MIN_WINDOW_TOKENS} or more."
+            )
         for name, value in (("--tokens", self.tokens), ("--window", self.window), ("--penalty", self.penalty)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive, not {value}.")
@@ -112,7 +117,7 @@ def fit_bundles(
             work = stack.enter_context(atomic_directory(out))
             auxiliary_config = write_auxiliary(base, base_path, options, work)
             reference = base_reference(base_name, base_path, mark_of(base, tokenizer))
-            config = bundle_config(reference, len(base.layers), auxiliary_config, options)
+            config = bundle_config(reference, base, auxiliary_config, options)
             auxiliary = load_auxiliary(base, config, work)
             predictor = build_predictor(base, auxiliary, config)
             if auxiliary_config.kind != "prefix":
@@ -135,24 +140,32 @@ def fit_maps(
     def windows(tokens: int) -> Iterator[list[int]]:
         return budgeted(token_windows(files, models[0].text_tokenizer, options.window, options.seed), tokens)
 
+    judged_tokens = min(options.tokens, DEVIATION_TOKENS)
+    in_all = options.tokens + judged_tokens * len(models)
     tokens = fit_predictors(
-        models,
-        windows(options.tokens),
-        penalty=options.penalty,
-        progress=lambda done: progress(min(done, options.tokens), options.tokens),
+        models, windows(options.tokens), penalty=options.penalty, progress=lambda done: progress(done, in_all)
     )
-    judged = list(windows(min(options.tokens, DEVIATION_TOKENS)))
+    judged = list(windows(judged_tokens))
+
+    def explained(number: int) -> float | None:
+        before = options.tokens + judged_tokens * number
+        return fit_deviation(
+            models[number],
+            judged,
+            lambda done, windows: progress(before + judged_tokens * done // windows, in_all),
+        )
+
     common = {key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")}
     return [
         {
             "method": "ridge",
             "kvp_mlx": __version__,
             "tokens": tokens,
-            "deviation_explained": fit_deviation(model, judged),
+            "deviation_explained": explained(number),
             "data": [path.name for path in files],
             **common,
         }
-        for model in models
+        for number in range(len(models))
     ]
 
 
@@ -182,8 +195,11 @@ def base_reference(name: str, path: Path, mark: ModelMark) -> BaseConfig:
     return BaseConfig(**what, hub_id=name, revision=path.name)
 
 
-def bundle_config(base: BaseConfig, depth: int, auxiliary: AuxiliaryConfig, options: FitOptions) -> BundleConfig:
-    """Describe the bundle: its base of ``depth`` layers, its auxiliary, and which layers the maps read."""
+def bundle_config(
+    reference: BaseConfig, base: nn.Module, auxiliary: AuxiliaryConfig, options: FitOptions
+) -> BundleConfig:
+    """Describe the bundle: its base, its auxiliary, which layers the maps read, and what can be recomputed."""
+    depth, recompute = len(base.layers), None if fixed_kinds(base) else RecomputeConfig()
     if auxiliary.kind == "prefix":
         layer_map = prefix_layer_map(depth, auxiliary.layers)
         predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=layer_map)
@@ -194,7 +210,7 @@ def bundle_config(base: BaseConfig, depth: int, auxiliary: AuxiliaryConfig, opti
             layer_map = spread_layer_map(depth, auxiliary.layers)
         layer_map = widened(layer_map, options.sources, auxiliary.layers)
         predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
-    return BundleConfig(base=base, auxiliary=auxiliary, predictor=predictor, recompute=RecomputeConfig())
+    return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor, recompute=recompute)
 
 
 def write_predictor(predictor: Predictor, path: Path) -> None:

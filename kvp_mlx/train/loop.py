@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from ..bundle.loading import KVPModel
 from ..errors import InputError, KVPError
 from .objectives import Weights, auxiliary_loss, base_loss, consistency_loss, continuation_losses, predict
-from .state import TrainingState, load_state, save_state
+from .state import TrainingState, load_state, read_log, save_state
 from .teacher import Batch, Reading, Teacher, make_batch, read, teach
 
 WARM_UP_STEPS = 20
@@ -235,14 +235,14 @@ class Log:
     """A JSONL file that a resumed run cuts back to the step it goes on from."""
 
     def __init__(self, path: Path, keep: int):
-        lines = path.read_text(encoding="utf-8").splitlines() if keep and path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep]
+        kept = [entry for entry in read_log(path) if entry["step"] <= keep] if keep else []
         self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(line + "\n" for line in kept)
+        self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line."""
-        print(json.dumps(entry), file=self.file, flush=True)
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
 
 
 def make_optimizer(options: TrainOptions, trained: Trained) -> optim.Optimizer:

@@ -6,15 +6,18 @@ differentiable in whatever the reading and the maps were made of. All are means 
 
 import math
 from dataclasses import astuple, dataclass, replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.cache import ConcatenateKVCache
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..models.entries import RawPair, append_raw, normed_keys
-from ..models.families import Cache, LayerCache, attention_of
+from ..models.entries import append_raw, compared, open_caches
+from ..models.families import Cache, LayerCache, kinds_of
+from ..models.kinds import RawOutputs
 from ..models.sections import output_head, run_layers, run_streams, section
 from .teacher import Batch, Reading, Teacher, exact_layers
 
@@ -102,7 +105,7 @@ def auxiliary_loss(model: KVPModel, reading: Reading, batch: Batch, z: float = 0
 
 
 def base_loss(
-    model: KVPModel, teacher: Teacher, reading: Reading, predicted: dict[int, RawPair], batch: Batch, z: float = 0.0
+    model: KVPModel, teacher: Teacher, reading: Reading, predicted: dict[int, RawOutputs], batch: Batch, z: float = 0.0
 ) -> mx.array:
     """Return the base's next-token loss with every key and value predicted, nats per token.
 
@@ -115,19 +118,16 @@ def base_loss(
     return next_token_loss(output_head(model.base, hidden), batch, z)
 
 
-def consistency_loss(model: KVPModel, teacher: Teacher, predicted: dict[int, RawPair], batch: Batch) -> mx.array:
+def consistency_loss(model: KVPModel, teacher: Teacher, predicted: dict[int, RawOutputs], batch: Batch) -> mx.array:
     """Return the L1 distance of predicted from true entries.
 
     The mean over tokens and features, summed over layers, keys and values. Keys are compared after k_norm and
     before RoPE, values raw.
     """
     total = mx.array(0.0)
-    for layer, pair in predicted.items():
-        true, attention = teacher.raw[layer], attention_of(model.base, layer)
-        for one, other in (
-            (normed_keys(attention, pair["keys"]), normed_keys(attention, true["keys"])),
-            (pair["values"], true["values"]),
-        ):
+    for layer, raw in predicted.items():
+        both = (compared(model.base, layer, outputs) for outputs in (raw, teacher.raw[layer]))
+        for one, other in zip(*both, strict=True):
             total = total + masked_mean(mx.abs(one - other).astype(mx.float32).mean(axis=-1), batch.kept)
     return total
 
@@ -167,16 +167,26 @@ def checkpointed_streams(model: KVPModel, x: mx.array, cache: Cache, first: int)
     """Return what ``run_streams`` returns, keeping nothing else for the backward pass."""
     streams = [x]
     for layer in range(first, len(model.base.layers)):
-        alone = section(model.base, layer, layer + 1)
-
-        def run(keys: mx.array, values: mx.array, x: mx.array = x, alone: nn.Module = alone) -> mx.array:
-            own = ConcatenateKVCache()
-            own.update_and_fetch(keys, values)
-            return run_layers(alone, x, [own])[0]
-
+        held = dict(tree_flatten(cache[layer].state))
+        arrays = {name: array for name, array in held.items() if isinstance(array, mx.array)}
+        run = mx.checkpoint(partial(_layer_on, model, layer, held, x))
         taken = streams[-1:] if layer > 0 else []  # token ids have no gradient
-        streams.append(mx.checkpoint(run)(*cache[layer].keys_and_values(), *taken))
+        streams.append(run(arrays, *taken))
     return streams
+
+
+def _layer_on(
+    model: KVPModel,
+    layer: int,
+    held: dict[str, Any],
+    ids: mx.array,
+    arrays: dict[str, mx.array],
+    x: mx.array | None = None,
+) -> mx.array:
+    """Run one layer on ``x``, or on token ids, on top of a cache whose state is ``held`` with these arrays in it."""
+    own = kinds_of(model.base)[layer].open_cache()
+    own.state = tree_unflatten(list((held | arrays).items()))
+    return run_layers(section(model.base, layer, layer + 1), ids if x is None else x, [own])[0]
 
 
 def stream_error(streams: list[mx.array], true: list[mx.array], origin: mx.array | float, kept: mx.array) -> mx.array:
@@ -204,19 +214,20 @@ def log_partition(logits: mx.array, probabilities: mx.array) -> mx.array:
     return logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
 
 
-def predict(model: KVPModel, teacher: Teacher, reading: Reading, tokens: int) -> dict[int, RawPair]:
+def predict(model: KVPModel, teacher: Teacher, reading: Reading, tokens: int) -> dict[int, RawOutputs]:
     """Return the predicted raw pairs of the first ``tokens`` positions in the base's dtype; the maps are fp32."""
     dtype = teacher.streams[-1].dtype
     pairs = model.predictor({name: x[:, :tokens] for name, x in reading.inputs.items()})
     return {layer: {kind: x.astype(dtype) for kind, x in pair.items()} for layer, pair in pairs.items()}
 
 
-def student_cache(model: KVPModel, reading: Reading, predicted: dict[int, RawPair], split: int) -> Cache:
+def student_cache(model: KVPModel, reading: Reading, predicted: dict[int, RawOutputs], split: int) -> Cache:
     """Return the base's cache of the first ``split`` positions as prediction leaves it."""
-    cache: Cache = [ConcatenateKVCache() for _ in model.base.layers]
+    cache = open_caches(model.base)
     for own, shared in zip(cache, reading.cache, strict=False):
-        keys, values = shared.keys_and_values()
-        own.update_and_fetch(keys[..., :split, :], values[..., :split, :])
+        if isinstance(shared, KVCache | ConcatenateKVCache):  # nobody reads the others' below a prediction
+            keys, values = shared.keys_and_values()
+            own.update_and_fetch(keys[..., :split, :], values[..., :split, :])
     append_raw(model.base, predicted, cache)
     return cache
 

@@ -1,7 +1,10 @@
 """The picture of a training run: its loss, and what validation measured."""
 
-import json
+import math
 from pathlib import Path
+
+from ..errors import InputError
+from .state import read_log
 
 LOSSES = ("continuation", "residual", "base", "auxiliary", "consistency")
 
@@ -15,10 +18,10 @@ def draw_training(log: Path, picture: Path) -> bool:
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError:
+
+        entries = read_log(log)
+    except (ImportError, InputError):
         return False
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
     steps = [entry for entry in entries if "loss" in entry]
     if not steps:
         return False
@@ -28,13 +31,14 @@ def draw_training(log: Path, picture: Path) -> bool:
     tokens = [entry["tokens"] / 1e3 for entry in steps]
     names = [name for name in LOSSES if name in steps[-1]]
     for number, name in enumerate(names):
-        values = [entry[name] for entry in steps]
+        values = [entry.get(name, math.nan) for entry in steps]
         left.plot(tokens, values, color=f"C{number}", alpha=0.2, linewidth=0.8)
         left.plot(tokens, smoothed(values), color=f"C{number}", label=name)
     left.set(xlabel="thousand tokens", ylabel="loss", title="Training", yscale="log")
     left.legend(frameon=False)
     for number, name in enumerate(("recovery", "separation")):
-        right.plot([e["tokens"] / 1e3 for e in checks], [e[name] for e in checks], "o-", color=f"C{number}", label=name)
+        values = [entry.get(name, math.nan) for entry in checks]
+        right.plot([e["tokens"] / 1e3 for e in checks], values, "o-", color=f"C{number}", label=name)
     right.axhline(1.0, color="0.7", linewidth=0.8)
     right.set(xlabel="thousand tokens", ylabel="share of the full model's", title="Held-back passages")
     right.legend(frameon=False)

@@ -29,7 +29,7 @@ class RidgeSums:
 
     def add(self, inputs: mx.array, raw: dict[int, RawLayer]) -> None:
         """Add one window: ``inputs`` (B, T, in) against the base's own raw keys and values."""
-        targets = mx.concatenate([getattr(raw[layer], kind) for layer, kind, _ in self.block.targets], axis=-1)
+        targets = mx.concatenate([raw[layer].raw[name] for layer, name, _ in self.block.targets], axis=-1)
         x = inputs.reshape(-1, self.block.in_width).astype(mx.float32)  # (B, T, in) -> (B*T, in)
         x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=-1)
         y = targets.reshape(-1, self.block.out_width).astype(mx.float32)  # (B, T, out) -> (B*T, out)

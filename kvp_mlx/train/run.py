@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +21,7 @@ from ..bundle.adapter import adapted_prefix, adapter_weights, add_adapter, fused
 from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
 from ..engine.prefill import Progress
 from ..errors import InputError
-from ..files import atomic_directory, require_free, write_json
+from ..files import atomic_directory, read_json, require_free, write_json
 from ..models.safetensors import fingerprint
 from .capacity import require_memory
 from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
@@ -109,7 +108,8 @@ def _train(
     phase: Phase,
 ) -> dict[str, Any]:
     directory = training_directory(out)
-    model = open_start(start, out, resume, force)
+    with phase("loading the bundle to start from"):
+        model = open_start(start, out, resume, force)
     begun = model.config.training
     is_kept = not resume or all((out / name).is_file() for name in ("kvp.json", "predictor.safetensors"))
     options = replace(options, weights=options.weights.settled(model))
@@ -346,7 +346,7 @@ def rewrite_weights(directory: Path, weights: dict[str, mx.array]) -> None:
     for path in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
         path.unlink()
     write_float16(weights, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
     write_json(directory / "config.json", {k: v for k, v in config.items() if not k.startswith("quantization")})
 
 

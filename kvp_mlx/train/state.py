@@ -1,6 +1,7 @@
 """What a killed training run leaves behind: one file, always whole, that ``--resume`` goes on from."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -9,8 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
+from pydantic import TypeAdapter
 
 from ..errors import InputError
+from ..files import parse_json
 
 STATE_FILE = "state.safetensors"
 
@@ -48,6 +51,25 @@ def save_state(directory: Path, state: TrainingState, trained: nn.Module, optimi
     work.replace(directory / STATE_FILE)
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a run's log, if there is one; a last line that a kill cut short is none.
+
+    Raises:
+        InputError: a line that is no entry.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("}"):
+            break
+        entry = parse_json(line, f"{path}, line {number}")
+        counts = [entry.get(name) for name in ("step", "tokens")] if isinstance(entry, dict) else [None]
+        if not all(type(count) is int for count in counts):
+            raise InputError(f"{path}, line {number} is no entry of a training's log; remove that line.")
+        entries.append(entry)
+    return entries
+
+
 def _arrays(trained: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
     return {"weights": trained.trainable_parameters(), "optimizer": optimizer.state}
 
@@ -63,8 +85,10 @@ def load_state(
     path = directory / STATE_FILE
     try:
         arrays, metadata = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(path), return_metadata=True))
-        state = TrainingState(**json.loads(metadata["state"]))
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        state = TypeAdapter(TrainingState).validate_python(parse_json(metadata["state"], str(path)))
+        if not min(state.step, state.batches, state.tokens, state.minutes) >= 0 or not state.minutes < math.inf:
+            raise ValueError("counts that are none")
+    except (RuntimeError, ValueError, KeyError, TypeError, InputError) as error:
         raise InputError(f"{path} is damaged; start again with --force in place of --resume.") from error
     for name, value in json.loads(json.dumps(options)).items():
         if state.options.get(name) != value:

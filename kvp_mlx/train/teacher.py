@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
-from ..models.entries import RawPair
+from ..models.entries import open_caches
 from ..models.families import Cache
+from ..models.kinds import RawOutputs
 from ..models.sections import run_layers, run_streams, section
 
 CHUNK = 256
@@ -48,12 +49,12 @@ class Teacher:
 
     Attributes:
         streams: see ``sections.run_streams``, from the first layer whose entries are not exact.
-        raw: true raw keys and values of the predicted layers.
+        raw: what the projections returned that feed the predicted layers' caches.
         reading: the exact prefix's reading, a part of the same pass; None where the auxiliary reads by itself.
     """
 
     streams: list[mx.array]
-    raw: dict[int, RawPair]
+    raw: dict[int, RawOutputs]
     reading: Reading | None
 
 
@@ -82,7 +83,7 @@ def teach(model: KVPModel, batch: Batch) -> Teacher:
             x, captured = run_layers(below, x, cache[:exact], model.predictor.sources)
             inputs = model.predictor.inputs(captured)
         streams, layers = run_streams(model.base, x, cache, exact, listen=True)
-        raw = {layer: {"keys": one.keys, "values": one.values} for layer, one in layers.items()}
+        raw = {layer: one.raw for layer, one in layers.items()}
         parts.append((streams, inputs, raw))
         mx.eval(parts[-1], [layer.state for layer in cache])
     streams, inputs, raw = tree_map(lambda *chunks: mx.concatenate(chunks, axis=1), *parts)
@@ -91,6 +92,6 @@ def teach(model: KVPModel, batch: Batch) -> Teacher:
 
 def read(model: KVPModel, ids: mx.array) -> Reading:
     """Let the auxiliary read token ids (B, T), in one piece and differentiably."""
-    cache: Cache = [ConcatenateKVCache() for _ in model.auxiliary.layers]
+    cache = open_caches(model.auxiliary)
     hidden, captured = run_layers(model.auxiliary, ids, cache, model.predictor.sources)
     return Reading(model.predictor.inputs(captured), cache if model.is_prefix else [], hidden)

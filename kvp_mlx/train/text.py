@@ -40,6 +40,8 @@ def data_files(places: Iterable[str | Path]) -> list[Path]:
     """
     files = []
     for place in map(str, places):
+        if not place.strip():
+            raise InputError("--data is empty; name a file, a folder or a pattern.")
         folder = _hub_dataset(place.removeprefix(HUB)) if place.startswith(HUB) else Path(place).expanduser()
         if folder.is_dir():
             found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())

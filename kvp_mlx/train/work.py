@@ -1,7 +1,7 @@
 """The arithmetic of a training run: FLOPs per token, to hold its speed against the machine's matmul rate."""
 
 from ..bundle.loading import KVPModel
-from ..models.families import family_of, hidden_size, kv_shapes, linear_size
+from ..models.families import hidden_size, kinds_of, linear_size
 from .loop import Trained, TrainOptions
 from .teacher import exact_layers
 
@@ -15,16 +15,13 @@ def flops_per_token(model: KVPModel, trained: Trained, options: TrainOptions) ->
     """
     window, base = options.window, model.base
     layers = [2.0 * linear_size(layer) for layer in base.layers]  # FLOPs per token and layer, forward
-    widths = [
-        layer[family_of(base).attention].n_heads * shape.head_dim
-        for layer, shape in zip(base.layers, kv_shapes(base), strict=True)
-    ]
+    pairs = [kind.pair_flops(layer[kind.mixer]) for layer, kind in zip(base.layers, kinds_of(base), strict=True)]
     head = 2.0 * hidden_size(base) * base.args.vocab_size
     maps = 2.0 * sum(block.in_width * block.out_width for block in model.predictor.blocks)
     start = exact_layers(model)
 
     def base_pass(tokens: float, entries: float, first: int = 0) -> float:
-        return sum(tokens * (layers[i] + 4.0 * widths[i] * entries) for i in range(first, len(layers)))
+        return sum(tokens * (layers[i] + pairs[i] * entries) for i in range(first, len(layers)))
 
     total = base_pass(window, window / 2)
     passes = 3 if options.checkpoint else 2  # forward and gradient to the input, and the forward pass once more

@@ -28,7 +28,7 @@ from kvp_mlx.device import streams
 from kvp_mlx.engine.prefill import base_prefill
 from kvp_mlx.engine.recompute import largest
 from kvp_mlx.errors import InputError
-from kvp_mlx.models.families import attention_of
+from kvp_mlx.models.families import mixer_of
 
 PROMPT = 21
 FAMILIES = {"llama": llama, "openelm": openelm}
@@ -225,7 +225,7 @@ def test_arms_that_answer_alone() -> None:
         for layer in layers:
             x = read_at(oracle.base, range(layer, layer + 1), x, np.arange(PROMPT), [None] * 4)
         np.testing.assert_allclose(last_logits(answering, cache, ids), logits_of(oracle.base, x), atol=1e-3)
-    assert attention_of(model.base, 0).rope is not None  # the wrapped modules are back
+    assert mixer_of(model.base, 0).rope is not None  # the wrapped modules are back
     assert len(model.base.layers) == 4
 
 

@@ -13,7 +13,7 @@ from support.tiny import FAMILIES, llama, paired, prefixed, token_ids
 from kvp_mlx.bundle.layer_map import pruned_layer_map, spread_layer_map
 from kvp_mlx.bundle.predictor import Predictor, plan_blocks
 from kvp_mlx.engine.prefill import auxiliary_prefill
-from kvp_mlx.models.families import KVShape
+from kvp_mlx.models.kinds import Target
 from kvp_mlx.models.pruning import retained_layers
 from kvp_mlx.models.sections import RawLayer
 
@@ -26,10 +26,15 @@ OPENELM = {
 }
 
 
+def targets(width):
+    """Return what feeds the cache of an attention layer."""
+    return Target("keys", "k_proj", width), Target("values", "v_proj", width)
+
+
 def shapes(size):
     """Return the K/V shapes of a published model."""
-    widths, head_dim = OPENELM[size]
-    return [KVShape(width // head_dim, head_dim) for width in widths]
+    widths, _ = OPENELM[size]
+    return [targets(width) for width in widths]
 
 
 def parameters(layer_map, auxiliary, base):
@@ -88,8 +93,9 @@ def test_maps_from_a_pruned_copy_have_the_published_size(base, fraction, count):
     assert parameters(pruned_layer_map(len(shapes(base)), retained), auxiliary, shapes(base)) == count
 
 
-BASE = [KVShape(2, 4), KVShape(1, 4), KVShape(3, 4), KVShape(2, 4)]  # widths 8, 4, 12, 8
-AUXILIARY = [KVShape(1, 6), KVShape(2, 6)]  # widths 6, 12
+WIDTHS = [8, 4, 12, 8]
+BASE = [targets(width) for width in WIDTHS]
+AUXILIARY = [targets(6), targets(12)]
 
 
 def test_base_layers_of_one_source_share_a_map_for_keys_and_one_for_values():
@@ -124,7 +130,10 @@ def test_every_target_gets_its_own_rows_of_the_wide_map(reads):
     rng = np.random.default_rng(0)
     widths = {"hidden": [5, 5], "keys": [6, 12], "values": [6, 12]}
     raw = {kind: [rng.normal(size=(2, 3, w)).astype(np.float32) for w in widths[kind]] for kind in widths}
-    captured = {j: RawLayer(*(mx.array(raw[kind][j]) for kind in ("hidden", "keys", "values"))) for j in range(2)}
+    captured = {
+        j: RawLayer(mx.array(raw["hidden"][j]), {kind: mx.array(raw[kind][j]) for kind in ("keys", "values")})
+        for j in range(2)
+    }
     predictor = Predictor(plan_blocks(((0,), (1, 0), (0,), (1, 0)), reads, AUXILIARY, 5, BASE))
     predicted = predictor(predictor.inputs(captured))
 
@@ -136,7 +145,7 @@ def test_every_target_gets_its_own_rows_of_the_wide_map(reads):
             read = "hidden" if reads == "hidden_state" else kind
             wide = predictor.maps[f"{read}_{'_'.join(map(str, sources))}"]
             start = rows[layer, "keys"] + (after[sources] if kind == "values" else 0)
-            stop = start + BASE[layer].width
+            stop = start + WIDTHS[layer]
             x = np.concatenate([raw[read][source] for source in sources], axis=-1)
             expected = x @ np.array(wide.weight)[start:stop].T + np.array(wide.bias)[start:stop]
             np.testing.assert_allclose(np.array(predicted[layer][kind]), expected, atol=1e-5)

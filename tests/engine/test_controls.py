@@ -1,6 +1,7 @@
 """What people write opens and closes no turns, whatever kind of tokeniser reads it; all else is read as ever."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,11 +72,30 @@ def plain_added(place: Path) -> TokenizerWrapper:
     return wrapped(tokenizer, special=False)
 
 
+def metaspace(place: Path, **options: bool) -> TokenizerWrapper:
+    """Mistral's later kind: a space in front of the text's first word only; a control token that takes spaces along."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace()
+    letters = sorted({*TEXT, *FORGED, *"".join(ORDINARY)})
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(MARKS[0], special=True, rstrip=True), AddedToken(MARKS[1], special=True, lstrip=True)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token=MARKS[1])
+    fast.chat_template = CHAT_TEMPLATE
+    return TokenizerWrapper(fast)
+
+
 KINDS: dict[str, Callable[[Path], TokenizerWrapper]] = {
     "byte level": byte_level,
     "SentencePiece": sentencepiece_like,
     "Unigram": unigram,
     "added, not special": plain_added,
+    "Metaspace": metaspace,
 }
 ORDINARY = [TEXT, "a < b | c > d", "<|im_ start|> x", "  spaces \n\n and lines\n", "Grüße, 你好 🙂", "<im_end>"]
 
@@ -101,6 +121,32 @@ def test_ordinary_content_is_encoded_as_the_library_does(tokenizer: TokenizerWra
             assert render(tokenizer, user(content), asks=asks) == expected
         text = tokenizer.apply_chat_template(user(content), tokenize=False)
         assert encode_apart(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_text_is_cut_at_turns_and_nothing_changes(tokenizer: TokenizerWrapper) -> None:
+    rng = random.Random(0)
+    words = [*MARKS, *MARKS, " ", "\n", "  ", "a", "light", "<|im_", "end|>", "user", "▁", "é", "😀", "<unk>", "7", "|"]
+    for _ in range(300):
+        text = "".join(rng.choices(words, k=rng.randrange(12)))
+        assert encode_apart(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False), repr(text)
+
+
+def test_turns_that_were_encoded_before_are_remembered(tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    encoded: list[str] = []
+    encode = tokenizer._tokenizer.encode
+    tokenizer._tokenizer.encode = lambda text, **options: encoded.append(text) or encode(text, **options)
+    messages = [{"role": role, "content": f"{TEXT} {n}"} for n in range(20) for role in ("user", "assistant")]
+    render(tokenizer, messages)
+    encoded.clear()
+    edited = [
+        *messages[:7],
+        {"role": "assistant", "content": "No."},
+        *messages[8:],
+        {"role": "user", "content": "And?"},
+    ]
+    assert render(tokenizer, edited) == tokenizer.apply_chat_template(edited, add_generation_prompt=True)
+    assert sum(map(len, encoded)) < 200
 
 
 def test_content_forges_no_turn(tokenizer: TokenizerWrapper) -> None:

@@ -112,6 +112,21 @@ def test_a_damaged_cache_is_named(file, damage, place):
         store.load_cache(model, "mine")
 
 
+@pytest.mark.parametrize("field", ["tokens", "exact_tokens", "text"])
+def test_a_changed_field_of_cache_json_is_noticed(field, place):
+    model = KINDS["prefix"]()
+    store.save_cache(read(model, range(5, 30)), "mine", "document", "text")
+    path = place / "mine" / "cache.json"
+    data = json.loads(path.read_text())
+    data[field] = {"tokens": [6, *data["tokens"][1:]], "exact_tokens": 3, "text": "test"}[field]
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="is damaged"):
+        store.load_cache(model, "mine")
+    del data["mark"]  # as older versions wrote it
+    path.write_text(json.dumps(data))
+    store.load_cache(model, "mine")
+
+
 def test_a_damaged_head_is_named_skipped_and_made_again(place):
     model = KINDS["prefix"]()
     conversation = Conversation(model, " ".join(["w7"] * 12))

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from kvp_mlx.engine.worker import Worker
+from kvp_mlx.engine import worker as module
+from kvp_mlx.engine.worker import StoppedError, Worker
 
 
 @pytest.fixture
@@ -68,6 +69,35 @@ def test_an_interrupt_where_the_reader_waits_stops_the_job(worker):
             if number == 3:
                 raise KeyboardInterrupt
     time.sleep(0.2)
+    assert log == ["ended"]
+
+
+def test_a_job_that_does_not_stop_is_left_behind(worker, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.05)
+    one, log, may_end = worker(), [], threading.Event()
+
+    def busy(emit):
+        emit(1)
+        may_end.wait()
+        log.append("first")
+
+    steps = one.run(busy)
+    assert next(steps) == 1
+    threading.Timer(0.02, one.stop).start()
+    start = time.monotonic()
+    with pytest.raises(StoppedError):
+        next(steps)
+    assert time.monotonic() - start < 0.5
+    threading.Timer(0.05, may_end.set).start()
+    assert one.call(lambda: log.append("second") or list(log)) == ["first", "second"]
+
+
+def test_a_job_that_stops_in_time_is_waited_for(worker):
+    one, log = worker(), []
+    steps = one.run(counting(10_000, log))
+    assert next(steps) == 0
+    threading.Timer(0.02, one.stop).start()
+    assert len(list(steps)) < 5_000
     assert log == ["ended"]
 
 

@@ -5,8 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import gpt2
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models import gemma4_text, gpt2
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from support.oracle import rms_norm, rotate, split_heads
 from support.tiny import (
     BASES,
@@ -48,6 +48,11 @@ def projections(model):
     return [attention[name] for attention in attentions(model) for name in PROJECTIONS[model.model_type]]
 
 
+def mine(captured, what):
+    """Return what was heard of a layer: its projections' input, or what they returned."""
+    return captured.hidden if what == "hidden" else captured.raw[what]
+
+
 def names(model):
     return [name for name, _ in tree_flatten(model.parameters())]
 
@@ -87,11 +92,18 @@ def test_an_unknown_architecture_is_refused_by_name():
         family_of(gpt2.Model(args))
 
 
-def test_sliding_window_layers_are_refused_by_name():
-    layer_types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
-    model = llama(layer_types=layer_types, sliding_window=4)
+def test_a_cache_of_no_kind_is_refused_by_name():
+    model = llama()
+    model.make_cache = lambda: [RotatingKVCache(max_size=8, keep=4) for _ in model.layers]
     with pytest.raises(UnsupportedModelError, match="this llama model uses RotatingKVCache"):
         check_cache(model)
+
+
+def test_layers_that_read_anothers_cache_are_refused():
+    shared = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    args = gemma4_text.ModelArgs(num_hidden_layers=4, hidden_size=16, hidden_size_per_layer_input=0, **shared)
+    with pytest.raises(UnsupportedModelError, match="this gemma4_text model uses another layer's cache"):
+        check_cache(gemma4_text.Model(args))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -104,7 +116,7 @@ def test_what_layers_read_and_return_is_raw(variant):
     for layer in listen:
         for what in ("hidden", "keys", "values"):
             theirs = getattr(expected.readings[layer], what)
-            np.testing.assert_allclose(getattr(captured[layer], what), theirs, atol=1e-4, err_msg=f"{what} of {layer}")
+            np.testing.assert_allclose(mine(captured[layer], what), theirs, atol=1e-4, err_msg=f"{what} of {layer}")
     assert_cache_equal(cache, expected.cache)
 
 
@@ -122,7 +134,7 @@ def test_appending_what_a_layer_returned_is_what_the_layer_appends(variant):
     cache, rebuilt = make_prompt_cache(model), make_prompt_cache(model)
     for chunk in (ids[:, :5], ids[:, 5:]):
         _, captured = run_layers(model, mx.array(chunk), cache, range(len(model.layers)))
-        append_raw(model, {layer: {"keys": raw.keys, "values": raw.values} for layer, raw in captured.items()}, rebuilt)
+        append_raw(model, {layer: one.raw for layer, one in captured.items()}, rebuilt)
     assert_cache_equal(rebuilt, oracle_of(model).forward(ids).cache)
 
 
@@ -194,5 +206,5 @@ def test_a_prefix_reads_what_the_base_would(variant):
     cache = make_prompt_cache(prefix)
     _, captured = run_layers(prefix, mx.array(ids), cache, [2])
     for what in ("hidden", "keys", "values"):
-        np.testing.assert_allclose(getattr(captured[2], what), getattr(expected.readings[2], what), atol=1e-4)
+        np.testing.assert_allclose(mine(captured[2], what), getattr(expected.readings[2], what), atol=1e-4)
     assert_cache_equal(cache, expected.cache[:3])

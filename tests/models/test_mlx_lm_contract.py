@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm.generate  # noqa: F401 - its name is also a function's, so it is taken from sys.modules
 import pytest
-from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from support.tiny import llama
 
 from kvp_mlx.device.machine import matmul_flops_per_s
@@ -30,6 +30,15 @@ def test_cache_grows_through_update_and_fetch_and_trims() -> None:
     cache.update_and_fetch(values, keys)
     assert cache.offset == 8
     assert mx.array_equal(cache.keys_and_values()[0][..., 3:, :], values).item()
+
+
+def test_rotating_cache_is_written_to_its_end_in_order() -> None:
+    keys = mx.random.normal((1, 2, 12, 4))
+    cache = RotatingKVCache(max_size=5)
+    for start, stop in ((0, 1), (1, 8), (8, 9), (9, 12)):
+        cache._update_concat(keys[..., start:stop, :], keys[..., start:stop, :])
+    assert (cache.offset, cache._idx) == (12, cache.keys.shape[2])
+    assert mx.array_equal(cache.keys[..., -5:, :], keys[..., -5:, :]).item()
 
 
 def test_state_is_what_generate_step_evaluates() -> None:

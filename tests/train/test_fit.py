@@ -17,21 +17,30 @@ from support.directories import TEXT, write_llama
 
 import kvp_mlx
 from kvp_mlx.bundle.predictor import plan_blocks
-from kvp_mlx.models.families import KVShape
+from kvp_mlx.models.kinds import Target
 from kvp_mlx.models.pruning import prune_config
 from kvp_mlx.models.sections import RawLayer
 from kvp_mlx.train.ridge import RidgeSums
 
 
+def targets(width: int) -> tuple[Target, Target]:
+    return Target("keys", "k_proj", width), Target("values", "v_proj", width)
+
+
+def halves(y: np.ndarray) -> dict[str, mx.array]:
+    keys, values = np.split(y, 2, axis=-1)
+    return {"keys": mx.array(keys, mx.float32), "values": mx.array(values, mx.float32)}
+
+
 def test_planted_linear_relation_is_recovered() -> None:
     rng = np.random.default_rng(0)
-    (block,) = plan_blocks([None, (0,)], "hidden_state", [], 6, [KVShape(1, 4), KVShape(2, 2)])
+    (block,) = plan_blocks([None, (0,)], "hidden_state", [], 6, [targets(4), targets(4)])
     weight, bias = rng.normal(size=(8, 6)), rng.normal(size=8)
     sums = RidgeSums(block)
     for _ in range(5):
         x = rng.normal(size=(1, 20, 6)) + 3.0
         y = x @ weight.T + bias
-        raw = RawLayer(mx.array(x, mx.float32), *(mx.array(part, mx.float32) for part in np.split(y, 2, axis=-1)))
+        raw = RawLayer(mx.array(x, mx.float32), halves(y))
         sums.add(raw.hidden, {1: raw})
     found_weight, found_bias = sums.solve(penalty=1e-9)
     np.testing.assert_allclose(found_weight, weight, atol=1e-4)
@@ -40,10 +49,10 @@ def test_planted_linear_relation_is_recovered() -> None:
 
 def test_solution_is_the_ridge_minimum() -> None:
     rng = np.random.default_rng(1)
-    (block,) = plan_blocks([None, (0,)], "hidden_state", [], 5, [KVShape(1, 2), KVShape(1, 2)])
+    (block,) = plan_blocks([None, (0,)], "hidden_state", [], 5, [targets(2), targets(2)])
     x, y = rng.normal(size=(1, 40, 5)), rng.normal(size=(1, 40, 4))
     sums = RidgeSums(block)
-    sums.add(mx.array(x, mx.float32), {1: RawLayer(None, *(mx.array(p, mx.float32) for p in np.split(y, 2, -1)))})
+    sums.add(mx.array(x, mx.float32), {1: RawLayer(None, halves(y))})
     weight, bias = sums.solve(penalty=0.3)
     strength = 0.3 * np.square(x[0]).sum() / 5
 
@@ -281,13 +290,29 @@ def test_pruning_moves_the_quantisation_of_single_modules() -> None:
     assert config["eos_token_id"] == [1, 2, 3, 4]
 
 
-def test_sliding_window_base_is_refused_by_name(text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
-    layer_types = ["full_attention", "sliding_attention"] * 2
-    base = write_llama(tmp_path / "base", layer_types=layer_types, sliding_window=16)
+def test_an_unknown_architecture_is_refused_by_name(text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    base = write_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mamba2"}))
+    (base / "model.safetensors").unlink()  # so that it would be missed if anybody read on
     outcome = kvp("fit", base, "--layers", 1, "--data", text_file, "--out", tmp_path / "out")
     assert outcome.code == 2
-    assert "RotatingKVCache" in outcome.err
+    assert "architecture 'mamba2' is not supported" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_sliding_window_base_is_fitted_and_cannot_recompute(text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
+    layer_types = ["full_attention", "sliding_attention"] * 2
+    base = write_llama(tmp_path / "base", layer_types=layer_types, sliding_window=16)
+    out = tmp_path / "out"
+    common = ("--data", text_file, "--tokens", 600, "--window", 64, "--out", out)
+    assert kvp("fit", base, "--layers", 1, *common).code == 0
+    asked = ("generate", text_file.read_text()[:200], "--model", out, "--max-tokens", 3, "--prefill", "kvp")
+    result = kvp(*asked, "--exact-tail", 8, "--json").json()
+    assert (result["prefill"], result["recomputed_tokens"]) == ("kvp", 8)
+    outcome = kvp(*asked, "--recompute", 0.5)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "never recomputes" in outcome.err
 
 
 def test_several_prefixes_in_one_pass_are_what_each_alone_is(

@@ -1,0 +1,172 @@
+"""Every architecture of the table: with the true projections' outputs in the maps' place, prediction changes nothing.
+
+The oracle is mlx-lm's own model. Where its cache is filled with what its own layers heard, it goes on as if it had
+read the prompt itself: through every chunk size, in batches, before and beyond a window.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from support.architectures import CONFIGS, VOCABULARY, WINDOW, tiny_model
+
+import kvp_mlx
+from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
+from kvp_mlx.bundle.layer_map import prefix_layer_map
+from kvp_mlx.bundle.loading import KVPModel, build_predictor
+from kvp_mlx.bundle.predictor import Predictor
+from kvp_mlx.errors import InputError
+from kvp_mlx.models.entries import append_raw
+from kvp_mlx.models.families import FAMILIES, kinds_of, mixer_of, text_model
+from kvp_mlx.models.kinds import Layer
+from kvp_mlx.models.sections import prefix_model, run_layers
+
+STEPS = 20
+AFTER = 5
+"""Tokens that are read at once after the prompt, before single steps."""
+PROMPTS = (3, WINDOW - 1, 5 * WINDOW + 3)
+
+
+class Oracle(Predictor):
+    """Says what the base's projections returned, whatever the maps' input is."""
+
+    def __init__(self, predictor: Predictor, base: nn.Module, ids: mx.array):
+        super().__init__(predictor.blocks)
+        _, captured = run_layers(base, ids, make_prompt_cache(text_model(base)), range(len(kinds_of(base))))
+        self._raw = {layer: captured[layer].raw for layer, _, _ in (t for b in self.blocks for t in b.targets)}
+        self._done = 0
+
+    def __call__(self, inputs: dict[str, mx.array], following: int | None = None) -> dict[int, dict[str, mx.array]]:
+        shapes = super().__call__(inputs, following)
+        end = self._done = self._done + next(iter(inputs.values())).shape[1]
+        return {
+            layer: {name: self._raw[layer][name][:, end - like.shape[1] : end] for name, like in outputs.items()}
+            for layer, outputs in shapes.items()
+        }
+
+
+def bundle(base: nn.Module, layers: int) -> KVPModel:
+    depth = len(kinds_of(base))
+    config = BundleConfig(
+        base=BaseConfig(fingerprint="none", path="base"),
+        auxiliary=AuxiliaryConfig(kind="prefix", layers=layers),
+        predictor=PredictorConfig(input="hidden_state", layer_map=prefix_layer_map(depth, layers)),
+    )
+    prefix = prefix_model(base, layers)
+    return KVPModel(base, prefix, build_predictor(base, prefix, config), None, config, {})
+
+
+def random_ids(tokens: int, batch: int) -> mx.array:
+    return mx.array(np.random.default_rng(1).integers(0, VOCABULARY, (batch, tokens)))
+
+
+def logits_after(base: nn.Module, cache: list, ids: mx.array) -> np.ndarray:
+    """Let the base read some tokens at once and the others one by one."""
+    parts = [ids[:, :AFTER], *(ids[:, step : step + 1] for step in range(AFTER, ids.shape[1]))]
+    return np.concatenate([np.array(base(part, cache=cache)) for part in parts], axis=1)
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    def is_wide(_: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+    nn.quantize(model, group_size=32, bits=4, class_predicate=is_wide)
+    return model
+
+
+def test_every_row_is_tested() -> None:
+    tested = {text_model(tiny_model(name)).model_type for name in CONFIGS} | CONFIGS.keys()
+    assert tested == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_is_mlx_lms_own_reading(name: str) -> None:
+    base = tiny_model(name)
+    ids = random_ids(PROMPTS[-1] + AFTER, 2)
+    own = make_prompt_cache(base)
+    for start in range(0, PROMPTS[-1], 7):
+        base(ids[:, start : min(start + 7, PROMPTS[-1])], cache=own)
+    found = kvp_mlx.base_prefill(bundle(base, 1), ids[:, : PROMPTS[-1]], prefill_step_size=7)
+    rest = ids[:, PROMPTS[-1] :]
+    np.testing.assert_array_equal(logits_after(base, found, rest), logits_after(base, own, rest))
+
+
+@pytest.mark.parametrize("tokens", PROMPTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_true_outputs_make_the_cache_that_the_layers_make(name: str, tokens: int) -> None:
+    base = tiny_model(name)
+    ids = random_ids(tokens + AFTER + STEPS, 3)
+    own = make_prompt_cache(base)
+    base(ids[:, :tokens], cache=own)
+    expected = logits_after(base, own, ids[:, tokens:])
+    depth = len(kinds_of(base))
+    for layers in (1, depth // 2, depth - 1):
+        model = bundle(base, layers)
+        for step_size in (1, 7, 64):
+            if model.predictor.blocks:
+                model.predictor = Oracle(model.predictor, base, ids[:, :tokens])
+            cache = kvp_mlx.predict_base_cache(model, ids[:, :tokens], prefill_step_size=step_size)
+            found = logits_after(base, cache, ids[:, tokens:])
+            np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=f"{layers} layers, chunks of {step_size}")
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "gpt_oss", "gemma3", "lfm2", "glm4_moe_lite", "qwen3_moe"])
+@pytest.mark.parametrize("tail", [1, 5, 60])
+def test_an_exact_tail_goes_on_from_what_was_predicted(name: str, tail: int) -> None:
+    base = tiny_model(name)
+    ids = random_ids(PROMPTS[-1] + AFTER, 2)
+    own = make_prompt_cache(base)
+    base(ids[:, : PROMPTS[-1]], cache=own)
+    model = bundle(base, 1)
+    model.predictor = Oracle(model.predictor, base, ids[:, : PROMPTS[-1]])
+    cache = kvp_mlx.predict_base_cache(model, ids[:, : PROMPTS[-1]], exact_tail=tail)
+    rest = ids[:, PROMPTS[-1] :]
+    np.testing.assert_allclose(logits_after(base, cache, rest), logits_after(base, own, rest), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "lfm2", "glm4_moe_lite"])
+def test_recomputation_is_refused_by_kind(name: str) -> None:
+    base = tiny_model(name)
+    kinds = {"qwen3_5": "gated delta net", "gpt_oss": "sliding attention", "lfm2": "short convolution"}
+    with pytest.raises(InputError, match=f"layers of {kinds.get(name, 'latent attention')} keep no entries"):
+        kvp_mlx.predict_base_cache(bundle(base, 1), random_ids(9, 1), recompute=0.5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_fast_way_to_write_is_the_layers_own(name: str) -> None:
+    """RoPE for several layers at once, and no call of the layer, makes what each layer's own call makes."""
+    base = text_model(tiny_model(name))
+    ids, kinds = random_ids(WINDOW - 1, 2), kinds_of(base)
+    _, captured = run_layers(base, ids, make_prompt_cache(base), range(len(kinds)))
+    fast, plain = make_prompt_cache(base), make_prompt_cache(base)
+    append_raw(base, {layer: one.raw for layer, one in captured.items()}, fast)
+    for number, kind in enumerate(kinds):
+        kind.write(Layer(kind, mixer_of(base, number), captured[number].raw, plain[number]), captured[number].hidden)
+        for mine, own in zip(tree_flatten(fast[number].state), tree_flatten(plain[number].state), strict=True):
+            if isinstance(mine[1], mx.array) and fast[number].nbytes == plain[number].nbytes:
+                np.testing.assert_allclose(mine[1], own[1], atol=1e-5, err_msg=f"layer {number}")
+
+
+def test_what_a_window_does_not_reach_is_not_predicted() -> None:
+    predictor = bundle(tiny_model("gpt_oss"), 1).predictor
+    inputs = {block.name: mx.zeros((1, 20, block.in_width)) for block in predictor.blocks}
+    for following, expected in ((None, 20), (0, WINDOW), (3, WINDOW - 3), (WINDOW, 0), (50, 0)):
+        lengths = {
+            layer: {raw.shape[1] for raw in outputs.values()} for layer, outputs in predictor(inputs, following).items()
+        }
+        assert lengths == {2: {expected}, 3: {20}}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_4_bit_weights_are_read_as_they_are(name: str) -> None:
+    base = quantised(tiny_model(name))
+    ids = random_ids(PROMPTS[-1] + AFTER, 1)
+    own = make_prompt_cache(base)
+    base(ids[:, : PROMPTS[-1]], cache=own)
+    model = bundle(base, 1)
+    model.predictor = Oracle(model.predictor, base, ids[:, : PROMPTS[-1]])
+    cache = kvp_mlx.predict_base_cache(model, ids[:, : PROMPTS[-1]])
+    rest = ids[:, PROMPTS[-1] :]
+    np.testing.assert_allclose(logits_after(base, cache, rest), logits_after(base, own, rest), atol=1e-3)
