@@ -1,5 +1,7 @@
 """The ``kvp`` command: its tree of subcommands, and the one place where errors become lines and exit codes."""
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ from typer.main import get_group
 
 from .. import __version__
 from ..errors import InputError, KVPError
-from .screen import prepare_streams, visible
+from .screen import LEFT_BY_CTRL_C, leaving_on_ctrl_c, prepare_streams, show, starting
 
 
 class Command(NamedTuple):
@@ -29,6 +31,7 @@ ANSWER, MAKE, MEASURE, KEEP = "Answer", "Make a bundle", "Measure", "This machin
 COMMANDS = {
     "generate": Command("inference", "generate", ANSWER, "Answer one prompt."),
     "chat": Command("chat", "chat", ANSWER, "Hold a conversation."),
+    "serve": Command("serve", "serve", ANSWER, "Serve the OpenAI and Anthropic APIs."),
     "demo": Command("inference", "demo", ANSWER, "Show both paths side by side."),
     "cache": Command("cache", "app", ANSWER, "Read a document or system prompt once, use it many times."),
     "train": Command("training", "train", MAKE, "Train a bundle."),
@@ -45,6 +48,7 @@ EXAMPLES = {
     "": 'kvp generate "Who wrote it, and when?" --prompt-file notes.md',
     "generate": 'git diff | kvp generate "Review this change." --max-tokens 400',
     "chat": 'kvp chat --model mine --system "Answer in one sentence."',
+    "serve": "kvp serve --model mine --port 8080 --quality fast",
     "demo": "kvp demo",
     "cache": "kvp cache build handbook.md --name handbook && kvp chat --cache handbook",
     "cache build": "kvp cache build handbook.md --name handbook",
@@ -82,6 +86,11 @@ EXAMPLES = {
     "models rm": "kvp models rm OWNER/NAME",
     "doctor": "kvp doctor",
 }
+NEEDS_TORCH = ("convert", "eval")
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EILSEQ)
+"""Errors of names that can be none, and no fault of the machine's."""
+OWN_CTRL_C = (["chat"], ["serve"])
+"""Commands that go on after Ctrl-C, or end in their own way."""
 TASK = "kvp eval {} mine --arms full,kvp --limit 20"
 """The example of a task that has none of its own above."""
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -126,8 +135,11 @@ class LazyGroup(TyperGroup):
         name = args[0]
         if name == "bench":
             import_module(".device", __package__).use_device_of(args)
+        if name not in NEEDS_TORCH and "transformers" not in sys.modules:
+            sys.modules.setdefault("torch", None)  # type: ignore[arg-type] # would be imported, for nothing, for seconds
         if name in COMMANDS:
-            self.add_command(load_command(name))
+            with starting(f"kvp {name}"):
+                self.add_command(load_command(name))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -177,7 +189,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kvp-mlx {__version__}")
+        show(f"kvp-mlx {__version__}")
         raise typer.Exit
 
 
@@ -193,10 +205,13 @@ def options(
 def main() -> None:
     """Run the command line; an error is one line on stderr, never a traceback (KVP_DEBUG=1 shows it)."""
     prepare_streams()
-    warnings.showwarning = lambda message, *_: print(f"kvp: warning: {_one_line(str(message))}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: show(f"kvp: warning: {_one_line(str(message))}", sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs are cleaned up
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="kvp")
+        with contextlib.nullcontext() if sys.argv[1:2] in OWN_CTRL_C else leaving_on_ctrl_c():
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="kvp")
+        if code == LEFT_BY_CTRL_C:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.stdout.flush()  # here, where what goes wrong with it becomes a line
         sys.exit(code)
     except typer.TyperException as error:  # unknown option, bad value, ...
@@ -206,18 +221,33 @@ def main() -> None:
     except KVPError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted.", 130)
+        _fail("interrupted.", LEFT_BY_CTRL_C)
     except BrokenPipeError:
         _drop_output()
         sys.exit(1)
     except MemoryError:
         _fail("this needs more memory than there is; take a shorter prompt or a smaller model.", 1)
-    except OSError as error:  # a full disk, too many open files, ...: the machine's, not ours
+    except OSError as error:
+        if error.errno in NO_NAME:
+            _fail(f"{str(error.filename)[:80]}: {error.strerror}; check that name.", 2)
+        # a full disk, too many open files, ...: the machine's, not ours
         _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; make room or check the permissions, then try again.", 1)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (KVP_DEBUG=1 shows where; please report it).", 1)
+
+
+def program() -> None:
+    """Run the command line as a process of its own: Ctrl-C ends it now, and not when what was begun is computed."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == LEFT_BY_CTRL_C:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(LEFT_BY_CTRL_C)
+        raise
 
 
 def _drop_output() -> None:
@@ -228,9 +258,9 @@ def _drop_output() -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("KVP_DEBUG"):
         raise  # noqa: PLE0704 - called from an except block
-    print(f"kvp: {_one_line(message)}", file=sys.stderr)
+    show(f"kvp: {_one_line(message)}", sys.stderr)
     sys.exit(code)
 
 
 def _one_line(message: str) -> str:
-    return visible(" ".join(message.split()))
+    return " ".join(message.split())

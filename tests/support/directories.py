@@ -61,18 +61,18 @@ def write_random(directory: Path, config: dict, *, seed: int = 0) -> Path:
     return directory
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Train a byte-level BPE of up to 300 tokens and write it with a chat template."""
+def write_tokenizer(directory: Path, text: str = TEXT, vocabulary: int = 300) -> None:
+    """Train a byte-level BPE of up to so many tokens on a text and write it with a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=vocabulary,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,1 @@
+"""``kvp serve``: the OpenAI and Anthropic APIs over HTTP, on the engine."""
