@@ -53,7 +53,7 @@ def convert_gguf_file(
         precision: dtype and quantisation of the output; default: see ``plan_tensors``.
         tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: the file's own.
         force: replace an existing model directory.
-        progress: called with (tensors done, tensors to do), for each stage.
+        progress: called with (MB done, MB to do), for each stage.
 
     Returns:
         What was written: ``out``, ``model``, source, parameters, ``bits_per_weight``, ``size_bytes``, ...
@@ -85,7 +85,7 @@ def convert_gguf(source: Path, out: Path, *, own_tokenizer: bool = True, progres
         source: the ``.gguf`` file, or any part of a split one.
         out: directory that receives config.json, ``model*.safetensors`` and the tokeniser's files.
         own_tokenizer: take the file's own tokeniser over.
-        progress: called with (tensors done, tensors to do).
+        progress: called with (MB done, MB to do).
 
     Raises:
         InputError: not a whole GGUF file, or of a model, type or tokeniser that cannot be carried over.
@@ -127,7 +127,7 @@ def write_model(model: GGUFModel, out: Path, dense: type, progress: Progress) ->
         model: what ``open_model`` found.
         out: existing directory.
         dense: dtype of what is dequantised.
-        progress: called with (tensors done, tensors to do).
+        progress: called with (MB done, MB to do).
     """
     plan, config = plan_tensors(model.file, model.config, dense), dict(model.config)
     config["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in plan)

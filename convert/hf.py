@@ -30,7 +30,7 @@ def convert_hf(
         directory: where the source is, if the caller knows.
         tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: the source's own.
         force: replace an existing model directory.
-        progress: called with (tensors done, tensors to do).
+        progress: called with (MB done, MB to do).
         architecture: refuse any other.
 
     Returns:

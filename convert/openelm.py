@@ -47,7 +47,7 @@ def convert_openelm(
         precision: dtype and quantisation of the output.
         tokenizer: Llama ``tokenizer.model``, directory or Hub id; default: none, or the directory's own.
         force: replace an existing model directory.
-        progress: called with (tensors done, tensors to do) for each stage.
+        progress: called with (MB done, MB to do) for each stage.
 
     Returns:
         What was written: ``out``, ``model``, source, parameters, ``bits_per_weight``, ``size_bytes``, ...
@@ -87,7 +87,7 @@ def write_openelm(
         config: mlx-lm's config.json, see ``openelm_config_of``.
         out: existing directory.
         precision: of the output.
-        progress: called with (tensors done, tensors to do).
+        progress: called with (MB done, MB to do).
     """
     dtype = precision.dtype or checkpoint.dtype
     if dtype == "float16" and config["model_dim"] >= SIZES["3b"].model_dim:

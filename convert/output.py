@@ -15,7 +15,7 @@ from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, quantize
 
 from ..errors import InputError, KVPError
 from ..files import atomic_directory, require_free, write_json
-from ..models.loading import load_model
+from ..models.loading import MEGABYTE, load_model
 from ..models.safetensors import fingerprint, write_tensors
 from .card import describe_source, write_card
 from .tokenizer import check_tokenizer
@@ -80,22 +80,24 @@ def write_weights(sizes: dict[str, int], read: Reader, out: Path, progress: Prog
         sizes: bytes of each tensor to be read, by the name that ``read`` knows it by.
         read: yields (name to write, array) for the names it is given, in order.
         out: existing directory.
-        progress: called with (tensors done, tensors to do).
+        progress: called with (MB done, MB to do): half of it is done when it has been read, half when written.
 
     Raises:
         InputError: a tensor with NaN or infinity.
         KVPError: the file cannot be written.
     """
-    shards, done = plan_shards(sizes), 0
+    shards, done, total = plan_shards(sizes), 0, 2 * sum(sizes.values())
     files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         arrays = {}
         for stored, (name, array) in zip(names, read(names), strict=True):
             check_finite(stored, array)
-            arrays[name], done = array, done + 1
-            progress(done, len(sizes))
+            arrays[name], done = array, done + sizes[stored]
+            progress(done // (2 * MEGABYTE), total // (2 * MEGABYTE))
         write_tensors(arrays, out / file)
+        done += sum(sizes[name] for name in names)
+        progress(done // (2 * MEGABYTE), total // (2 * MEGABYTE))
         files |= dict.fromkeys(arrays, file)
         mx.clear_cache()
     if len(shards) > 1:
@@ -147,7 +149,7 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
         source: directory with config.json and ``model*.safetensors``.
         out: existing directory.
         precision: of the output.
-        progress: called with (tensors done, tensors to do).
+        progress: called with (MB done, MB to do).
 
     Raises:
         InputError: a source that is damaged, unsupported, or already quantised where ``q_bits`` is asked for.

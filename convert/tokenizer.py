@@ -3,7 +3,6 @@
 Llama's ``tokenizer.model`` (SentencePiece BPE with byte fallback) becomes an equivalent ``tokenizer.json``.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..models.loading import load_tokenizer, model_directory
 
 FILES = (
@@ -66,7 +65,9 @@ def check_tokenizer(directory: Path) -> None:
     Raises:
         InputError: it cannot be loaded, or knows more tokens than the model.
     """
-    vocab_size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocab_size = read_json(directory / "config.json").get("vocab_size")
+    if type(vocab_size) is not int:
+        raise InputError(f"config.json's vocab_size is {str(vocab_size)[:40]}, no number; get the model again.")
     tokenizer = load_tokenizer(directory, {})
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise InputError(f"the tokeniser has {len(tokenizer)} tokens, the model only {vocab_size}; choose its own.")

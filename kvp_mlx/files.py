@@ -12,6 +12,7 @@ import secrets
 import shutil
 import struct
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -181,6 +182,41 @@ def check_removable(directory: Path, name: str) -> None:
         )
 
 
+_unfinished: set[Path] = set()
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Hold a place of temporary files, which are removed at the end, however that comes."""
+    _unfinished.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Remove what is only half written, where the program is about to end without its blocks."""
+    for path in list(_unfinished):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Yield a directory in the system's temporary one, for as long as the block lasts."""
+    with unfinished(Path(tempfile.mkdtemp(prefix="kvp-"))) as place:
+        yield place
+
+
 @contextlib.contextmanager
 def atomic_directory(out: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its place when the block ends without an error.
@@ -195,7 +231,7 @@ def atomic_directory(out: Path, *, private: bool = False) -> Iterator[Path]:
     """
     out = Path(out).resolve()
     work = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:  # named before it is made, so that no moment is left in which a signal could orphan it
+    with unfinished(work):  # named before it is made, so that no moment is left in which a signal could orphan it
         try:
             recover(out)
             if out.exists():  # otherwise what a kill left aside may be the only copy
@@ -213,8 +249,6 @@ def atomic_directory(out: Path, *, private: bool = False) -> Iterator[Path]:
         if private:
             make_private(*work.iterdir())
         _exchange(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _exchange(work: Path, out: Path) -> None:
@@ -387,19 +421,16 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     is_device = place.exists() and not place.is_file()  # /dev/stdout
     work = place if is_device else place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        if private:
-            private_directory(place.parent)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(work, "w", encoding="utf-8", opener=_private_opener if private else None) as file:
-            file.write(text)
-        if not is_device:
-            work.replace(place)
+        with contextlib.nullcontext() if is_device else unfinished(work):
+            if private:
+                private_directory(place.parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(work, "w", encoding="utf-8", opener=_private_opener if private else None) as file:
+                file.write(text)
+            if not is_device:
+                work.replace(place)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place.") from error
-    finally:
-        if not is_device:
-            with contextlib.suppress(OSError):
-                work.unlink()
 
 
 def _private_opener(path: str, flags: int) -> int:

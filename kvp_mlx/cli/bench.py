@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,12 @@ from ..bench.flops import flops_table
 from ..bench.memory import measure_memory
 from ..bench.plot import draw_ttft, read_drawable
 from ..bench.precision import bundle_for_bench, preset_for_bench
-from ..bench.report import CALIBRATION, COMPARE, DECODE, FLOPS, MEMORY, TTFT, print_table, write_result
+from ..bench.report import CALIBRATION, COMPARE, DECODE, FLOPS, MEMORY, TTFT, table_of, write_result
 from ..bench.ttft import Sweep, measure_ttft
-from ..bundle.loading import KVPModel, load
+from ..bundle.loading import KVPModel
 from ..device.streams import default_step_size
 from ..errors import InputError, KVPError
-from ..files import check_writable
+from ..files import check_writable, remove_unfinished
 from .device import DeviceOption, use_device
 from .options import (
     DEFAULT_EXACT_TAIL,
@@ -42,9 +43,11 @@ from .options import (
     QBits,
     Rounds,
     StepSize,
+    open_model,
     parse_numbers,
 )
-from .output import clean_stdout, print_json, progress_bar, say
+from .output import clean_stdout, print_json, progress_bar, progress_lines, say, say_written, show_table
+from .screen import leaving_on_ctrl_c
 
 RANDOM_PROMPT_TOKENS = 10_000
 
@@ -104,12 +107,25 @@ def ttft(
     subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out, plot)
     require_default_model(sweep, subject)
-    with clean_stdout(json), progress_bar("measuring") as progress:
+    with clean_stdout(json):
         loaded, text_ids = load_subject(subject, sweep)
-        result = measure_ttft(loaded, subject.name, text_ids, sweep, progress=progress)
-    report(result, TTFT, f"Time to first token, median of {rounds}", out, json)
-    if plot is not None:
-        draw_ttft([result], plot)
+    begun: list[Result] = []
+
+    def finish() -> None:
+        if begun[0]["rows"]:
+            report(begun[0], TTFT, f"Time to first token, median of {rounds}", out, json)
+            if plot is not None:
+                draw_ttft(begun, plot)
+                say_written(plot)
+
+    def keep() -> None:  # in the middle of a chunk that takes long
+        remove_unfinished()
+        begun[0]["interrupted"] = True
+        finish()
+
+    with clean_stdout(json), progress_bar("measuring, rounds") as progress, leaving_on_ctrl_c(keep):
+        result = measure_ttft(loaded, subject.name, text_ids, sweep, progress=progress, begun=begun.append)
+    finish()
     if result["interrupted"]:
         raise KeyboardInterrupt
 
@@ -136,8 +152,9 @@ def decode(
     sweep = make_sweep(prompt_tokens, 1, arms, rounds, prefill_step_size)
     subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out)
-    with clean_stdout(json), progress_bar("measuring") as progress:
+    with clean_stdout(json):
         loaded, text_ids = load_subject(subject, sweep)
+    with clean_stdout(json), progress_bar("measuring, rounds") as progress:
         result = measure_decode(loaded, subject.name, text_ids, sweep, new_tokens=new_tokens, progress=progress)
     report(result, DECODE, f"Decoding {new_tokens} tokens, median of {rounds}", out, json)
 
@@ -163,8 +180,9 @@ def memory(
     sweep = make_sweep(prompt_tokens, batch_size, arms, 1, prefill_step_size)
     subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out)
-    with clean_stdout(json), progress_bar("measuring") as progress:
+    with clean_stdout(json):
         loaded, text_ids = load_subject(subject, sweep)
+    with clean_stdout(json), progress_bar("measuring, rounds") as progress:
         result = measure_memory(loaded, subject.name, text_ids, sweep, progress=progress)
     report(result, MEMORY, "Peak memory, MiB", out, json)
 
@@ -186,10 +204,13 @@ def flops(
     result = flops_table(preset or [], prompt_tokens, batch_size)
     if out is not None:
         write_result(out, result, FLOPS)
+        say_written(out)
     if json:
         print_json(result)
     else:
-        print_table(f"Work up to the first token, {batch_size} x {prompt_tokens} tokens", FLOPS, result["rows"])
+        show_table(
+            *table_of(f"Work up to the first token, {batch_size} x {prompt_tokens} tokens", FLOPS, result["rows"])
+        )
 
 
 @app.command()
@@ -206,7 +227,7 @@ def compare(
     if json:
         print_json(result)
     else:
-        print_table(f"{after} over {before}", COMPARE, result["rows"])
+        show_table(*table_of(f"{after} over {before}", COMPARE, result["rows"]))
     if slower := [row for row in result["rows"] if row["failed"]]:
         worst = slower[0]
         raise KVPError(
@@ -228,13 +249,14 @@ def calibrate(
     """Find the prompt length from which prediction pays here, and keep it for --prefill auto."""
     use_device(device)
     tail = DEFAULT_EXACT_TAIL if exact_tail is None else exact_tail
-    with clean_stdout(json), progress_bar("measuring") as progress:
-        loaded = load(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(json):
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(json), progress_bar("measuring, rounds") as progress:
         result = calibrate_auto(loaded, model, demo_ids(loaded), exact_tail=tail, rounds=rounds, progress=progress)
     if json:
         print_json(result)
         return
-    print_table(f"Time to first token, {model}, exact tail {tail}", CALIBRATION, result["rows"])
+    show_table(*table_of(f"Time to first token, {model}, exact tail {tail}", CALIBRATION, result["rows"]))
     pays = f"from {result['pays_from']} tokens on" if result["pays_from"] else "at none of these lengths"
     say(f"prediction pays {pays}; kept in {result['stored']}", style="")
 
@@ -247,7 +269,7 @@ def plot(
     """Draw saved results: the first one's times and parts, and what all of them realise."""
     check_writable(out)
     draw_ttft([read_drawable(path) for path in results], out)
-    say(f"Wrote {out}.")
+    say_written(out)
 
 
 def make_sweep(prompt_tokens: str, batch_size: int, arms: str, rounds: int, step_size: int | None) -> Sweep:
@@ -296,11 +318,11 @@ def load_subject(subject: Subject, sweep: Sweep) -> tuple[KVPModel, list[int]]:
     size = {"prompt_tokens": max(sweep.prompt_tokens), "batch": sweep.batch_size, "step_size": sweep.step_size}
     dtype, q_bits = None if subject.dtype is None else subject.dtype.value, subject.q_bits
     if subject.preset is not None:
-        loaded = preset_for_bench(subject.preset, dtype, q_bits, **size)
+        with progress_lines(f"building {subject.preset}"):
+            loaded = preset_for_bench(subject.preset, dtype, q_bits, **size)
         return loaded, random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)
-    loaded = bundle_for_bench(
-        subject.model, dtype, q_bits, base_name=subject.base, allow_base_mismatch=subject.allow_base_mismatch
-    )
+    how = {"base_name": subject.base, "allow_base_mismatch": subject.allow_base_mismatch}
+    loaded = open_model(subject.model, partial(bundle_for_bench, dtype=dtype, q_bits=q_bits), **how)
     require_memory(loaded, **size, loaded=True)
     return loaded, demo_ids(loaded)
 
@@ -314,10 +336,10 @@ def report(result: Result, columns: dict[str, Callable[[Any], str]], title: str,
     """Write the result to ``out``, and print it as JSON or as a table."""
     if out is not None:
         write_result(out, result, columns)
-        say(f"Wrote {out}.")
+        say_written(out)
     if json:
         print_json(result)
         return
     machine = result["machine"]
     where = f"{machine['chip']} ({machine['cores']} cores, {machine['device']})"
-    print_table(f"{title}: {result['model']}, {result['precision']}, {where}", columns, result["rows"])
+    show_table(*table_of(f"{title}: {result['model']}, {result['precision']}, {where}", columns, result["rows"]))

@@ -19,9 +19,8 @@ from ..engine.saved_caches import (
 )
 from ..errors import BundleError, InputError
 from ..models.families import is_listed
-from .options import DEFAULT_MODEL, AllowMismatch, AnyModel, Json, OtherBase
-from .output import clean_stdout, plural, print_json, progress_bar, read_text, say, show
-from .screen import leaving_on_ctrl_c
+from .options import DEFAULT_MODEL, AllowMismatch, AnyModel, Json, OtherBase, open_model
+from .output import clean_stdout, plural, print_json, progress_bar, progress_lines, read_text, say, show
 
 app = typer.Typer()
 
@@ -44,18 +43,21 @@ def build(
     All saved caches together take up to 4 GB (KVP_CACHE_LIMIT_GB); the least recently used ones make room.
     """
     text = read_text(file, "check the path")
-    name = name or ("stdin" if file == "-" else Path(file).stem)
+    if name is None:
+        name = "stdin" if file == "-" else Path(file).stem
     place = cache_place(name)
     limit_from_environment()
     role: Role = "system" if system else "document"
-    with leaving_on_ctrl_c(), clean_stdout(json), progress_bar("reading") as progress:
-        loaded = load_any(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(json):
+        loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
         if not is_listed(loaded.base):
             raise InputError(f"the cache of {model} cannot be saved: its architecture is not of a supported family.")
         if predicted and not loaded.config.has_predictor:
             raise InputError(f"{model} has no predictor, which --predicted needs; leave it out.")
-        context = build_cache(loaded, text, role, predicted=predicted, progress=progress)
-        removed = save_cache(context, name, role, text)
+        with progress_bar(f"reading {file}, tokens") as progress:
+            context = build_cache(loaded, text, role, predicted=predicted, progress=progress)
+        with progress_lines(f"saving '{name}'"):
+            removed = save_cache(context, name, role, text)
     result: dict[str, Any] = {
         "name": name,
         "role": role,

@@ -22,7 +22,7 @@ from ..engine.saved_caches import (
     save_cache,
     save_conversation,
 )
-from ..engine.worker import Emit, Worker
+from ..engine.worker import Emit, StoppedError, Worker
 from ..errors import InputError, KVPError
 from ..files import cache_dir
 from .options import (
@@ -50,6 +50,7 @@ from .options import (
     TopK,
     TopP,
     check_predictor,
+    open_model,
     parse_template_arguments,
     quantised_cache,
     say_reading,
@@ -120,7 +121,7 @@ def chat(
     session.keep_heads = exact_head is not None
 
     def start() -> None:
-        loaded = load_any(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
         check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
         session.generation = quantised_cache(loaded, kv_bits)
         session.open(Conversation(loaded, system, template_arguments=arguments), cache)
@@ -133,7 +134,8 @@ def chat(
         with session.handling_ctrl_c():
             session.run(model)
     finally:
-        session.worker.close()
+        with leaving_on_ctrl_c():
+            session.worker.close()
 
 
 class Session:
@@ -206,6 +208,8 @@ class Session:
                     return
             except KVPError as error:
                 say(str(error), "red")
+            except StoppedError:
+                say("[stopped]")
             except Exception as error:  # a turn may fail, memory may run out: the conversation stays
                 if os.environ.get("KVP_DEBUG"):
                     raise
@@ -417,7 +421,7 @@ class Session:
     def load(self, name: str) -> None:
         """Go on with a saved conversation; its cache is taken along if it is there and fits the model."""
         messages, first = load_conversation(name)
-        self.conversation.restore(messages, first)
+        self.worker.call(lambda: self.conversation.restore(messages, first))
         self.attached = {}
         cache = f"chat-{name}"[:64]
         if cache_place(cache).is_dir():

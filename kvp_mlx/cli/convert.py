@@ -16,7 +16,7 @@ from ..convert.output import Precision
 from ..errors import InputError
 from ..models.hub import push_directory
 from .options import Dtype, DtypeOption, Force, Json, OutDirectory, QBits
-from .output import clean_stdout, print_json, progress_bar, say, show
+from .output import clean_stdout, print_json, progress_bar, progress_lines, say, show
 
 QGroupSize = Annotated[int | None, typer.Option("--q-group-size", help="Numbers per scale: 32, 64 (default) or 128.")]
 Tokenizer = Annotated[
@@ -44,7 +44,7 @@ def openelm(
     Any size, whole or layer-pruned: the dimensions are read off the tensors.
     """
     precision = make_precision(dtype, q_bits, q_group_size)
-    with clean_stdout(json), progress_bar("tensors") as progress:
+    with clean_stdout(json), progress_bar("converting, MB") as progress:
         result = convert_openelm(
             source, out, precision, tokenizer=find_tokenizer(tokenizer), force=force, progress=progress
         )
@@ -72,7 +72,7 @@ def kvp(
     Base, auxiliary and maps come out of one file; every tensor has to have its place.
     """
     precision, entries = make_precision(dtype, q_bits, q_group_size), parse_layer_map(layer_map)
-    with clean_stdout(json), progress_bar("tensors") as progress:
+    with clean_stdout(json), progress_bar("converting, MB") as progress:
         result = convert_kvp(
             source,
             out,
@@ -100,7 +100,7 @@ def hf(
 ) -> None:
     """Convert a Hugging Face model of a supported family, through mlx-lm."""
     precision = make_precision(dtype, q_bits, q_group_size)
-    with clean_stdout(json), progress_bar("tensors") as progress:
+    with clean_stdout(json), progress_bar("converting, MB") as progress:
         result = convert_hf(
             source,
             out,
@@ -130,7 +130,7 @@ def gguf(
     Files in Q4_0, Q4_1 or Q8_0 stay bit for bit, others become fp16 (smaller with --q-bits).
     """
     precision = make_precision(dtype, q_bits, q_group_size)
-    with clean_stdout(json), progress_bar("tensors") as progress:
+    with clean_stdout(json), progress_bar("converting, MB") as progress:
         result = convert_gguf_file(
             source, out, precision, tokenizer=find_tokenizer(tokenizer), force=force, progress=progress
         )
@@ -168,12 +168,17 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload a bundle or model to the Hugging Face Hub."""
-    with clean_stdout(json):
+    with clean_stdout(json), progress_lines(f"uploading {directory} ({directory_megabytes(directory)} MB)"):
         url = push_directory(directory, repository, private=private)
     if json:
         print_json({"repository": repository, "url": url})
     else:
         say(f"Pushed {directory} to {url}.")
+
+
+def directory_megabytes(directory: Path) -> int:
+    """Return the size of a directory's files."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) // 10**6
 
 
 def make_precision(dtype: Dtype | None, q_bits: int | None, q_group_size: int | None) -> Precision:
@@ -209,7 +214,7 @@ def parse_layer_map(text: str | None) -> list[int] | None:
 def finish(result: dict[str, Any], upload: str | None, json: bool) -> None:
     """Push what was written where that is wanted, and report."""
     if upload is not None:
-        with clean_stdout(json):
+        with clean_stdout(json), progress_lines(f"uploading {result['out']}"):
             result["upload"] = push_directory(Path(result["out"]), upload)
     if json:
         print_json(result)

@@ -16,7 +16,7 @@ from ..device.machine import matmul_flops_per_s
 from ..errors import InputError
 from ..files import cache_dir
 from .options import Json
-from .output import print_json, show
+from .output import print_json, progress_lines, show
 
 SLOW_GFLOPS = 20.0
 NEEDED_BYTES = 2**29
@@ -37,7 +37,8 @@ def doctor(json: Json = False) -> None:
 
     OK, WARN or FAIL, each with its remedy; exit code 1 on FAIL.
     """
-    checks = run_checks()
+    with progress_lines("checking this machine, some seconds"):
+        checks = run_checks()
     if json:
         print_json({"checks": [vars(check) for check in checks]})
     else:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..bundle.loading import KVPModel, load
+from ..bundle.loading import KVPModel
 from ..device.machine import describe_machine
 from ..engine.dial import Dial
 from ..errors import InputError
@@ -44,9 +44,10 @@ from .options import (
     Recompute,
     TextData,
     TextOrSample,
+    open_model,
     parse_numbers,
 )
-from .output import clean_stdout, print_json, progress_bar, say
+from .output import clean_stdout, print_json, progress_bar, progress_lines, say, say_written, show, show_table
 from .tasks import AnsweringArms, ScoringOption, task_command
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
@@ -78,6 +79,7 @@ def hand_out(result: dict[str, Any], out: Path | None, json: bool) -> bool:
     """Write and print a result as JSON where that is wanted; returns whether it is still to be shown to people."""
     if out is not None:
         write_json(out, result)
+        say_written(out)
     if json:
         print_json(result)
     return not json
@@ -103,13 +105,15 @@ def context(
     How much of what a prompt tells the full model still reaches it through the predicted cache.
     """
     data_files(data)  # refused before a model is loaded
+    with clean_stdout(json):
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("documents") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         share = Dial("kvp", 0, exact_tail, recompute).share(loaded.config)
         documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
         how: dict[str, Any] = {"exact_tail": exact_tail, "recompute": share, "arms": arms.split(",")}
         result = RecoveryMeasurement(loaded, documents, continuation_tokens, **how).measure(progress)
-        if per_layer:
+    if per_layer:
+        with clean_stdout(json), progress_lines("comparing caches layer by layer"):
             result["layers"] = measure_layers(loaded, documents, continuation_tokens, recompute=share)
     if hand_out(result, None, json):
         print_recovery(result)
@@ -118,12 +122,12 @@ def context(
 def print_recovery(result: dict[str, Any]) -> None:
     """Print context recovery for people."""
     for arm, row in result["arms"].items():
-        print(f"{arm:20} nll {row['nll']:.3f}   recovery {row['recovery']:+.3f}")
+        show(f"{arm:20} nll {row['nll']:.3f}   recovery {row['recovery']:+.3f}")
     for row in result.get("layers", []):
-        print("layer {layer:3}   key error {key_error:.3f}   value error {value_error:.3f}   ".format(**row), end="")
-        print(f"attention cosine {row['attention_cosine']:.3f}")
+        errors = "key error {key_error:.3f}   value error {value_error:.3f}".format(**row)
+        show(f"layer {row['layer']:3}   {errors}   attention cosine {row['attention_cosine']:.3f}")
     if result["separation"] is not None:
-        print(f"separation {result['separation']:.3f} over {result['documents']} documents")
+        show(f"separation {result['separation']:.3f} over {result['documents']} documents")
 
 
 @app.command()
@@ -149,8 +153,9 @@ def dial(
     if max(choice.exact_head + choice.exact_tail for choice in choices) > prompt_tokens - 2:
         raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
     data_files(data)  # refused before a model is loaded
+    with clean_stdout(json):
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("documents") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
         if len(documents) < 2:
             raise InputError("two documents are the least; give more --data.")
@@ -164,7 +169,7 @@ def dial(
         }
     if hand_out(result, out, json):
         for row in result["rows"]:
-            print(
+            show(
                 f"{row['path']:5} head {row['exact_head']:4} tail {row['exact_tail']:4}   {row['ttft_ms']:7.0f} ms   "
                 f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{'   *' if row['is_best'] else ''}"
             )
@@ -191,8 +196,9 @@ def turns(
     """
     check_writable(out)
     records = {path: read_conversations(path) for path in data or []}
+    with clean_stdout(json):
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("conversations") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         sets = script_sets(records, limit, seed)
         result: dict[str, Any] = {
             "model": model,
@@ -209,7 +215,7 @@ def print_turns(result: dict[str, Any]) -> None:
     """Print a table per set."""
     arms = ("kvp", "kvp+refine")
     for name, measured in result["sets"].items():
-        table = Table(title=f"{name}, {measured['conversations']} conversations")
+        table = Table(title=Text(f"{name}, {measured['conversations']} conversations"))
         columns = ["turn", "tokens", *(f"{n} {arm}" for n in ("agreement", "KL") for arm in arms), "recall full"]
         for column in (*columns, *(f"recall {arm}" for arm in arms), "fresh/turn TTFT"):
             table.add_column(column, justify="right")
@@ -220,9 +226,9 @@ def print_turns(result: dict[str, Any]) -> None:
             sooner = f"{fresh / row['kvp+refine']['ttft_ms']:.1f}x" if fresh else ""
             shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
             table.add_row(str(row["turn"]), f"{row['context_tokens']:.0f}", *shown, sooner)
-        Console(width=max(Console().width, 120)).print(table)
+        show_table(table, 120)
     step = result["refine_step_ms"]
-    print(f"refinement can be left every {step['median']:.1f} ms (largest {step['largest']:.1f})")
+    show(f"refinement can be left every {step['median']:.1f} ms (largest {step['largest']:.1f})")
 
 
 @app.command()
@@ -240,8 +246,9 @@ def diagnose(
 
     Layers that hurt most, facts that are lost, an auxiliary that does not fit, a gain in time that does not show.
     """
+    with clean_stdout(json):
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("examining") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         documents = documents_of(loaded, data or [str(SAMPLE)], prompt_tokens + continuation_tokens, seed, limit)
         needles = short_needles(loaded.text_tokenizer, seed)
         result = examine(loaded, documents, continuation_tokens, progress, needles=needles)
@@ -253,15 +260,15 @@ def print_findings(result: dict[str, Any]) -> None:
     """Print what was found wrong with a bundle."""
     line = "layer {layer:3}   gain of exact entries {gain:+.3f}   attention cosine {attention_cosine:.3f}"
     for row in result["layers"]:
-        print(line.format(**row))
-    print(
+        show(line.format(**row))
+    show(
         "TTFT {full_ms:.0f} ms full, {kvp_ms:.0f} ms kvp: {speedup:.2f}x of {flops_ratio:.2f}x".format(**result["ttft"])
     )
-    print("needles found: full {full}, kvp {kvp}, kvp-64 {kvp-64} of {of}".format(**result["needles"]))
+    show("needles found: full {full}, kvp {kvp}, kvp-64 {kvp-64} of {of}".format(**result["needles"]))
     for found in result["findings"]:
-        print("{problem}: {evidence}. To do: {remedy}.".format(**found))
+        show("{problem}: {evidence}. To do: {remedy}.".format(**found))
     if not result["findings"]:
-        print("nothing stands out")
+        show("nothing stands out")
 
 
 @app.command()
@@ -287,8 +294,9 @@ def suite(
     entries = [entry for entry in entries if allow_code_execution or not entry.task.runs_code]
     places, rows = (results, records or results / "records"), []
     done: list[str] = []
+    with clean_stdout(json):
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("rows") as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
         if dry_run:
             for row in estimate(entries, loaded, model, places[1]):
                 rows.append(row)
@@ -301,9 +309,9 @@ def suite(
 
 def print_estimate(row: dict[str, Any], hours: float) -> None:
     """Print one task of the plan for people, with the hours up to its end."""
-    print(f"{row['name']:12} n {row['n']:4}   {row['prompt_tokens']:4} prompt tokens   {row['hours']:5.2f} h", end="")
-    print(f"   {hours:5.2f} h in all")
-    print("    " + "   ".join(f"{arm} {seconds:.2f} s" for arm, seconds in row["seconds_per_item"].items()))
+    item = f"{row['name']:12} n {row['n']:4}   {row['prompt_tokens']:4} prompt tokens"
+    show(f"{item}   {row['hours']:5.2f} h   {hours:5.2f} h in all")
+    show("    " + "   ".join(f"{arm} {seconds:.2f} s" for arm, seconds in row["seconds_per_item"].items()))
 
 
 @app.command()
@@ -331,13 +339,15 @@ def lm_eval(
     how: dict[str, Any] = {"limit": limit, "shots": shots, "data": data or []}
     how["allow_code_execution"] = allow_code_execution
     with clean_stdout(True):
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(True), progress_lines(f"running {tasks}"):
         results = {arm.name: run_harness(KVPLM(loaded, arm, scoring), names, **how)["results"] for arm in chosen}
     if hand_out({"model": model, "scoring": scoring.value, "arms": results}, out, json):
         for arm_name, of_arm in results.items():
             for name, scores in of_arm.items():
                 shown = {key.split(",")[0]: value for key, value in scores.items() if isinstance(value, float)}
-                print(f"{arm_name:16} {name:20}", "   ".join(f"{key} {value:.3f}" for key, value in shown.items()))
+                numbers = "   ".join(f"{key} {value:.3f}" for key, value in shown.items())
+                show(f"{arm_name:16} {name:20} {numbers}")
 
 
 @app.command()
@@ -354,13 +364,14 @@ def pareto(
     document = {"task": documents[0]["task"], "points": rows}
     if plot is not None:
         draw(rows, documents[0]["task"], plot)
+        say_written(plot)
     if not hand_out(document, out, json):
         return
-    print(f"{document['task']}, n = {rows[0]['n']} (* none is both faster and as good, + none cheaper and as good)")
+    show(f"{document['task']}, n = {rows[0]['n']} (* none is both faster and as good, + none cheaper and as good)")
     for row in rows:
         mark = ("*" if row["fastest_so_good"] else " ") + ("+" if row["cheapest_so_good"] else " ")
         low, high = row["interval"]
-        print(
+        show(
             f"{mark} {row['label']:24} {row['score']:.3f} [{low:.3f}, {high:.3f}]   TTFT {row['ttft_ms']:.0f} ms   "
             f"work {1 / row['flops_ratio']:.2f} of full"
         )
@@ -374,3 +385,4 @@ def report(
     """Write the page of results from their JSON documents."""
     check_writable(out)
     write_text(out, page(read_results(folder)))
+    say_written(out)

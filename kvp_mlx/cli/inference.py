@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 import mlx.core as mx
 import typer
 
-from ..bundle.loading import KVPModel, load, load_any
+from ..bundle.loading import KVPModel, load_any
 from ..engine.context import Context
 from ..engine.dial import Dial, dial_of
 from ..engine.prompt import check_size, check_text, encode, render
@@ -44,6 +44,7 @@ from .options import (
     TopK,
     TopP,
     check_predictor,
+    open_model,
     parse_template_arguments,
     quantised_cache,
     say_reading,
@@ -59,7 +60,6 @@ from .output import (
     show,
     show_answer,
 )
-from .screen import leaving_on_ctrl_c
 
 DEMO_DIALS = {
     "full prefill": Dial("full", 0, 0),
@@ -122,8 +122,8 @@ def generate(
     text = prompt_text(prompt_file or [], prompt if prompt_option is None else prompt_option)
     head_tokens = dial.exact_head if exact_head is not None and dial.path != "full" else 0
     show_piece = print_line_of(dial, sys.stdout) if json_stream else (ignore if json else echo)
-    with leaving_on_ctrl_c(), clean_stdout(json or json_stream):
-        loaded = load_any(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(json or json_stream):
+        loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
         check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
         options = sampling.options(len(loaded.text_tokenizer)) | quantised_cache(loaded, kv_bits)
         if cache is None:
@@ -201,13 +201,16 @@ def with_saved_cache(
 def answer(context: Context, ids: list[int], dial: Dial, *, show_piece: ShowPiece, **options: Any) -> list[Piece]:
     """Answer a prompt, showing the pieces as they come."""
     mx.reset_peak_memory()
-    with progress_bar("reading the prompt") as progress:
+    with progress_bar("reading the prompt, tokens") as progress:
         stream = reply(context, ids, dial, progress=progress, **options)
         pieces = [next(stream)]
     show_piece(pieces[0])
-    for piece in stream:
-        pieces.append(piece)
-        show_piece(piece)
+    is_silent = show_piece is ignore
+    with progress_bar("answering, tokens at most") if is_silent else contextlib.nullcontext(ignore) as progress:
+        for piece in stream:
+            pieces.append(piece)
+            show_piece(piece)
+            progress(len(pieces), options["max_tokens"])
     return pieces
 
 
@@ -216,7 +219,7 @@ def echo(piece: Piece) -> None:
     show_answer(piece.text)
 
 
-def ignore(piece: Piece) -> None:
+def ignore(*_: Any) -> None:
     """Print nothing yet."""
 
 
@@ -267,18 +270,17 @@ def demo(max_tokens: MaxTokens = 96) -> None:
     The same question about a shipped document, answered after full prefill and from the predicted cache; whole
     answers, also where they go wrong.
     """
-    with leaving_on_ctrl_c():
-        model = load()
-        document = DEMO_DOCUMENT.read_text(encoding="utf-8")
-        warm_up, ids = encode(model, document[:WARM_UP_CHARACTERS]), encode(model, f"{document}\n\n{DEMO_QUESTION}")
-        for path in ("full prefill", "kvp"):
-            answer(Context(model), warm_up, DEMO_DIALS[path], show_piece=ignore, max_tokens=2)
-        show(f"{DEMO_QUESTION}  ({len(ids):,} prompt tokens)")
-        full_ms = None
-        for name, dial in DEMO_DIALS.items():
-            pieces = answer(Context(model), ids, dial, show_piece=ignore, max_tokens=max_tokens)
-            full_ms = full_ms or pieces[-1].ttft_ms
-            show_block(name, pieces, full_ms)
+    model = open_model(DEFAULT_MODEL)
+    document = DEMO_DOCUMENT.read_text(encoding="utf-8")
+    warm_up, ids = encode(model, document[:WARM_UP_CHARACTERS]), encode(model, f"{document}\n\n{DEMO_QUESTION}")
+    for path in ("full prefill", "kvp"):
+        answer(Context(model), warm_up, DEMO_DIALS[path], show_piece=ignore, max_tokens=2)
+    show(f"{DEMO_QUESTION}  ({len(ids):,} prompt tokens)")
+    full_ms = None
+    for name, dial in DEMO_DIALS.items():
+        pieces = answer(Context(model), ids, dial, show_piece=ignore, max_tokens=max_tokens)
+        full_ms = full_ms or pieces[-1].ttft_ms
+        show_block(name, pieces, full_ms)
 
 
 def show_block(name: str, pieces: list[Piece], full_ms: float) -> None:

@@ -11,15 +11,30 @@ from .output import plural, print_json, show
 def info(model: ModelArgument = DEFAULT_MODEL, json: Json = False) -> None:
     """Show what a bundle is.
 
-    Its parts, their sizes, how it was made last, and what was measured on it; --json has all of kvp.json.
+    Its parts, their sizes, how it was made last, and what was measured on it; --json has all of kvp.json. Of any other
+    model, what its layers are, and what is missing for them to be predicted.
     """
     result = describe(model)
     if json:
         print_json(result)
         return
     show(model)
-    for name, value in rows(result):
+    for name, value in model_rows(result) if "architecture" in result else rows(result):
         show(f"  {name:11} {value}")
+
+
+def model_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a screen shows of a model without a bundle."""
+    layers = [f"{count} {kind}" for kind, count in result["layers"].items()]
+    next_step = "possible once a bundle is made (kvp fit, kvp train)"
+    if result["missing"]:
+        next_step = f"not possible, it lacks {' and '.join(result['missing'])} (docs/families.md)"
+    return [
+        ("path", result["path"]),
+        ("model", result["architecture"]),
+        ("layers", ", ".join(layers)),
+        ("prediction", next_step),
+    ]
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:

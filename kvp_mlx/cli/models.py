@@ -11,7 +11,8 @@ from ..bundle.config import read_config
 from ..bundle.loading import base_directory, bundle_directory
 from ..errors import InputError
 from .options import Json
-from .output import print_json, say, show
+from .output import print_json, progress_lines, say, show
+from .screen import visible
 
 app = typer.Typer()
 
@@ -28,7 +29,8 @@ def list_models(
     folders = folders or [Path()]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise InputError(f"{missing[0]} is no folder; name one that holds models.")
-    entries, damaged = library.list_models(folders)
+    with progress_lines("looking for models"):
+        entries, damaged = library.list_models(folders)
     for line in damaged:
         say(line, "yellow")
     if json:
@@ -65,10 +67,11 @@ def _is_number(value: Any) -> bool:
 @app.command()
 def pull(name: Annotated[str, typer.Argument(help="Hub id (owner/name, owner/name@revision) or alias.")]) -> None:
     """Get a bundle with its base, or a base, so that it works offline."""
-    directory = bundle_directory(name)
-    places = [directory]
-    if (directory / "kvp.json").is_file():
-        places.append(base_directory(read_config(directory).base, directory))
+    with progress_lines(f"getting {name}"):
+        directory = bundle_directory(name)
+        places = [directory]
+        if (directory / "kvp.json").is_file():
+            places.append(base_directory(read_config(directory).base, directory))
     for place in places:
         show(str(place))
 
@@ -83,6 +86,6 @@ def remove(
     if not yes:
         if not sys.stdin.isatty():
             raise InputError(f"this would remove {path}; say --yes.")
-        typer.confirm(f"Remove {path}?", abort=True)
+        typer.confirm(visible(f"Remove {path}?"), abort=True)
     path, size = library.remove_model(name)
     show(f"removed {path} ({size / 1e6:.1f} MB)")

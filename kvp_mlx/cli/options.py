@@ -14,14 +14,15 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from transformers import PreTrainedTokenizerBase
 
 from ..arms.kinds import forms
-from ..bundle.loading import KVPModel
+from ..bundle.loading import KVPModel, load
 from ..bundle.named import ALIAS
 from ..engine.dial import QUALITIES, Dial
 from ..engine.dial import Path as PrefillPath
+from ..engine.prompt import check_text
 from ..errors import InputError
 from ..files import parse_json
 from ..models.families import is_listed, kv_shapes
-from .output import say
+from .output import progress_bar, say
 
 DEFAULT_MODEL = ALIAS
 DEFAULT_EXACT_TAIL = QUALITIES["balanced"].exact_tail  # a question, and the chat template around it
@@ -230,6 +231,8 @@ class Sampling:
             raise InputError("--repetition-penalty divides logits, so it cannot be 0; 1 is off.")
         if not all(self.stop):
             raise InputError("--stop is empty, which would end every answer at once; give it some text.")
+        for text in self.stop:
+            check_text(text)
 
     def options(self, vocabulary: int) -> dict[str, Any]:
         """Return what ``reply`` takes of this, by mlx-lm's samplers; seeds MLX's generator once.
@@ -265,6 +268,18 @@ def parse_template_arguments(text: str | None) -> dict[str, Any]:
     if taken := sorted(ours & arguments.keys()):
         raise InputError(f"--chat-template-args cannot set {taken[0]}; leave it out.")
     return arguments
+
+
+def open_model(name: str, load: Callable[..., KVPModel] = load, **options: Any) -> KVPModel:
+    """Load a model, telling how far it is.
+
+    Args:
+        name: see ``bundle.loading.load``.
+        load: that, or ``load_any``.
+        options: of the call.
+    """
+    with progress_bar(f"loading {name}, MB") as progress:
+        return load(name, progress=progress, **options)
 
 
 def check_predictor(model: KVPModel, name: str, dial: Dial, *, exact_head: int | None, exact_tail: int | None) -> None:

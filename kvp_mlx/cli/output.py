@@ -1,7 +1,7 @@
 """What the commands print and read: JSON, lines for people, progress bars, files of text.
 
-Whatever a person may read goes through ``show``, ``say``, ``show_answer`` or a ``SafeConsole``: none of them lets a
-control character reach a terminal (``screen.visible``).
+Whatever reaches a terminal goes through ``show``, ``say``, ``show_answer``, ``show_table``, ``print_json`` or a
+``SafeConsole``: none of them lets a control character through (``screen.visible``). Nothing else prints.
 """
 
 import contextlib
@@ -23,13 +23,16 @@ from rich.text import Text
 
 from ..engine.reply import Piece
 from ..errors import InputError
-from .screen import is_utf8, visible
+from .screen import STARTED, is_utf8, visible
+from .screen import show as show  # noqa: PLC0414 - it belongs here, but has to be quick to import
 
 MOST_BYTES = 2**28
 """Of one text: more than any context window holds."""
 WAITING_SECONDS = 2.0
 SILENT_SECONDS = 2.0
-"""That work may take without a line on stderr; between lines at most a minute."""
+"""That a command may take without a line on stderr; between lines at most a minute."""
+GRACE_SECONDS = 1.0
+"""That each piece of work has, however long the program took to begin: most errors come that soon, alone."""
 
 
 class SafeConsole(Console):
@@ -41,17 +44,22 @@ class SafeConsole(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-errors = SafeConsole(stderr=True, highlight=False)
+errors = SafeConsole(stderr=True, highlight=False, emoji=False)
+
+
+CONTROLS = {number: f"\\u{number:04x}" for number in range(0x7F, 0xA0)}
+"""Control characters that JSON may hold as they are."""
 
 
 def print_json(data: Any, *, indent: int | None = 2) -> None:
     """Print one JSON document on stdout, by escapes where the stream is not UTF-8."""
-    print(json.dumps(data, indent=indent, ensure_ascii=not is_utf8(sys.stdout)), flush=indent is None)
+    text = json.dumps(data, indent=indent, ensure_ascii=not is_utf8(sys.stdout))
+    print(text.translate(CONTROLS), flush=indent is None)
 
 
-def show(text: str = "") -> None:
-    """Print one line for people on stdout."""
-    print(visible(text))
+def show_table(table: Table, width: int) -> None:
+    """Print a table on stdout, never narrower than ``width``."""
+    SafeConsole(width=max(Console().width, width), markup=False, emoji=False).print(table)
 
 
 def show_answer(text: str) -> None:
@@ -62,6 +70,11 @@ def show_answer(text: str) -> None:
 def say(text: str, style: str = "dim") -> None:
     """Print one line for people on stderr; a terminal's lines are broken between words, a pipe's never."""
     errors.print(text, style=style, soft_wrap=not errors.is_terminal, markup=False)
+
+
+def say_written(*files: Path) -> None:
+    """Say that files were written."""
+    say(f"Wrote {', '.join(map(str, files))}.")
 
 
 def say_rows(rows: Iterable[tuple[str, str]], width: int) -> None:
@@ -130,17 +143,21 @@ def progress_lines(label: str) -> Iterator[Callable[..., None]]:
     """
     start = time.monotonic()
     due = start + SILENT_SECONDS
-    note = threading.Timer(SILENT_SECONDS, say, [f"{label} ..."])
+    first: tuple[float, int] | None = None  # when it was told first how much was done: what went before was no part
+    note = threading.Timer(max(GRACE_SECONDS, SILENT_SECONDS - (start - STARTED)), say, [f"{label} ..."])
     note.daemon = True
     note.start()
 
     def tell(done: int, total: int, words: str = "") -> None:
-        nonlocal due
+        nonlocal due, first
         now = time.monotonic()
-        if now < due or not 0 < done < total:
+        if first is None or done < first[1]:
+            first = now, done
+        since, begun = first
+        if now < due or not begun < done < total:
             return
         due = now + min(now - start, 60.0)
-        left = (now - start) * (total - done) / done
+        left = (now - since) * (total - done) / (done - begun)
         say(f"{label}: {words or f'{done:,} of {total:,}'}, about {duration(left)} left")
 
     try:

@@ -8,10 +8,16 @@ import os
 import signal
 import sys
 import threading
+import time
 import unicodedata
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
+from ..files import remove_unfinished
+
+STARTED = time.monotonic()
+"""When the program began: this file is the first that it imports."""
+STARTING_SECONDS = 0.7
 PATIENCE_SECONDS = 1.0
 LEFT_BY_CTRL_C = 130
 _VISIBLE = {
@@ -28,6 +34,11 @@ def visible(text: str) -> str:
     model, a file name or a document.
     """
     return text.translate(_VISIBLE)
+
+
+def show(text: str = "", stream: TextIO | None = None) -> None:
+    """Print one line for people, harmless, on stdout or another stream."""
+    print(visible(text), file=stream)
 
 
 def prepare_streams() -> None:
@@ -53,18 +64,41 @@ def prepare_streams() -> None:
             del os.environ[name]
 
 
+@contextlib.contextmanager
+def starting(name: str) -> Iterator[None]:
+    """Tell on a terminal, until the block ends, that a program is being started where that takes a while."""
+    is_told = threading.Event()
+
+    def tell() -> None:
+        is_told.set()
+        os.write(2, f"{name}: starting ...".encode())
+
+    note = threading.Timer(STARTING_SECONDS, tell)
+    note.daemon = True
+    if sys.stderr.isatty():
+        note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
+        if is_told.is_set():
+            os.write(2, b"\r\x1b[K")
+
+
 def is_utf8(stream: Any) -> bool:
     """Return whether a stream takes any character."""
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
 
 
 @contextlib.contextmanager
-def leaving_on_ctrl_c() -> Iterator[None]:
+def leaving_on_ctrl_c(tidy: Callable[[], object] = remove_unfinished) -> Iterator[None]:
     """Let Ctrl-C end the program within ``PATIENCE_SECONDS`` while the block runs, whatever it is busy with.
 
     Python hears a signal only between two of its own steps, and a tokeniser or a chunk of prefill may take long. So a
-    thread waits for the signal itself, and ends the program where the block has not ended by then. For commands that
-    have nothing to put in order.
+    thread waits for the signal itself, and ends the program where the block has not ended by then.
+
+    Args:
+        tidy: what that thread puts in order before.
     """
     ended = threading.Event()
     reading, writing = os.pipe()
@@ -76,7 +110,7 @@ def leaving_on_ctrl_c() -> Iterator[None]:
         os.close(writing)
         yield
         return
-    watching = threading.Thread(target=_leave_after_signal, args=(reading, ended), daemon=True)
+    watching = threading.Thread(target=_leave_after_signal, args=(reading, ended, tidy), daemon=True)
     watching.start()
     try:
         yield
@@ -88,9 +122,11 @@ def leaving_on_ctrl_c() -> Iterator[None]:
         os.close(reading)
 
 
-def _leave_after_signal(reading: int, ended: threading.Event) -> None:
+def _leave_after_signal(reading: int, ended: threading.Event, tidy: Callable[[], object]) -> None:
     while number := os.read(reading, 1):
         if number[0] == signal.SIGINT and not ended.wait(PATIENCE_SECONDS):
+            with contextlib.suppress(Exception):
+                tidy()
             show_cursor = "\r\x1b[?25h\x1b[K" if os.isatty(2) else ""
             os.write(2, f"{show_cursor}kvp: interrupted.\n".encode())
             os._exit(LEFT_BY_CTRL_C)

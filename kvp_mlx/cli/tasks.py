@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ..arms.kinds import KINDS
-from ..bundle.loading import load
 from ..errors import InputError
 from ..evaluate.likelihood import Scoring
 from ..evaluate.runs import answering_arms, carry_out
@@ -28,9 +27,10 @@ from .options import (
     PromptLengths,
     PromptTokens,
     TextOrSample,
+    open_model,
     parse_numbers,
 )
-from .output import clean_stdout, print_json, progress_bar
+from .output import clean_stdout, print_json, progress_bar, say_written, show
 
 ANSWERING_FORMS = ", ".join(kind.form for kind in KINDS.values() if kind.read is not None)
 AnsweringArms = Annotated[
@@ -128,11 +128,13 @@ def measure_and_print(
     """Load, measure, and print the task's table or JSON."""
     chosen = answering_arms(arms)
     check_writable(out, log)
-    with clean_stdout(json), progress_bar(run.task) as progress:
-        loaded = load(model, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(json):
+        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+    with clean_stdout(json), progress_bar(f"measuring {run.task}, rows") as progress:
         result = carry_out(run, loaded, model, chosen, log=log, progress=progress)
     if out is not None:
         write_json(out, result)
+        say_written(out)
     if json:
         print_json(result)
         return
@@ -141,8 +143,8 @@ def measure_and_print(
 
 def print_result(result: dict[str, Any]) -> None:
     """Print a task's arms for people."""
-    print(f"{result['task']}: {result['n']} items, {result['prompt_tokens']} prompt tokens (median)")
+    show(f"{result['task']}: {result['n']} items, {result['prompt_tokens']} prompt tokens (median)")
     for name, arm in result["arms"].items():
         low, high = arm["interval"]
         more = "".join(f"   {metric} {value:.3f}" for metric, value in arm["metrics"].items())
-        print(f"{name:16} {arm['score']:.3f} [{low:.3f}, {high:.3f}]   TTFT {arm['ttft_ms']:.0f} ms{more}")
+        show(f"{name:16} {arm['score']:.3f} [{low:.3f}, {high:.3f}]   TTFT {arm['ttft_ms']:.0f} ms{more}")

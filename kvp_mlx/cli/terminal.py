@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from ..errors import InputError
 from ..files import make_private
-from .output import SafeConsole, say, show_answer
+from .output import SafeConsole, progress_lines, say, show_answer
 
 STATUS_REFRESH_SECONDS = 0.5
 REDRAW_SECONDS = 0.125
@@ -122,17 +123,24 @@ def _open_history(path: Path) -> History:
 
 
 class PlainReply:
-    """Shows a reply piece by piece, as it is: in a pipe."""
+    """Shows a reply piece by piece, as it is: in a pipe. What takes long before it is told on stderr."""
+
+    def __init__(self) -> None:
+        self._reading = ExitStack()
+        self._tell = self._reading.enter_context(progress_lines("reading, tokens"))
 
     def progress(self, done: int, total: int) -> None:
-        """Show nothing: standard output is the reply's alone."""
+        """Take note of how much of the prompt has been read."""
+        self._tell(done, total)
 
     def feed(self, text: str) -> None:
         """Show the next piece."""
+        self._reading.close()
         show_answer(text)
 
     def close(self) -> None:
         """End the reply's last line."""
+        self._reading.close()
         show_answer("\n")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..device.machine import matmul_flops_per_s
+from ..files import scratch_directory
 from ..train import SAMPLE
 from ..train.fit import FitOptions, fit_bundle, fit_bundles
 from ..train.loop import TrainOptions
@@ -64,7 +64,7 @@ def fit(
         out / str(prefix) if len(prefixes) > 1 else out: FitOptions(prefix, auxiliary, prune, sources, **common)
         for prefix in prefixes
     }
-    with clean_stdout(json), progress_bar("tokens read") as progress:
+    with clean_stdout(json), progress_bar("fitting: the base is loaded, then tokens are read") as progress:
         result = fit_bundles(base, data or [str(SAMPLE)], wanted, force=force, progress=progress)
     if json:
         print_json({"out": str(out), **result})
@@ -161,14 +161,14 @@ def train(
         if start is not None or resume
         else FitOptions(layers, auxiliary, prune, sources, fit_tokens, window, seed=seed)
     )
-    with clean_stdout(json), tempfile.TemporaryDirectory(prefix="kvp-") as scratch, display() as (phase, progress):
+    with clean_stdout(json), scratch_directory() as scratch, display() as (phase, progress):
 
         def beginning() -> str:
             if fitting is None:
                 return start or ""
             with phase("closed form, tokens") as told:
-                fit_bundle(base, texts, Path(scratch) / "fit", fitting, progress=told)
-            return str(Path(scratch) / "fit")
+                fit_bundle(base, texts, scratch / "fit", fitting, progress=told)
+            return str(scratch / "fit")
 
         how: dict[str, Any] = {"resume": resume, "force": force, "progress": progress, "phase": phase}
         result = train_bundle(beginning, texts, out, options, **how)

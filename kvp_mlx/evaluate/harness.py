@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..arms.arm import Arm
 from ..arms.kinds import parse_arm, with_dial
 from ..bundle.loading import KVPModel
 from ..errors import InputError
+from ..files import scratch_directory
 from ..models.families import Cache
 from .answer import Question, generate
 from .likelihood import Scoring, all_predicted, check_continuations, predicted_losses, prefix_token, split_choices
@@ -139,9 +139,9 @@ def run_harness(
     manager = task_manager(with_its_own=not set(tasks) <= {path.stem for path in TASKS.glob("*.yaml")})
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise InputError(f"lm-evaluation-harness knows no task '{unknown[0]}'; ours are kvp_triviaqa, kvp_humaneval.")
-    with tempfile.TemporaryDirectory() as folder:
-        files = [copied(data, Path(folder))] if data else []
-        chosen = [with_local_data(manager, name, files, Path(folder)) if files else name for name in tasks]
+    with scratch_directory() as folder:
+        files = [copied(data, folder)] if data else []
+        chosen = [with_local_data(manager, name, files, folder) if files else name for name in tasks]
         try:
             return simple_evaluate(
                 lm,
@@ -163,7 +163,7 @@ def copied(data: Sequence[str], folder: Path) -> str:
     path = folder / "data.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for record in read_records(data, {}):
-            print(json.dumps(record), file=file)
+            file.write(json.dumps(record) + "\n")
     return str(path)
 
 

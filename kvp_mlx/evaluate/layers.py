@@ -10,7 +10,7 @@ import numpy as np
 
 from ..bundle.loading import KVPModel
 from ..engine.prefill import base_prefill, predict_base_cache
-from ..models.sections import attention_outputs
+from ..models.sections import mixer_outputs
 
 
 def measure_layers(
@@ -43,8 +43,8 @@ def document_rows(model: KVPModel, window: list[int], continuation_tokens: int, 
     true, predicted = base_prefill(model, prompt), predict_base_cache(model, prompt, recompute=recompute)
     pairs = [(one.keys_and_values(), other.keys_and_values()) for one, other in zip(true, predicted, strict=True)]
     errors = [[relative_error(b[part], a[part]) for part in (0, 1)] for a, b in pairs]
-    streams, on_true = attention_outputs(model.base, rest, true)
-    _, on_predicted = attention_outputs(model.base, rest, predicted, streams)
+    streams, on_true = mixer_outputs(model.base, rest, true)
+    _, on_predicted = mixer_outputs(model.base, rest, predicted, streams)
     cosines = [cosine(a, b) for a, b in zip(on_true, on_predicted, strict=True)]
     return np.array([[*error, close] for error, close in zip(errors, cosines, strict=True)])
 

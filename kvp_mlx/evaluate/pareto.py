@@ -7,6 +7,7 @@ from typing import Any
 from ..arms.kinds import parse_arm
 from ..errors import InputError
 from ..files import read_json
+from .document import checked_document
 from .tasks import all_tasks
 
 Point = dict[str, Any]
@@ -21,7 +22,7 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     documents = []
     for path in paths:
         try:
-            documents.append(read_json(path))
+            documents.append(checked_document(read_json(path), str(path)))
         except (InputError, OSError) as error:
             raise InputError(f"{path} is no JSON document of 'kvp eval TASK --out' ({error}).") from error
     return documents

@@ -8,10 +8,10 @@ from typing import Any
 from ..arms.kinds import parse_arm
 from ..errors import InputError
 from ..files import read_json
+from .document import Document, checked_document
 from .task import Task
 from .tasks import all_tasks
 
-NEEDED = {"task", "n", "prompt_tokens", "arms", "model", "recipe"}
 INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; but for notes below
 a table nothing here is written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap
 intervals over items (differences and shares: paired). TTFT is the median over the items as they were measured, other
@@ -34,9 +34,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
             document = read_json(path)
         except OSError as error:
             raise InputError(f"{path} is not readable JSON ({error}).") from error
-        if not isinstance(document, dict) or not document.keys() >= NEEDED:
-            raise InputError(f"{path} was not written by 'kvp eval TASK --out'; keep such documents elsewhere.")
-        documents.append(document | {"file": path.name})
+        documents.append(checked_document(document, str(path), Document) | {"file": path.name})
     if not documents:
         raise InputError(f"{folder} holds no JSON document of 'kvp eval TASK --out'.")
     return documents

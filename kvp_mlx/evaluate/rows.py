@@ -1,6 +1,7 @@
 """The loop that all tasks share: items by arms, into a log that a kill cannot spoil."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ..arms.arm import Arm
 from ..bundle.loading import KVPModel
 from ..engine.prefill import Progress
 from ..errors import InputError
+from ..files import parse_json
 from .task import Item, Measure, Row
 
 BATCH = 32
@@ -67,19 +69,33 @@ def open_log(log: Path, recipe: dict[str, Any]) -> dict[tuple[str, str], Row]:
             return {}
         data = log.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [parse_json(line, f"{log}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
         if whole != data:
             log.write_bytes(whole)
     except OSError as error:
         raise InputError(f"{log} cannot be written ({error.strerror}); choose another --log.") from error
-    except ValueError as error:
-        raise InputError(f"{log} is not a log of kvp eval; choose another --log.") from error
+    except InputError as error:
+        raise InputError(f"{log} is not a log of kvp eval ({error}); choose another --log.") from error
     if not lines:
         append_line(log, {"recipe": recipe})
         return {}
     if not isinstance(lines[0], dict) or lines[0].get("recipe") != json.loads(json.dumps(recipe)):
         raise InputError(f"{log} was begun with other data, options, model, version or machine; choose another.")
+    names = lines[1].get("metrics") if len(lines) > 1 and is_row(lines[1]) else {}
+    rows = enumerate(lines[1:], 2)
+    if damaged := [number for number, row in rows if not is_row(row) or row["metrics"].keys() != names.keys()]:
+        raise InputError(f"{log}, line {damaged[0]} is no row of kvp eval; remove that line, or choose another --log.")
     return {(row["item"], row["arm"]): row for row in lines[1:]}
+
+
+def is_row(row: Any) -> bool:
+    """Return whether a line of a log has what a summary needs of it."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("item", "arm")):
+        return False
+    metrics = row.get("metrics")
+    numbers = [row.get(name) for name in ("score", "ttft_ms", "prompt_tokens")]
+    numbers += metrics.values() if isinstance(metrics, dict) else [None]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
 
 
 def append_line(log: Path, row: Row) -> None:

@@ -23,7 +23,7 @@ from ..bundle.loading import KVPModel
 from ..engine.dial import PREDICT
 from ..engine.prefill import Progress
 from ..errors import InputError
-from ..files import write_json
+from ..files import read_json, write_json
 from .equal_ttft import match, match_by_work
 from .runs import carry_out, items_of, setting
 from .task import Item, Place, Run, Task
@@ -126,9 +126,9 @@ def run_suite(
 
 def write_unless_known(path: Path, document: dict[str, Any]) -> None:
     """Write a task's document, unless it is there already: then it keeps the machine and commit that measured it."""
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known | {"machine": None} == document | {"machine": None}:
+    with contextlib.suppress(OSError, InputError):
+        known = read_json(path)
+        if isinstance(known, dict) and known | {"machine": None} == document | {"machine": None}:
             return
     write_json(path, document)
 
@@ -158,8 +158,15 @@ def matched_arms(entry: Entry, model: KVPModel, folder: Path) -> list[dict[str, 
         prompts = typical_prompts(entry, model)
         targets = gaining_targets(entry, model, prompts)
         write_json(path, [row for target in targets for row in match(model, target, prompts)])
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
+    if not isinstance(found, list) or not all(isinstance(row, dict) and _names_arm(row.get("arm")) for row in found):
+        raise InputError(f"{path} is damaged; remove it, and the arms are matched anew.")
     return found
+
+
+def _names_arm(name: Any) -> bool:
+    """Return whether a matched row has an arm's name, or says that none is as fast."""
+    return name is None or (isinstance(name, str) and bool(parse_arm(name)))
 
 
 def gaining_targets(entry: Entry, model: KVPModel, prompts: Sequence[list[int]]) -> list[Arm]:

@@ -106,7 +106,7 @@ def main() -> None:
         text = path.read_text(encoding="utf-8")
         if (made := render(text)) != text:
             path.write_text(made, encoding="utf-8")
-        print(f"{path} is current", file=sys.stderr)
+        print(f"{path} is current", file=sys.stderr)  # noqa: T201 - a script
 
 
 if __name__ == "__main__":

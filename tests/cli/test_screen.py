@@ -84,6 +84,49 @@ def test_names_and_records_are_harmless(arguments: list[str], evil: Path, kvp: K
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
 
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def test_tables_of_results_are_harmless(tmp_path: Path, kvp: Kvp) -> None:
+    row = {"arm": EVIL, "prompt_tokens": 8, "batch_size": 1, "ttft_ms": {"samples": [1.0, 2.0]}}
+    (tmp_path / "bench.json").write_text(json.dumps({"format": 2, "rows": [row]}))
+    arm = {"score": 0.5, "interval": [0.4, 0.6], "ttft_ms": 3.0, "flops_ratio": 1.0}
+    score = {"task": EVIL, "n": 2, "model": EVIL, "arms": {"full": arm}}
+    (tmp_path / "eval.json").write_text(json.dumps(score))
+    compared = kvp("bench", "compare", tmp_path / "bench.json", tmp_path / "bench.json")
+    drawn = kvp("eval", "pareto", tmp_path / "eval.json", "--out", tmp_path / "m\x1b]0;x\x07.json")
+    for outcome in (compared, drawn):
+        assert outcome.code == 0, outcome.err
+        assert "]52;c" in outcome.out
+        assert not CONTROLS.search(outcome.out + outcome.err)
+    assert "Wrote " in drawn.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "squad", "{model}", "--data", "{folder}/\x1b[2Jnone"],
+        ["eval", "needle", "{model}", "--arms", "a\x9b2J"],
+        ["eval", "suite", "{folder}", "--tasks", "\x1b[2J"],
+        ["bench", "ttft", "--arms", "\x1b[2J"],
+        ["fit", "{folder}/\x07", "--layers", "1", "--out", "{folder}/o"],
+        ["convert", "gguf", "{folder}/\x1bx.gguf", "--out", "{folder}/o"],
+        ["cache", "rm", "\x1bx"],
+        ["models", "rm", "\x1bx", "--yes"],
+    ],
+)
+def test_what_is_wrong_is_named_harmlessly(arguments: list[str], bundle: Path, tmp_path: Path, kvp: Kvp) -> None:
+    outcome = kvp(*(argument.format(model=bundle, folder=tmp_path) for argument in arguments))
+    assert (outcome.code, outcome.err.count("\n"), outcome.out) == (2, 1, "")
+    assert not CONTROLS.search(outcome.err)
+
+
+def test_json_holds_control_characters_by_escapes_alone(evil: Path, kvp: Kvp) -> None:
+    outcome = kvp("info", evil, "--json")
+    assert not CONTROLS.search(outcome.out)
+    assert outcome.json()["training"] == {"method": EVIL}
+
+
 def test_an_answer_is_itself_in_a_pipe_and_harmless_on_a_terminal(bundle: Path, monkeypatch, kvp: Kvp) -> None:
     escape = mx.array([kvp_mlx.load(str(bundle)).tokenizer.encode("\x1b", add_special_tokens=False)[0]])
     monkeypatch.setattr("kvp_mlx.cli.options.make_sampler", lambda **_: lambda logprobs: escape)
@@ -165,6 +208,44 @@ def test_ctrl_c_that_python_can_handle_is_left_to_it() -> None:
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, b"tidy\n")
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    code = (
+        "import hashlib; from pathlib import Path; from kvp_mlx.cli.screen import leaving_on_ctrl_c\n"
+        "from kvp_mlx.files import atomic_directory\n"
+        f"with leaving_on_ctrl_c(), atomic_directory(Path({str(tmp_path / 'out')!r})) as work:\n"
+        "    (work / 'part').write_text('x'); print('busy', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"busy\n"
+    assert list(tmp_path.iterdir()) != []
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_told_of(bundle: Path) -> None:
+    command = [sys.executable, "-m", "kvp_mlx", "generate", "Hi", "--model", str(bundle), "--max-tokens", "1"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"waiting for the end of standard input" in process.stderr.readline()
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert time.monotonic() - start < 2.5
+    assert (process.returncode, process.stderr.read()) == (130, b"kvp: interrupted.\n")
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_completion_in_bash() -> None:
+    assert b"complete -o default -F _kvp_completion kvp" in run("--show-completion", "bash").stdout
+    for words, expected in (("kvp ge", b"generate\n"), ("kvp generate --prefill ", b"kvp\nfull\nauto\n")):
+        asked = {"_KVP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert run(env=os.environ | asked).stdout == expected
 
 
 def test_stdin_that_is_no_pipe_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,12 @@ from ...bundle.loading import KVPModel
 from ...engine.clock import Chooser
 from ...engine.prompt import encode, encode_text
 from ..answer import Question, generate
-from ..records import TEXT, hash_of, hashes, read_records
+from ..records import TEXT, Kind, hash_of, hashes, read_records
 from ..rows import BATCH
 from ..sandbox import Judged, passes
 from ..task import Asked, Item, Measure, Place, Row, Run, Task, row_of
 
+TESTS: Kind = ("source text that defines check", lambda value: isinstance(value, str) and "def check" in value)
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
 MAX_TOKENS = 256
 TOP_P = 0.95
@@ -30,7 +31,7 @@ CHAT_MAX_TOKENS = 512
 
 def items(places: Sequence[str]) -> list[Item]:
     """Return the problems, in their own order."""
-    fields = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), TEXT)
+    fields = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), TEXT) | {"test": TESTS}
     return [
         Item(record["task_id"], record["prompt"], extra={name: record[name] for name in fields})
         for record in read_records(places, fields)
