@@ -108,7 +108,8 @@ def load(
     weights = directory / "predictor.safetensors"
     tensors = read_header(weights)
     base_path = base_directory(config.base, directory, progress) if base_name is None else find_model(base_name)
-    if not allow_base_mismatch and config.base.mark is None:
+    is_known = allow_base_mismatch or fingerprint(base_path) == config.base.fingerprint
+    if not is_known and config.base.mark is None:
         _check_fingerprint(base_path, config.base.fingerprint)
     base, base_config = load_model(base_path)
     auxiliary = load_auxiliary(base, config, directory)
@@ -116,9 +117,8 @@ def load(
     _match_quantisation(predictor, tensors, weights)
     _check_tensors(tree_flatten(predictor.parameters()), tensors, weights)
     tokenizer = load_tokenizer(base_path, base_config)
-    if not allow_base_mismatch and config.base.mark is not None:
-        is_same_file = fingerprint(base_path) == config.base.fingerprint
-        check_mark(config.base.mark, base, tokenizer, has_weights=is_same_file)
+    if not is_known and config.base.mark is not None:
+        check_mark(config.base.mark, base, tokenizer)
     fit_to_device(base, progress)
     if config.auxiliary.adapter_rank is not None:
         auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")

@@ -36,14 +36,13 @@ def mark_of(model: nn.Module, tokenizer: TokenizerWrapper | None) -> ModelMark:
     return ModelMark(arguments=_arguments(model), vocabulary=_vocabulary(tokenizer), rows=_rows(model))
 
 
-def check_mark(mark: ModelMark, model: nn.Module, tokenizer: TokenizerWrapper | None, *, has_weights: bool) -> None:
+def check_mark(mark: ModelMark, model: nn.Module, tokenizer: TokenizerWrapper | None) -> None:
     """Refuse another model than the marked one.
 
     Args:
         mark: the bundle's.
         model: the base.
         tokenizer: its tokeniser.
-        has_weights: its files are known to hold the very weights, so that its arguments alone are compared.
 
     Raises:
         BundleError: other arguments, vocabulary or weights; says which.
@@ -52,8 +51,6 @@ def check_mark(mark: ModelMark, model: nn.Module, tokenizer: TokenizerWrapper | 
     for name in mark.arguments.keys() & arguments.keys():  # a newer mlx-lm may know more
         if mark.arguments[name] != arguments[name]:
             raise _other(f"its config.json says {name} is {arguments[name]}, not {mark.arguments[name]}")
-    if has_weights:
-        return
     if _vocabulary(tokenizer) != mark.vocabulary:
         raise _other("its tokeniser has another vocabulary")
     rows = _rows(model)
