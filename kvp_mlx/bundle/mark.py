@@ -100,7 +100,7 @@ def _rows(model: nn.Module) -> dict[str, tuple[float, ...]]:
             return
         if isinstance(module, dict) and isinstance(module.get("weight"), mx.array):
             shape, row = _row(module)
-            rows[f"{name}|{','.join(map(str, shape))}"] = tuple(float(f"{value:.4g}") for value in row.tolist())
+            rows[f"{name}|{','.join(map(str, shape))}"] = tuple(float(f"{value:.4g}") for value in np.array(row))
         children = module.items() if isinstance(module, dict) else enumerate(module)
         for key, child in children:
             if isinstance(child, dict | list):

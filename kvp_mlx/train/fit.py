@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,10 @@ def fit_bundles(
             prefix_layer_map(len(base.layers), options.layers)  # refuses a prefix that does not fit
     fit_to_device(base)
     with ExitStack() as stack:
-        works, models = [], []
+        places, works, models = [], [], []
         for out, options in wanted.items():
-            work = stack.enter_context(atomic_directory(out))
+            places.append(stack.enter_context(ExitStack()))  # closed one by one: a finished bundle is not lost
+            work = places[-1].enter_context(atomic_directory(out))
             auxiliary_config = write_auxiliary(base, base_path, options, work)
             reference = base_reference(base_name, base_path, mark_of(base, tokenizer))
             config = bundle_config(reference, base, auxiliary_config, options)
@@ -124,18 +125,24 @@ def fit_bundles(
                 fit_to_device(auxiliary)
             works.append(work)
             models.append(KVPModel(base, auxiliary, predictor, tokenizer, config, base_config))
-        records = fit_maps(models, files, options, progress)
-        for work, model, record in zip(works, models, records, strict=True):
+        size = 0
+        for place, work, model, record in zip(
+            places, works, models, fit_maps(models, files, options, progress), strict=True
+        ):
             write_predictor(model.predictor, work / "predictor.safetensors")
+            size += (work / "predictor.safetensors").stat().st_size
             model.config.model_copy(update={"training": record}).save(work)
-        size = sum((work / "predictor.safetensors").stat().st_size for work in works)
-    return {"tokens": records[0]["tokens"], "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
+            place.close()
+    return {"tokens": record["tokens"], "seconds": round(time.perf_counter() - start, 1), "predictor_bytes": size}
 
 
 def fit_maps(
     models: Sequence[KVPModel], files: list[Path], options: FitOptions, progress: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
-    """Set bundles' maps and estimators of deviation; returns what each kvp.json keeps of how that was done."""
+) -> Iterator[dict[str, Any]]:
+    """Set bundles' maps, then one estimator of deviation after the other.
+
+    Yields what the bundle's kvp.json keeps of how that was done.
+    """
 
     def windows(tokens: int) -> Iterator[list[int]]:
         return budgeted(token_windows(files, models[0].text_tokenizer, options.window, options.seed), tokens)
@@ -147,26 +154,25 @@ def fit_maps(
     )
     judged = list(windows(judged_tokens))
 
-    def explained(number: int) -> float | None:
-        before = options.tokens + judged_tokens * number
-        return fit_deviation(
-            models[number],
-            judged,
-            lambda done, windows: progress(before + judged_tokens * done // windows, in_all),
-        )
-
-    common = {key: value for key, value in asdict(options).items() if key in ("window", "penalty", "seed", "sources")}
-    return [
-        {
+    for number, model in enumerate(models):
+        done = options.tokens + judged_tokens * number
+        explained = fit_deviation(model, judged, _counting(progress, done, judged_tokens, in_all))
+        yield {
             "method": "ridge",
             "kvp_mlx": __version__,
             "tokens": tokens,
-            "deviation_explained": explained(number),
+            "deviation_explained": explained,
             "data": [path.name for path in files],
-            **common,
+            "window": options.window,
+            "penalty": options.penalty,
+            "seed": options.seed,
+            "sources": options.sources,
         }
-        for number in range(len(models))
-    ]
+
+
+def _counting(progress: Callable[[int, int], None], done: int, tokens: int, in_all: int) -> Callable[[int, int], None]:
+    """Return what counts on from ``done`` to ``done + tokens``, given the part of a whole."""
+    return lambda part, whole: progress(done + tokens * part // whole, in_all)
 
 
 def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work: Path) -> AuxiliaryConfig:
