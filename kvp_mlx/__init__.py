@@ -12,7 +12,7 @@ from typing import Any
 from .device.blas import load_fast_blas
 from .device.limits import clip_open_files
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 clip_open_files()
 load_fast_blas()  # has to come before the first import of mlx.core, see device/blas.py

@@ -44,7 +44,10 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     pinned = f"@{base['revision']}" if base["revision"] else ""
     found = [
         ("path", result["path"]),
-        ("base", f"{base['alias'] or base['hub_id'] or base['path']}{pinned}"),
+        (
+            "base",
+            f"{base['alias'] or base['hub_id'] or base['path']}{pinned}{', in any precision' * bool(base['mark'])}",
+        ),
         ("auxiliary", f"{auxiliary['kind']}, {plural(auxiliary['layers'], 'layer')}"),
         ("predictor", f"reads {predictor['input']}, predicts {predicted} of {len(predictor['layer_map'])} layers"),
     ]

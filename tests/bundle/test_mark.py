@@ -75,3 +75,11 @@ def test_commands_run_on_another_copy_of_the_base(bundle: Path, base_dir: Path, 
     assert found.json()["tokens"]
     refused = kvp("generate", "hello", "--model", bundle, "--base", tmp_path / "nowhere")
     assert refused.code == 2 and "nowhere" in refused.err
+
+
+def test_info_says_that_any_precision_will_do(bundle: Path, kvp: Kvp) -> None:
+    assert "in any precision" in kvp("info", bundle).out
+    config = json.loads((bundle / "kvp.json").read_text())
+    config["base"]["mark"] = None
+    (bundle / "kvp.json").write_text(json.dumps(config))
+    assert "in any precision" not in kvp("info", bundle).out
