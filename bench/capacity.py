@@ -1,6 +1,8 @@
 """Whether a run fits into memory, asked before it starts."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +11,8 @@ from mlx.utils import tree_flatten
 from ..bundle.loading import KVPModel
 from ..device.machine import free_bytes
 from ..errors import InputError
-from ..models.families import kinds_of, kv_shapes
+from ..models.entries import one_token_cache
+from ..models.families import kinds_of
 from ..models.kinds.attention import query_heads
 from ..models.loading import compute_dtype, is_norm
 
@@ -61,18 +64,25 @@ def run_bytes(model: KVPModel, prompt_tokens: int, batch: int, step_size: int) -
 
 def cache_bytes(model: nn.Module, tokens: int, batch: int) -> int:
     """Return the bytes of a model's KV cache as mlx-lm allocates it, growing a layer included."""
-    positions = -(-tokens // CACHE_STEP) * CACHE_STEP
-    size = float_bytes(model)
-    widths = [shape.width for shape in kv_shapes(model)]
-    return 2 * batch * positions * size * (sum(widths) + max(widths))
+    sizes = [layer_cache_bytes(layer, tokens) for layer in one_token_cache(model)]
+    return batch * (sum(sizes) + max(sizes))
+
+
+def layer_cache_bytes(layer: Any, tokens: int) -> int:
+    """Return the bytes of one layer's cache of so many tokens, told from that of a single one."""
+    if not hasattr(layer, "offset"):  # a state
+        return int(layer.nbytes)
+    positions = min(-(-tokens // CACHE_STEP) * CACHE_STEP, getattr(layer, "max_size", math.inf))
+    return int(positions) * sum(array.nbytes // array.shape[2] for array in (layer.keys, layer.values))
 
 
 def activation_bytes(model: nn.Module, chunk: int, context: int, batch: int) -> int:
     """Estimate one layer's activations: scores (whole, unless a GPU fuses attention), FFN and residual."""
     hidden = _stream_width(model.layers[0])
     is_fused = mx.default_device().type == mx.DeviceType.gpu
-    mixers = [layer[kind.mixer] for layer, kind in zip(model.layers, kinds_of(model), strict=True)]
-    heads = 0 if is_fused else max(map(query_heads, mixers))
+    kinds = zip(model.layers, kinds_of(model), strict=True)
+    mixers = [layer[kind.mixer] for layer, kind in kinds if kind.keeps_entries]
+    heads = 0 if is_fused else max(map(query_heads, mixers), default=0)
     ffn = max((_ffn_width(layer) for layer in model.layers), default=hidden)
     return batch * chunk * float_bytes(model) * (SCORE_COPIES * heads * context + 3 * ffn + 8 * hidden)
 

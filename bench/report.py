@@ -30,6 +30,10 @@ def _quartiles(key: str, form: str) -> Callable[[Row], str]:
     return lambda row: f"({row[key]['q1']:{form}}-{row[key]['q3']:{form}})"
 
 
+def _median(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "" if row[key] is None else f"{row[key]['median']:{form}}"
+
+
 def _only_kvp(key: str) -> Callable[[Row], str]:
     return lambda row: f"{row[key]:.0f}" if row["arm"] == "kvp" else ""
 
@@ -55,6 +59,17 @@ DECODE: Columns = {
     "tokens/s": lambda row: f"{row['tps']['median']:.1f}",
     "(q1-q3)": _quartiles("tps", ".1f"),
     "of full": number("ratio", ".2f"),
+}
+SERVE: Columns = {
+    "tokens": number("prompt_tokens"),
+    "clients": number("clients"),
+    "arm": lambda row: row["arm"],
+    "TTFT ms": lambda row: f"{row['ttft_ms']['median']:.0f}",
+    "(q1-q3)": _quartiles("ttft_ms", ".0f"),
+    "engine": _median("engine_ms", ".0f"),
+    "HTTP adds": _median("http_ms", ".1f"),
+    "sooner": number("speedup", ".2f", unit="x"),
+    "tokens/s": _median("tps", ".1f"),
 }
 MEMORY: Columns = {
     "tokens": tokens_cell,

@@ -128,6 +128,7 @@ def check_sweep(model: KVPModel, sweep: Sweep) -> None:
     if bad := [length for length in sweep.prompt_tokens if not 2 <= length <= limit]:
         raise InputError(f"prompts of {bad[0]} tokens cannot be run; lengths go from 2 to {limit}.")
     for arm in sweep.arms:
+        arm.check(model)
         if arm.kind.is_foreign and sweep.batch_size > 1:
             raise InputError(f"{arm.name} is measured with one prompt at a time; leave out --batch-size or that arm.")
         if arm.kind.predicts and arm.numbers and arm.numbers[0] + 2 > min(sweep.prompt_tokens):

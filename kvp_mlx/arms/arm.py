@@ -11,7 +11,7 @@ from ..bundle.loading import KVPModel
 from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import PrefillTimes
 from ..errors import InputError
-from ..models.families import Cache
+from ..models.families import Cache, fixed_kinds
 from .work import Work
 
 Numbers = tuple[float, ...]
@@ -90,14 +90,27 @@ class Arm:
             The model that decodes, and its evaluated cache for the first N-1 tokens, on which it reads the last.
 
         Raises:
-            InputError: an arm that is an engine of its own.
+            InputError: an arm that is an engine of its own, or see ``check``.
         """
+        self.check(model)
         if self.kind.read is None:
             raise InputError(f"the arm {self.name} can only be timed ('kvp bench ttft'); leave it out here.")
         if ids.shape[1] == 1:  # nothing comes before the last token
             network = self.networks(model)[-1]
             return network, make_prompt_cache(network)
         return self.kind.read(model, self.numbers, ids, reading or Reading())
+
+    def check(self, model: KVPModel) -> None:
+        """Refuse to leave tokens out where later ones build on all, or on those next to them.
+
+        Raises:
+            InputError: layers of such a kind.
+        """
+        if self.kind.prunes and (kinds := {kind for network in self.networks(model) for kind in fixed_kinds(network)}):
+            raise InputError(
+                f"{self.name} leaves tokens out, which layers of {' and '.join(sorted(kinds))} cannot do without; "
+                "leave that arm out."
+            )
 
     def work(self, model: KVPModel, prompt_tokens: int, batch: int = 1) -> Work:
         """Return the work of the first token: reading the prompt, and the first step."""

@@ -209,5 +209,4 @@ def last_token_attention(model: nn.Module, ids: mx.array, step_size: int | None 
 
 def to_others(model: nn.Module, layer: int, hidden: mx.array, cache: LayerCache) -> mx.array:
     """Return the attention (B, query heads, S-1) that the newest token pays to all others in a layer's cache."""
-    keys, _ = cache.keys_and_values()
-    return last_attention(model, layer, hidden, keys)[:, :, 0, :-1]
+    return last_attention(model, layer, hidden, cache)[:, :, 0, :-1]

@@ -103,7 +103,7 @@ def prefill_work(model: nn.Module, tokens: int, batch: int) -> Work:
 def layer_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
     """Return the work of one whole layer on ``tokens`` positions that follow none."""
     module = model.layers[layer]
-    attention = batch * attention_flops(model, layer, tokens, (tokens + 1) / 2)
+    attention = batch * attention_flops(model, layer, tokens, mean_entries(model, layer, tokens))
     rest = batch * tokens * (2.0 * linear_size(module) + state_flops(model, layer))
     return Work(rest + attention, _bytes(module))
 
@@ -147,13 +147,16 @@ def lazy_work(base: nn.Module, kept_by_layer: Sequence[int], batch: int) -> Work
 
 
 def attention_flops(model: nn.Module, layer: int, queries: int, keys: float) -> float:
-    """Return the FLOPs of scores and weighted values of ``queries`` tokens over ``keys`` entries of one layer.
-
-    A window is taken to hold as many entries for all of them.
-    """
+    """Return the FLOPs of scores and weighted values of ``queries`` tokens over ``keys`` entries of one layer."""
     kind = kinds_of(model)[layer]
     keys = min(keys, getattr(kind, "window", keys))
     return queries * keys * kind.pair_flops(model.layers[layer][kind.mixer])
+
+
+def mean_entries(model: nn.Module, layer: int, tokens: int) -> float:
+    """Return how many entries of a layer one of the first ``tokens`` positions sees, on average."""
+    window = min(tokens, getattr(kinds_of(model)[layer], "window", tokens))
+    return (tokens + 1) / 2 if window == tokens else window - window * (window - 1) / (2 * tokens)
 
 
 def state_flops(model: nn.Module, layer: int) -> float:

@@ -13,7 +13,7 @@ from mlx_lm.utils import dequantize_model
 
 from ..errors import BundleError, InputError
 from ..models.description import describe_model
-from ..models.families import hidden_size, targets_of
+from ..models.families import fixed_kinds, hidden_size, kinds_of, targets_of
 from ..models.hub import download
 from ..models.loading import (
     Progress,
@@ -112,6 +112,8 @@ def load(
     if not is_known and config.base.mark is None:
         _check_fingerprint(base_path, config.base.fingerprint)
     base, base_config = load_model(base_path)
+    if not allow_base_mismatch and config.base.mark is not None:
+        _check_architecture(config.base.mark.arguments.get("model_type"), base, base_path)
     auxiliary = load_auxiliary(base, config, directory)
     predictor = build_predictor(base, auxiliary, config)
     _match_quantisation(predictor, tensors, weights)
@@ -241,9 +243,14 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
     """Return a predictor with untrained maps of the shapes that a configuration asks for.
 
     Raises:
-        BundleError: the layer map does not fit the models.
+        BundleError: the layer map does not fit the models, or the base cannot recompute what kvp.json says.
     """
     config.check_layers(len(base.layers), len(auxiliary.layers))
+    if config.recompute is not None and (fixed := fixed_kinds(base)):
+        raise BundleError(
+            f"kvp.json has a section recompute, but layers of {' and '.join(fixed)} keep no entries that could be "
+            "recomputed; fit or train the bundle again."
+        )
     return Predictor(
         plan_blocks(
             config.predictor.layer_map,
@@ -262,6 +269,17 @@ def _check_fingerprint(model: Path, expected: str) -> None:
         raise BundleError(
             f"{model} is not the model that this bundle was made with (fingerprint {found[7:19]}, expected "
             f"{expected[7:19]}); restore it, fit a bundle for it, or (for the base) pass --allow-base-mismatch."
+        )
+
+
+def _check_architecture(expected: Any, base: nn.Module, path: Path) -> None:
+    """Refuse a base of another architecture, by its kinds of layer, before its tensors are compared."""
+    found = getattr(base.args, "model_type", None)
+    if None not in (expected, found) and found != expected:
+        kinds = " and ".join(sorted({kind.title for kind in kinds_of(base)}))
+        raise BundleError(
+            f"the bundle was made for a {expected} model, and {path} is a {found} one (layers of {kinds}); fit a "
+            "bundle for it, or pass --allow-base-mismatch."
         )
 
 

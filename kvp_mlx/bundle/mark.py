@@ -72,7 +72,7 @@ def _other(difference: str) -> BundleError:
 
 def _relative_error(expected: tuple[float, ...], found: tuple[float, ...]) -> float:
     a, b = np.array(expected), np.array(found)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
+    return float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(a)), 1e-12)
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:

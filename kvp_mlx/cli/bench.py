@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,18 +18,21 @@ from ..bench.flops import flops_table
 from ..bench.memory import measure_memory
 from ..bench.plot import draw_ttft, read_drawable
 from ..bench.precision import bundle_for_bench, preset_for_bench
-from ..bench.report import CALIBRATION, COMPARE, DECODE, FLOPS, MEMORY, TTFT, table_of, write_result
+from ..bench.report import CALIBRATION, COMPARE, DECODE, FLOPS, MEMORY, SERVE, TTFT, table_of, write_result
+from ..bench.serve import ARMS as SERVE_ARMS
+from ..bench.serve import ServeSweep, check_serve_sweep, measure_serving, write_subject
 from ..bench.ttft import Sweep, measure_ttft
-from ..bundle.loading import KVPModel
+from ..bundle.loading import KVPModel, load_any
 from ..device.streams import default_step_size
 from ..errors import InputError, KVPError
-from ..files import check_writable, remove_unfinished
+from ..files import check_writable, remove_unfinished, scratch_directory
 from .device import DeviceOption, use_device
 from .options import (
     DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
     DEMO_DOCUMENT,
     AllowMismatch,
+    AnyModel,
     Arms,
     Dtype,
     DtypeOption,
@@ -185,6 +188,40 @@ def memory(
     with clean_stdout(json), progress_bar("measuring, rounds") as progress:
         result = measure_memory(loaded, subject.name, text_ids, sweep, progress=progress)
     report(result, MEMORY, "Peak memory, MiB", out, json)
+
+
+@app.command()
+def serve(
+    model: AnyModel = DEFAULT_MODEL,
+    prompt_tokens: PromptLengths = "128,1024",
+    clients: Annotated[str, typer.Option("--clients", help="Who ask at once, comma-separated.")] = "1,4,8",
+    arms: Annotated[str, typer.Option("--arms", help=f"Of {', '.join(SERVE_ARMS)}.")] = ",".join(SERVE_ARMS),
+    quality: Annotated[
+        Literal["fast", "balanced", "exact"], typer.Option("--quality", help="Of the arm kvp.")
+    ] = "balanced",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answers that are counted.")] = 64,
+    rounds: Rounds = 5,
+    out: OutFile = None,
+    json: Json = False,
+) -> None:
+    """Time 'kvp serve' and 'mlx_lm.server' through HTTP, on the same weights.
+
+    First tokens at each prompt length, then tokens per second of several clients at the shortest one.
+    """
+    counts = parse_numbers(clients, "--clients")
+    if min(counts) < 1:
+        raise InputError(f"--clients takes numbers from 1 up, not {min(counts)}.")
+    sweep = ServeSweep(parse_lengths(prompt_tokens), counts, arms.split(","), rounds, new_tokens, quality)
+    check_writable(out)
+    with scratch_directory() as place:
+        with clean_stdout(json):
+            loaded = open_model(model, load_any)
+            check_serve_sweep(sweep, loaded)
+            subject = write_subject(loaded, model, demo_ids(loaded), place)
+            del loaded  # the servers have their own
+        with clean_stdout(json), progress_bar("measuring, rounds") as progress:
+            result = measure_serving(subject, sweep, progress=progress)
+    report(result, SERVE, f"Through HTTP, median of {rounds}", out, json)
 
 
 @app.command()

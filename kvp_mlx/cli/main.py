@@ -75,6 +75,7 @@ EXAMPLES = {
     "bench ttft": "kvp bench ttft --prompt-tokens 512,2048 --out result.json",
     "bench decode": "kvp bench decode --prompt-tokens 512 --new-tokens 64",
     "bench memory": "kvp bench memory --prompt-tokens 512,2048",
+    "bench serve": "kvp bench serve --prompt-tokens 128,1024 --clients 1,4,8 --out serve.json",
     "bench flops": "kvp bench flops --prompt-tokens 1024",
     "bench calibrate": "kvp bench calibrate --model mine",
     "bench compare": "kvp bench compare before.json after.json --fail-above 1.1",

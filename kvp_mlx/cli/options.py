@@ -21,7 +21,8 @@ from ..engine.dial import Path as PrefillPath
 from ..engine.prompt import check_text
 from ..errors import InputError
 from ..files import parse_json
-from ..models.families import is_listed, kv_shapes
+from ..models.families import is_listed, kinds_of, kv_shapes
+from ..models.kinds.attention import Attention
 from .output import progress_bar, say
 
 DEFAULT_MODEL = ALIAS
@@ -324,6 +325,8 @@ def quantised_cache(model: KVPModel, bits: int | None) -> dict[str, Any]:
         raise InputError(f"--kv-bits is 4 or 8, not {bits}.")
     if not is_listed(model.base):
         raise InputError("--kv-bits needs a model of a supported family; leave it out.")
+    if others := sorted({kind.title for kind in kinds_of(model.base)} - {Attention.title}):
+        raise InputError(f"--kv-bits is for {Attention.title} alone, not for {' and '.join(others)}; leave it out.")
     widths = {shape.head_dim for shape in kv_shapes(model.base)}
     sizes = [size for size in (64, 32) if not any(width % size for width in widths)]
     if not sizes:

@@ -9,7 +9,7 @@ import typer
 
 from ..bundle.loading import load_any
 from ..errors import InputError
-from .options import DEFAULT_MODEL, READING, AllowMismatch, AnyModel, say_reading
+from .options import DEFAULT_MODEL, READING, AllowMismatch, AnyModel, OtherBase, open_model, say_reading
 from .output import show
 
 try:
@@ -80,6 +80,7 @@ def serve(
         float, typer.Option("--max-body-mib", min=0.001, help="The largest request.", rich_help_panel=CLIENTS)
     ] = 64.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every request's route and status.")] = False,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
 ) -> None:
     """Serve the OpenAI and Anthropic APIs.
@@ -103,7 +104,7 @@ def serve(
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="kvp: %(message)s", level=level, stream=sys.stderr, force=True)
     with listen(host, port) as listening:
-        loaded = load_any(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
         say_reading(loaded, model)
         scheduler = Scheduler(
             loaded,

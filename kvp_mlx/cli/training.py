@@ -11,13 +11,14 @@ import mlx.core as mx
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..bundle.named import find_model
 from ..device.machine import matmul_flops_per_s
 from ..files import scratch_directory
 from ..train import SAMPLE
 from ..train.fit import FitOptions, fit_bundle, fit_bundles
 from ..train.loop import TrainOptions
 from ..train.objectives import weights_of
-from ..train.run import Phase, train_bundle
+from ..train.run import Phase, check_kinds, train_bundle
 from .options import DataSeed, Force, Json, OutDirectory, TextOrSample, parse_numbers
 from .output import clean_stdout, errors, plural, print_json, progress_bar, progress_lines, say
 
@@ -166,6 +167,7 @@ def train(
         def beginning() -> str:
             if fitting is None:
                 return start or ""
+            check_kinds(find_model(base), options, fitting.layers or 0)
             with phase("closed form, tokens") as told:
                 fit_bundle(base, texts, scratch / "fit", fitting, progress=told)
             return str(scratch / "fit")

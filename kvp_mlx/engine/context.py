@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -14,10 +14,12 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
+from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..models.families import Cache, LayerCache, fixed_kinds, is_listed
+from ..models.entries import held_positions
+from ..models.families import Cache, LayerCache, is_listed, kinds_of
 from ..models.sections import run_layers, section
 from .dial import Dial
 from .pace import Pace, Steps, finish
@@ -28,7 +30,24 @@ REFINE_CHUNK_TOKENS = 64
 
 CATCH_UP_CHUNK_TOKENS = 16
 
+FULL = Dial("full", 0, 0)
+KEPT_SNAPSHOTS = 4
+"""A turn takes two: where its reading begins, for an edit, and where its answer does, for another one."""
+
 Pair = tuple[mx.array, mx.array]
+TRIMMABLE = KVCache | QuantizedKVCache | ConcatenateKVCache
+"""Caches of all keys and values; the others (windows, states) cannot go back, or only for a while."""
+
+
+class Frozen(NamedTuple):
+    """What cannot be trimmed of a cache, by layer, as it was when it held ``length`` tokens."""
+
+    length: int
+    layers: dict[int, LayerCache]
+
+
+Snapshot = list[Frozen]
+"""Of the base's cache, and of the auxiliary's where it has its own."""
 
 
 class Context:
@@ -50,17 +69,30 @@ class Context:
         self.cache: Cache = make_prompt_cache(model.base)
         self._own_auxiliary_cache = None if model.is_prefix else make_prompt_cache(model.auxiliary)
         self._uncounted_tokens = 0  # that layers hold which do not count them
+        self._snapshots: list[Snapshot] = []  # the longest last; none where all can be trimmed
+        self._exact: Context | None = None  # the beginning of the tokens, read exactly in idle time
 
     @property
     def is_plain(self) -> bool:
-        """Whether every layer keeps all keys and values, which can be cut, saved and predicted; quantised or not."""
-        return all(isinstance(layer, KVCache | QuantizedKVCache | ConcatenateKVCache) for layer in self.cache)
+        """Whether every layer keeps all keys and values, so that they can be cut anywhere; quantised or not."""
+        return all(isinstance(layer, TRIMMABLE) for cache in self._caches for layer in cache)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether mlx-lm quantised the cache, on which nothing is predicted."""
+        return any(isinstance(layer, QuantizedKVCache) for layer in self.cache)
+
+    @property
+    def _caches(self) -> list[Cache]:
+        return [self.cache, *([] if self._own_auxiliary_cache is None else [self._own_auxiliary_cache])]
 
     @property
     def can_be_saved(self) -> bool:
         """Whether the cache can be written to disk and taken up again."""
-        is_known = is_listed(self.model.base) and not fixed_kinds(self.model.base)
-        return is_known and all(isinstance(layer, KVCache) for layer in self.cache)
+        if not is_listed(self.model.base):
+            return False
+        own = [type(kind.new_cache()) for kind in kinds_of(self.model.base)]
+        return own == [type(layer) for layer in self.cache]
 
     @property
     def auxiliary_cache(self) -> Cache:
@@ -70,43 +102,60 @@ class Context:
     @property
     def position(self) -> int:
         """How many tokens all layers hold, also between two pauses of a reading."""
-        offsets = [getattr(layer, "offset", None) for layer in self.cache]
-        known = [offset for offset in offsets if offset is not None]
-        return self._uncounted_tokens if len(known) < len(offsets) else min(known)
+        return min((layer.offset for layer in self.cache if hasattr(layer, "offset")), default=self._uncounted_tokens)
 
     def replace(self, tokens: list[int], cache: Cache, exact_tokens: int) -> None:
         """Take over a base's cache that holds ``tokens``, the first ``exact_tokens`` of them exact."""
         self.keep(0)
         self.tokens, self.cache, self.exact_tokens = list(tokens), cache, exact_tokens
+        self._uncounted_tokens = len(tokens)
 
     def keep(self, length: int) -> int:
         """Trim the caches to the first ``length`` tokens, or to what every layer holds; returns what is left.
 
         An interrupt between layers can leave some of them a chunk ahead of the others. Caches that cannot be cut there
-        (sliding windows, recurrent states) begin anew.
+        (sliding windows, recurrent states) go back to the last snapshot before, or begin anew.
         """
         if self.is_plain:
             length = trim_to(self.cache, length)
             trim_to(self.auxiliary_cache, length)
         else:
-            length = self._keep_or_begin_anew(length)
+            length = self._keep_or_restore(length)
         self.tokens = self.tokens[:length]
         self.exact_tokens = min(self.exact_tokens, length)
         return length
 
-    def _keep_or_begin_anew(self, length: int) -> int:
-        """Do what ``keep`` does where no cache is plain; only a model without a predictor has such."""
+    def _keep_or_restore(self, length: int) -> int:
+        """Do what ``keep`` does where not every cache can be trimmed."""
         held = self.position
-        if held > length > 0 and can_trim_prompt_cache(self.cache):
+        if held > length > 0 and self._own_auxiliary_cache is None and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, held - length)
-            return length
-        if 0 < held <= length:
-            return held
-        self._begin_anew()
-        return 0
+        elif not 0 < held <= length:
+            self._restore(next((each for each in reversed(self._snapshots) if each[0].length <= length), None))
+        length = self.position
+        self._snapshots = [snapshot for snapshot in self._snapshots if snapshot[0].length <= length]
+        return length
 
-    def _begin_anew(self) -> None:
-        self.cache, self._uncounted_tokens = make_prompt_cache(self.model.base), 0
+    def remember(self) -> None:
+        """Take a snapshot of what cannot be trimmed, for ``keep`` to come back to; the last few are kept."""
+        length = len(self.tokens)
+        if length and not self.is_plain and length not in [snapshot[0].length for snapshot in self._snapshots]:
+            self._snapshots = [*self._snapshots, self._snapshot()][-KEPT_SNAPSHOTS:]
+
+    def _snapshot(self) -> Snapshot:
+        length = len(self.tokens)
+        return [frozen(cache, min(length, held_positions(cache) or length)) for cache in self._caches]
+
+    def _restore(self, snapshot: Snapshot | None) -> None:
+        """Go back to a snapshot; without one, begin anew."""
+        if snapshot is None:
+            self.cache, self._uncounted_tokens, self._snapshots = make_prompt_cache(self.model.base), 0, []
+            if self._own_auxiliary_cache is not None:
+                self._own_auxiliary_cache = make_prompt_cache(self.model.auxiliary)
+            return
+        for cache, kept in zip(self._caches, snapshot, strict=True):
+            thaw(cache, kept)
+        self._uncounted_tokens = snapshot[0].length
 
     def lend(self) -> Cache:
         """Return the cache, to be extended by others; ``grown_to`` finds out what it holds then."""
@@ -124,17 +173,18 @@ class Context:
         Where the cache cannot be cut there (see ``keep``), it is empty.
         """
         other = Context(self.model)
-        other._uncounted_tokens = self._uncounted_tokens
+        other._uncounted_tokens, other._snapshots = self._uncounted_tokens, list(self._snapshots)
         other.tokens, other.exact_tokens = list(self.tokens), self.exact_tokens
-        other.cache = first_entries(self.cache, length)
+        cut = length if self.is_plain else len(self.tokens)  # the others go back to a snapshot, or not at all
+        other.cache = first_entries(self.cache, cut)
         if self._own_auxiliary_cache is not None:
-            other._own_auxiliary_cache = first_entries(self._own_auxiliary_cache, length)
+            other._own_auxiliary_cache = first_entries(self._own_auxiliary_cache, cut)
         other.keep(length)
         return other
 
     def compacted(self) -> "Context":
         """Give back the memory that the tokens do not need, evaluate all, and return this context."""
-        for layer in [*self.cache, *(self._own_auxiliary_cache or [])]:
+        for layer in (layer for cache in self._caches for layer in cache):
             if isinstance(layer, KVCache) and layer.offset:
                 layer.keys, layer.values = (mx.contiguous(entries) for entries in layer.keys_and_values())
                 mx.eval(layer.keys, layer.values)
@@ -143,7 +193,9 @@ class Context:
     @property
     def nbytes(self) -> int:
         """What the caches take."""
-        return sum(layer.nbytes for layer in [*self.cache, *(self._own_auxiliary_cache or [])] if not layer.empty())
+        own = sum(layer.nbytes for cache in self._caches for layer in cache if not layer.empty())
+        kept = sum(layer.nbytes for snapshot in self._snapshots for part in snapshot for layer in part.layers.values())
+        return own + kept + (self._exact.nbytes if self._exact else 0)
 
     def read(self, ids: list[int], dial: Dial, **report: Any) -> None:
         """Bring the caches up to the last of ``ids``; what they hold stays. See ``reading``."""
@@ -161,7 +213,8 @@ class Context:
     ) -> Steps[None]:
         """Do what ``read`` does, with pauses in which nothing else may use the context.
 
-        Closing the iterator at a pause leaves a valid context, which holds what was read exactly until then.
+        Closing the iterator at a pause leaves a valid context, which holds what was read exactly until then; or what it
+        held before, where layers cannot be trimmed to the same length.
 
         Args:
             ids: token ids that begin with ``tokens``.
@@ -174,6 +227,7 @@ class Context:
         end, is_predicted = len(ids) - 1, dial.path == "kvp"
         exact = max(len(self.tokens), min(dial.exact_head, end) if is_predicted else end)
         held = len(self.tokens)
+        before = None if self.is_plain or not held else self._snapshot()
 
         def note(done: int, to_do: int) -> None:
             self._uncounted_tokens = held + done
@@ -188,10 +242,11 @@ class Context:
                 yield from base_prefilling(self.model, mx.array([ids[held:end]]), self.cache, **report)
             self._uncounted_tokens = end
         except BaseException as error:
-            if is_predicted:  # what was predicted still lacks what the base would have read of it
+            pauses_between_layers = is_listed(self.model.base)
+            if not self.is_plain and (pauses_between_layers or not isinstance(error, GeneratorExit)):
+                self._restore(before)  # nobody knows how far each layer came
+            elif is_predicted:  # what was predicted still lacks what the base would have read of it
                 self.keep(exact)
-            if not (self.is_plain or isinstance(error, GeneratorExit)):  # nobody knows how far each layer came
-                self._begin_anew()
             raise
         finally:
             self.grown_to(ids, exact if is_predicted else len(ids))
@@ -213,11 +268,10 @@ class Context:
         """Do what the next turn gains from: let the auxiliary catch up, then refine. As ``refining``."""
         if self._own_auxiliary_cache is not None:
             yield from self._catching_up(self._own_auxiliary_cache)
-        if self.is_plain:
-            yield from self.refining()
+        yield from self.refining()
 
     def refining(self, chunk_tokens: int = REFINE_CHUNK_TOKENS) -> Iterator[None]:
-        """Recompute exactly, in place and from the front, whatever is not exact.
+        """Recompute exactly, from the front, whatever is not exact: in place, or beside it and then swapped.
 
         Yields after every layer of every chunk. Closing the iterator there drops the chunk begun and leaves caches
         that are exact up to ``exact_tokens`` and beyond it as they were. Nothing else may use the context before.
@@ -225,8 +279,27 @@ class Context:
         Raises:
             InputError: the cache was quantised.
         """
-        if self.exact_tokens < len(self.tokens) and not all(isinstance(layer, KVCache) for layer in self.cache):
+        if self.exact_tokens < len(self.tokens) and self.is_quantised:
             raise InputError("a quantised cache cannot be refined; leave out kv_bits.")
+        is_rewritable = all(isinstance(layer, KVCache) for layer in self.cache)
+        yield from self._refining_in_place(chunk_tokens) if is_rewritable else self._refining_beside(chunk_tokens)
+
+    def _refining_beside(self, chunk_tokens: int) -> Iterator[None]:
+        """Read in a second context what is not exact here, and take over its caches at the end."""
+        while self.exact_tokens < len(self.tokens):
+            exact = self._exact = self._exact or self.copy(self.exact_tokens)
+            start = exact.keep(common_prefix_len(exact.tokens, self.tokens))
+            turns = [snapshot[0].length for snapshot in self._snapshots]
+            end = min(start + chunk_tokens, len(self.tokens), *(turn for turn in turns if turn > start))
+            yield from exact.reading([*self.tokens[:end], 0], FULL, pace=Pace(0.0))  # a pause after every layer
+            if end in turns:
+                exact.remember()
+            if end == len(self.tokens):
+                self.cache, self._snapshots, self._exact = exact.cache, exact._snapshots, None
+                self.exact_tokens = end
+            yield
+
+    def _refining_in_place(self, chunk_tokens: int) -> Iterator[None]:
         while self.exact_tokens < len(self.tokens):
             start = self.exact_tokens
             x = mx.array([self.tokens[start : start + chunk_tokens]])
@@ -266,9 +339,23 @@ class Context:
         self.exact_tokens = min(length, start + exact[0][0].shape[2])
 
     def _catching_up(self, auxiliary_cache: Cache) -> Iterator[None]:
-        while (lag := auxiliary_cache[0].offset) < len(self.tokens):
+        while (lag := held_positions(auxiliary_cache)) is not None and lag < len(self.tokens):
             catch_up_auxiliary(self.model, mx.array([self.tokens[lag : lag + CATCH_UP_CHUNK_TOKENS]]), auxiliary_cache)
             yield
+
+
+def frozen(cache: Cache, length: int) -> Frozen:
+    """Return what cannot be trimmed of a cache of so many tokens; it shares the numbers until the cache changes."""
+    return Frozen(length, {n: copy.deepcopy(one) for n, one in enumerate(cache) if not isinstance(one, TRIMMABLE)})
+
+
+def thaw(cache: Cache, kept: Frozen) -> None:
+    """Bring a cache back to what it was."""
+    for number, layer in enumerate(cache):
+        if number in kept.layers:
+            cache[number] = copy.deepcopy(kept.layers[number])
+        else:
+            layer.trim(max(0, layer.offset - kept.length))
 
 
 def trim_to(cache: Cache, length: int) -> int:

@@ -6,15 +6,18 @@ a second decoding step. So the clock takes the first step alone, and mlx-lm is g
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.generate import BatchGenerator, GenerationResponse, generate_step
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..models.entries import held_positions
 from ..models.families import Cache
 from .clock import Chooser, FirstStep, greedy
 
@@ -162,7 +165,7 @@ def before(text: str, stop: Sequence[str]) -> str:
 
 def decode_together(network: nn.Module, answers: Sequence[Answer]) -> None:
     """Decode answers side by side, as many as ``BATCH_TOKENS`` allows; caches are left as they are."""
-    longest = max(answer.cache[0].offset + answer.max_tokens for answer in answers)
+    longest = max((held_positions(answer.cache) or 0) + answer.max_tokens for answer in answers)
     size = max(1, min(len(answers), BATCH_TOKENS // longest))
     batch = BatchGenerator(network, completion_batch_size=size, prefill_batch_size=size)
     numbers = batch.insert(
@@ -197,6 +200,13 @@ def repeated(network: nn.Module, cache: Cache, batch: int) -> Cache:
     """Return a copy of a model's cache of one sequence for ``batch`` equal ones, so that all are read at once."""
     copies = make_prompt_cache(network)
     for copy, layer in zip(copies, cache, strict=True):
-        if layer.offset:
+        if isinstance(layer, KVCache) and layer.offset:
             copy.update_and_fetch(*(mx.repeat(part, batch, axis=0) for part in layer.keys_and_values()))
+        elif not layer.empty():
+            copy.state = tree_map(partial(_repeated, batch), layer.state)
     return copies
+
+
+def _repeated(batch: int, part: Any) -> Any:
+    """Return an array of a cache's state for several sequences; numbers as they are."""
+    return mx.repeat(part, batch, axis=0) if isinstance(part, mx.array) else part

@@ -55,7 +55,7 @@ class Dial:
         if self.recompute and config.recompute is None:
             raise InputError(
                 "this bundle cannot tell which tokens to recompute; fit or train it again, or leave it at 0 (a base "
-                "with other layers than full attention never recomputes)."
+                "with recurrent or sliding layers never recomputes: an exact tail goes on from what was predicted)."
             )
         return self.recompute
 

@@ -168,8 +168,7 @@ def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span, pac
         with mx.stream(generation_stream):
             x, captured = run_layers(section(model.base, first, last), x, cache[first:last], range(last - first))
             for number in range(first, last):
-                keys, _ = cache[number].keys_and_values()
-                row = last_attention(model.base, number, captured[number - first].hidden, keys, tokens)
+                row = last_attention(model.base, number, captured[number - first].hidden, cache[number], tokens)
                 most = mx.maximum(most, row.max(axis=(1, 2)))  # (B, query heads, tokens, S) -> (B, S)
         if last < span.last:
             mx.eval(most, x)

@@ -6,7 +6,6 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, wired_limit
-from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
@@ -99,8 +98,8 @@ def reply(
     """
     model = context.model
     dial.share(model.config)  # refused before anything changes
-    if dial.path == "auto" and not all(isinstance(layer, KVCache) for layer in context.cache):
-        dial = replace(dial, path="full")  # nothing is predicted on top of a quantised cache, nor of other kinds
+    if dial.path == "auto" and context.is_quantised:
+        dial = replace(dial, path="full")  # nothing is predicted on top of a quantised cache
     if options.pop("draft_model", None) is not None:
         raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
     max_tokens = allowed_tokens(model, len(ids), max_tokens)
@@ -220,7 +219,9 @@ def first_token_on(
     """
 
     def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
+        context.remember()
         context.read(ids, dial, times=times, step_size=step_size, progress=progress)
+        context.remember()
         return context.model.base, context.lend()
 
     return time_first_token(read, ids[-1:], sampler=sampler or greedy, process=processed(ids, logits_processors))

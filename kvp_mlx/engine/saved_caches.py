@@ -21,14 +21,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 from mlx_lm.utils import common_prefix_len
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
 from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, sha256_of, write_json
-from ..models.families import Cache, kv_shapes
+from ..models.entries import one_token_cache
+from ..models.families import Cache
 from .context import Context, first_entries
 from .dial import Dial
 from .prefill import Progress
@@ -234,10 +235,23 @@ def _read_entries(place: Path, saved: SavedCache, model: KVPModel) -> Cache:
         mx.eval([layer.state for layer in cache])  # now, while the file is there
     except (OSError, RuntimeError, ValueError) as error:
         raise damaged from error
-    shapes = [(1, shape.heads, len(saved.tokens), shape.head_dim) for shape in kv_shapes(model.base)]
-    if [tuple(layer.keys_and_values()[0].shape) for layer in cache] != shapes:
+    if _shapes(cache, len(saved.tokens)) != _shapes(one_token_cache(model.base), 1):
         raise damaged
     return cache
+
+
+def _shapes(cache: Cache, tokens: int) -> list[Any]:
+    """Return what caches of a model have in common, whatever their length; not of one that lacks tokens."""
+    shapes = []
+    for layer in cache:
+        counts = hasattr(layer, "offset")
+        axes = (0, 1, 3) if counts else (0, 1, 2)  # (B, H, S, D), or a state
+        arrays = [array for _, array in tree_flatten(layer.state) if isinstance(array, mx.array)]
+        own = [tuple(array.shape[axis] for axis in axes if axis < array.ndim) for array in arrays]
+        is_whole = not counts or layer.offset == tokens
+        is_whole &= not isinstance(layer, KVCache) or (layer.keys is not None and layer.keys.shape[2] >= tokens)
+        shapes.append((type(layer), own) if is_whole else None)
+    return shapes
 
 
 def read_saved(place: Path) -> SavedCache:
@@ -300,8 +314,9 @@ def save_head(context: Context, ids: list[int]) -> None:
     It comes after the answer, which stands whether or not the next one will come sooner.
     """
     if context.exact_tokens >= len(ids) and not cache_place(name := _head_name(context.model, ids)).exists():
-        head = Context(context.model)
-        head.replace(ids, first_entries(context.cache, len(ids)), len(ids))
+        head = context.copy(len(ids))
+        if len(head.tokens) < len(ids):  # a cache that cannot be cut there
+            return
         try:
             save_cache(head, name, "head")
         except (KVPError, OSError) as error:

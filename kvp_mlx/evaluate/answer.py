@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import can_trim_prompt_cache
 
 from ..arms.arm import Arm
 from ..arms.clock import first_token
@@ -92,12 +93,14 @@ def batches(model: KVPModel, questions: Sequence[Question], read: Sequence[First
 
 def is_uneven(first: FirstToken) -> bool:
     """Return whether layers hold different numbers of tokens (LazyLLM's do), which no batch takes."""
-    return len({layer.offset for layer in first.cache}) > 1
+    return len({layer.offset for layer in first.cache if hasattr(layer, "offset")}) > 1
 
 
 def read_prompt(model: KVPModel, arm: Arm, ids: list[int]) -> FirstToken:
     """Take an arm's first token, on the clock, and leave its cache with all prompt tokens but the last."""
     first = first_token(model, arm, mx.array([ids]))
+    if not can_trim_prompt_cache(first.cache):  # a state or a full window: read once more, off the clock
+        return replace(first, cache=arm.read(model, mx.array([ids]))[1])
     for layer in first.cache:
         layer.trim(1)
     return first

@@ -1,5 +1,6 @@
 """What is wrong with a bundle: incoherent or forgetful answers, no gain in time, an auxiliary that does not fit."""
 
+import copy
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -98,11 +99,7 @@ def swap_gains(model: KVPModel, windows: Sequence[list[int]], continuation_token
 
 def loss_on(model: KVPModel, cache: Cache, rest: list[int]) -> float:
     """Return the mean loss of ``rest[1:]`` on a cache, which is left as it was."""
-    length = cache[0].offset
-    loss = float(token_losses(model.base, cache, rest).mean())
-    for layer in cache:
-        layer.trim(layer.offset - length)
-    return loss
+    return float(token_losses(model.base, copy.deepcopy(cache), rest).mean())
 
 
 def compare_ttft(model: KVPModel, prompts: Sequence[list[int]]) -> dict[str, float]:

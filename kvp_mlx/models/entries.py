@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from .families import Cache, hidden_size, inner_model, kinds_of, mixer_of
+from .families import Cache, hidden_size, inner_model, kinds_of, mixer_of, targets_of
 from .kinds import Kind, Layer, RawOutputs
+from .loading import compute_dtype
 
 ROOM = 64
 """Positions that ``room_for`` rounds up to."""
@@ -33,6 +34,14 @@ def room_for(tokens: int, *caches: Cache) -> Iterator[None]:
 def open_caches(model: nn.Module) -> Cache:
     """Return empty caches, one a layer, that gradients flow through."""
     return [kind.open_cache() for kind in kinds_of(model)]
+
+
+def one_token_cache(model: nn.Module) -> Cache:
+    """Return a model's cache of one token, of which nobody evaluates more than kinds, shapes and types."""
+    cache, dtype = make_prompt_cache(model), compute_dtype(model)
+    layers = enumerate(targets_of(model))
+    append_raw(model, {n: {t.name: mx.zeros((1, 1, t.width), dtype) for t in targets} for n, targets in layers}, cache)
+    return cache
 
 
 def held_positions(cache: Cache) -> int | None:

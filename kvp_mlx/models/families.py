@@ -164,7 +164,9 @@ def targets_of(model: nn.Module) -> list[tuple[Target, ...]]:
 
 def hidden_size(model: nn.Module) -> int:
     """Return the width of the residual stream."""
-    return inner_model(model)[family_of(model).norm].weight.shape[0]
+    inner = inner_model(model)
+    width: int = inner.width if "kinds" in inner else inner[family_of(model).norm].weight.shape[0]
+    return width
 
 
 def linear_size(module: nn.Module, chosen: int | None = None) -> float:

@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 from mlx_lm.utils import _get_classes, dequantize_model
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
+from transformers import PretrainedConfig
 
 from ..device import blas, jit
 from ..errors import BundleError, InputError
@@ -317,8 +318,13 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
         return None
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    eos_token_ids = config.get("eos_token_id")
     try:
-        tokenizer = mlx_lm_load_tokenizer(directory, NO_CODE, eos_token_ids=config.get("eos_token_id"))
+        try:
+            tokenizer = mlx_lm_load_tokenizer(directory, NO_CODE, eos_token_ids=eos_token_ids)
+        except TypeError:  # of transformers' own class for config.json (EXAONE 4's), which it does not need here
+            plain = NO_CODE | {"config": PretrainedConfig()}
+            tokenizer = mlx_lm_load_tokenizer(directory, plain, eos_token_ids=eos_token_ids)
     except BaseException as error:  # tokenizers and transformers raise plain Exception, or panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

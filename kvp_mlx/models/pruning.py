@@ -51,6 +51,8 @@ def write_pruned(base: Path, retained: list[int], out: Path) -> None:
 def prune_config(config: dict[str, Any], retained: list[int]) -> dict[str, Any]:
     """Return a config of the retained layers: the depth, and every list that has one entry per layer."""
     key = next((key for key in DEPTH_KEYS if key in config), None)
+    if key is None and isinstance(config.get("text_config"), dict):
+        return config | {"text_config": prune_config(config["text_config"], retained)}
     if key is None:
         raise UnsupportedModelError(f"config.json states none of {', '.join(DEPTH_KEYS)}; it cannot be pruned.")
     depth = config[key]

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .families import Cache, family_of, inner_model, kinds_of, mixer_of, text_model
+from .families import Cache, family_of, hidden_size, inner_model, kinds_of, mixer_of, text_model
 from .kinds import Kind, RawOutputs, Target
 
 
@@ -115,7 +115,7 @@ def mixer_outputs(
     for number in range(len(inner_model(model).layers)):
         taken.append(x if streams is None else streams[number])
         listener = _Listener(mixer_of(model, number))
-        alone = section(with_mixers(model, {number: listener}), number, number + 1)
+        alone = with_mixers(section(model, number, number + 1), {0: listener})
         x, _ = run_layers(alone, taken[-1], cache[number : number + 1])
         outputs.append(listener.output)
     return taken, outputs
@@ -162,6 +162,7 @@ def _cut(model: nn.Module, layers: Sequence[int], *, takes_ids: bool, is_normed:
     inner, kinds, family = inner_model(model), kinds_of(model), family_of(model)
     cut = _Cut(inner)
     cut.kinds = tuple(kinds[layer] for layer in layers)
+    cut.width = hidden_size(model)
     cut.layers = [inner.layers[layer] for layer in layers]
     if not takes_ids:
         cut.start, cut[family.embedding] = _as_it_is, nn.Identity()
@@ -187,11 +188,13 @@ class _Cut(_StandIn):
 
     Attributes:
         kinds: of its layers.
+        width: of the residual stream.
         start: makes what the first layer takes.
         norm_name: of the module that comes last.
     """
 
     kinds: tuple[Kind, ...]
+    width: int
     start: Callable[[mx.array], mx.array]
     norm_name: str
 

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ..bundle.loading import KVPModel
+from ..device.streams import release_buffers
 from ..engine.pace import Pace
 from ..engine.prompt import check_window
 from ..errors import InputError, KVPError
@@ -202,6 +203,7 @@ class Scheduler:
             for decoded in self._decoder.step():
                 self._answer(decoded)
         self._read()
+        release_buffers()
 
     def _read(self) -> None:
         """Read a slice of the prompt that is most urgent; after its last, choose the answer's first token."""

@@ -6,7 +6,6 @@ from typing import Literal
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
 from ..bundle.loading import KVPModel
 from ..engine.calibration import auto_min_tokens
@@ -78,7 +77,7 @@ class Work:
     def _settled(self, dial: Dial, context: Context) -> Dial:
         if dial.path != "full":
             dial = replace(dial, exact_head=max(dial.exact_head, self.ticket.request.stable_tokens))
-        if not all(isinstance(layer, KVCache) for layer in context.cache):
+        if context.is_quantised:
             dial = replace(dial, path="full")
         return dial.settled(self._model.config, len(self.ids), self._cached, auto_min_tokens(self._model))
 

@@ -94,15 +94,16 @@ def estimator_input(model: KVPModel, reading: Reading) -> mx.array:
 def deviation(model: KVPModel, teacher: Teacher, reading: Reading, split: int) -> mx.array:
     """Return each token's deviation (B, split): the logarithm of its error plus half that of its harm.
 
-    Error is the squared one of its predicted values, relative to the mean square of a layer's values, summed over
-    layers: what is far off may be asked for. See ``harm`` for what the text itself goes on to need.
+    Error is the squared one of its predicted values (or latents), relative to the mean square of a layer's, summed
+    over layers: what is far off may be asked for. See ``harm`` for what the text itself goes on to need.
     """
     predicted = predict(model, teacher, reading, split)
     true = {layer: {kind: x[:, :split] for kind, x in teacher.raw[layer].items()} for layer in predicted}
     error = mx.array(0.0)
     for layer, pair in predicted.items():
-        values = true[layer]["values"].astype(mx.float32)
-        squared = mx.square(pair["values"].astype(mx.float32) - values).sum(axis=-1)
+        name = "values" if "values" in pair else next(iter(pair))
+        values = true[layer][name].astype(mx.float32)
+        squared = mx.square(pair[name].astype(mx.float32) - values).sum(axis=-1)
         error = error + squared / mx.square(values).sum(axis=-1).mean()
     return mx.log(error + 1e-12) + 0.5 * mx.log(harm(model, teacher, reading, predicted, true) + 1e-12)
 
@@ -123,7 +124,7 @@ def harm(
         predicted: raw pairs of the first ``split`` tokens.
         true: the base's own.
     """
-    start, split = exact_layers(model), next(iter(true.values()))["keys"].shape[1]
+    start, split = exact_layers(model), tree_flatten(true)[0][1].shape[1]
     logits = output_head(model.base, teacher.streams[-1][:, split:])
 
     def divergence(pairs: dict[int, RawOutputs]) -> mx.array:

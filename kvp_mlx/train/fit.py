@@ -14,14 +14,16 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, ModelMark, PredictorConfig, RecomputeConfig
-from ..bundle.layer_map import prefix_layer_map, pruned_layer_map, spread_layer_map, widened
+from ..bundle.layer_map import LayerMap, prefix_layer_map, pruned_layer_map, spread_layer_map, widened
 from ..bundle.loading import KVPModel, build_predictor, load_auxiliary
 from ..bundle.mark import mark_of
 from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..errors import InputError
 from ..files import atomic_directory, copy_ours, require_free
-from ..models.families import fixed_kinds
+from ..models.description import check_pruned
+from ..models.families import fixed_kinds, kinds_of, targets_of
+from ..models.kinds import Target
 from ..models.loading import fit_to_device, load_model, load_tokenizer
 from ..models.pruning import retained_layers, write_pruned
 from ..models.safetensors import fingerprint, write_tensors
@@ -107,18 +109,16 @@ def fit_bundles(
     tokenizer = load_tokenizer(base_path, base_config)
     if tokenizer is None:
         raise InputError(f"{base_path} has no tokeniser; text cannot be read for it.")
-    for options in wanted.values():
-        if options.layers is not None:
-            prefix_layer_map(len(base.layers), options.layers)  # refuses a prefix that does not fit
+    layer_maps = [layer_map_of(base, base_path, options) for options in wanted.values()]
     fit_to_device(base)
     with ExitStack() as stack:
         places, works, models = [], [], []
-        for out, options in wanted.items():
+        for (out, options), layer_map in zip(wanted.items(), layer_maps, strict=True):
             places.append(stack.enter_context(ExitStack()))  # closed one by one: a finished bundle is not lost
             work = places[-1].enter_context(atomic_directory(out))
             auxiliary_config = write_auxiliary(base, base_path, options, work)
             reference = base_reference(base_name, base_path, mark_of(base, tokenizer))
-            config = bundle_config(reference, base, auxiliary_config, options)
+            config = bundle_config(reference, base, auxiliary_config, layer_map)
             auxiliary = load_auxiliary(base, config, work)
             predictor = build_predictor(base, auxiliary, config)
             if auxiliary_config.kind != "prefix":
@@ -175,6 +175,49 @@ def _counting(progress: Callable[[int, int], None], done: int, tokens: int, in_a
     return lambda part, whole: progress(done + tokens * part // whole, in_all)
 
 
+def layer_map_of(base: nn.Module, base_path: Path, options: FitOptions) -> LayerMap:
+    """Return which auxiliary layers each base layer reads, told before any weights are read.
+
+    Raises:
+        InputError: an auxiliary that does not fit, or lacks what a layer of the base is predicted from.
+    """
+    depth = len(base.layers)
+    if options.layers is not None:
+        return prefix_layer_map(depth, options.layers)
+    if options.prune is not None:
+        retained = retained_layers(depth, options.prune)
+        check_pruned(base_path, retained)
+        layer_map, targets = pruned_layer_map(depth, retained), [targets_of(base)[layer] for layer in retained]
+    else:
+        targets = targets_of(load_model(find_model(str(options.auxiliary)))[0])
+        layer_map = spread_layer_map(depth, len(targets))
+    return served(widened(layer_map, options.sources, len(targets)), base, targets)
+
+
+def served(layer_map: LayerMap, base: nn.Module, auxiliary: Sequence[tuple[Target, ...]]) -> LayerMap:
+    """Let layers read, in place of a source without what is predicted of them, the nearest one that has it.
+
+    Raises:
+        InputError: no layer has it, by the kind of the base's.
+    """
+    needed, kinds = [{target.name for target in targets} for targets in targets_of(base)], kinds_of(base)
+    found = [{target.name for target in targets} for targets in auxiliary]
+
+    def nearest(layer: int, source: int) -> int:
+        able = [other for other, names in enumerate(found) if needed[layer] <= names]
+        if not able:
+            raise InputError(
+                f"the base's layers of {kinds[layer].title} are predicted from {', '.join(sorted(needed[layer]))}, and "
+                "no layer of the auxiliary has these; take one of the base's architecture, or use --layers K."
+            )
+        return min(able, key=lambda other: (abs(other - source), other))
+
+    return tuple(
+        None if sources is None else tuple(sorted({nearest(layer, source) for source in sources}))
+        for layer, sources in enumerate(layer_map)
+    )
+
+
 def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work: Path) -> AuxiliaryConfig:
     """Put the auxiliary into the bundle ``work`` (nothing to put for a prefix) and describe it."""
     if options.layers is not None:
@@ -202,20 +245,12 @@ def base_reference(name: str, path: Path, mark: ModelMark) -> BaseConfig:
 
 
 def bundle_config(
-    reference: BaseConfig, base: nn.Module, auxiliary: AuxiliaryConfig, options: FitOptions
+    reference: BaseConfig, base: nn.Module, auxiliary: AuxiliaryConfig, layer_map: LayerMap
 ) -> BundleConfig:
     """Describe the bundle: its base, its auxiliary, which layers the maps read, and what can be recomputed."""
-    depth, recompute = len(base.layers), None if fixed_kinds(base) else RecomputeConfig()
-    if auxiliary.kind == "prefix":
-        layer_map = prefix_layer_map(depth, auxiliary.layers)
-        predictor = PredictorConfig(input=HIDDEN_STATE, layer_map=layer_map)
-    else:
-        if auxiliary.retained_layers is not None:
-            layer_map = pruned_layer_map(depth, list(auxiliary.retained_layers))
-        else:
-            layer_map = spread_layer_map(depth, auxiliary.layers)
-        layer_map = widened(layer_map, options.sources, auxiliary.layers)
-        predictor = PredictorConfig(input=KEYS_VALUES, layer_map=layer_map)
+    recompute = None if fixed_kinds(base) else RecomputeConfig()
+    reads: Any = HIDDEN_STATE if auxiliary.kind == "prefix" else KEYS_VALUES
+    predictor = PredictorConfig(input=reads, layer_map=layer_map)
     return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor, recompute=recompute)
 
 

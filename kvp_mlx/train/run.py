@@ -18,10 +18,14 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..bundle.adapter import adapted_prefix, adapter_weights, add_adapter, fused_weights
+from ..bundle.config import read_config
 from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
 from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import atomic_directory, read_json, require_free, write_json
+from ..models.description import model_without_weights
+from ..models.families import layers_of
+from ..models.loading import read_config as read_model_config
 from ..models.safetensors import fingerprint
 from .capacity import require_memory
 from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
@@ -109,7 +113,7 @@ def _train(
 ) -> dict[str, Any]:
     directory = training_directory(out)
     with phase("loading the bundle to start from"):
-        model = open_start(start, out, resume, force)
+        model = open_start(start, out, resume, force, options)
     begun = model.config.training
     is_kept = not resume or all((out / name).is_file() for name in ("kvp.json", "predictor.safetensors"))
     options = replace(options, weights=options.weights.settled(model))
@@ -223,13 +227,40 @@ def training_record(files: list[Path], options: TrainOptions, begun: dict[str, A
     }
 
 
-def open_start(start: str, out: Path, resume: bool, force: bool) -> KVPModel:
+def check_kinds(base: Path, options: TrainOptions, prefix: int) -> None:
+    """Refuse, before weights are read, what layers cannot be trained with that keep a state in place of entries.
+
+    Args:
+        base: model directory.
+        options: of the training.
+        prefix: layers of it that read the prompt, 0 for another auxiliary.
+
+    Raises:
+        InputError: a loss on predicted entries alone, or a prefix of such layers with low-rank updates.
+    """
+    layers = layers_of(model_without_weights(read_model_config(base), base))
+    titles = [None if kind is None or kind.keeps_entries else kind.title for kind, _ in layers]
+    refused = {"--objective paper (--base-weight)": titles if options.weights.base else []}
+    refused["--lora-rank"] = titles[: prefix + 1] if prefix and options.lora_rank is not None else []
+    for option, found in refused.items():
+        if kinds := sorted({title for title in found if title is not None}):
+            raise InputError(
+                f"{option} cannot be had with layers of {' and '.join(kinds)}, which keep a state in place of entries; "
+                "leave it out."
+            )
+
+
+def open_start(start: str, out: Path, resume: bool, force: bool, options: TrainOptions) -> KVPModel:
     """Load the bundle that training starts from, or started from.
 
     Raises:
         InputError: an output that is taken, or a bundle that cannot be trained into another.
     """
-    model = load(str(training_directory(out) / "start") if resume else start)
+    bundle = bundle_directory(str(training_directory(out) / "start") if resume else start)
+    config = read_config(bundle)
+    prefix = config.auxiliary.layers if config.auxiliary.kind == "prefix" else 0
+    check_kinds(base_directory(config.base, bundle), options, prefix)
+    model = load(str(bundle))
     base_path = model.config.base.path
     if base_path is not None and not Path(base_path).is_absolute():
         raise InputError(f"{start} carries its base inside; fit a bundle on the base's own directory to train.")

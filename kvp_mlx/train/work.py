@@ -1,5 +1,7 @@
 """The arithmetic of a training run: FLOPs per token, to hold its speed against the machine's matmul rate."""
 
+import math
+
 from ..bundle.loading import KVPModel
 from ..models.families import hidden_size, kinds_of, linear_size
 from .loop import Trained, TrainOptions
@@ -20,8 +22,10 @@ def flops_per_token(model: KVPModel, trained: Trained, options: TrainOptions) ->
     maps = 2.0 * sum(block.in_width * block.out_width for block in model.predictor.blocks)
     start = exact_layers(model)
 
+    windows = [getattr(kind, "window", math.inf) for kind in kinds_of(base)]
+
     def base_pass(tokens: float, entries: float, first: int = 0) -> float:
-        return sum(tokens * (layers[i] + pairs[i] * entries) for i in range(first, len(layers)))
+        return sum(tokens * (layers[i] + pairs[i] * min(entries, windows[i])) for i in range(first, len(layers)))
 
     total = base_pass(window, window / 2)
     passes = 3 if options.checkpoint else 2  # forward and gradient to the input, and the forward pass once more

@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from support.architectures import CONFIGS, VOCABULARY, WINDOW, tiny_model
+from support.architectures import CONFIGS, WINDOW, bundle, random_ids, tiny_model
+from support.tiny import estimating
 
 import kvp_mlx
-from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
-from kvp_mlx.bundle.layer_map import prefix_layer_map
-from kvp_mlx.bundle.loading import KVPModel, build_predictor
 from kvp_mlx.bundle.predictor import Predictor
 from kvp_mlx.errors import InputError
 from kvp_mlx.models.entries import append_raw
 from kvp_mlx.models.families import FAMILIES, kinds_of, mixer_of, text_model
 from kvp_mlx.models.kinds import Layer
-from kvp_mlx.models.sections import prefix_model, run_layers
+from kvp_mlx.models.sections import run_layers
 
 STEPS = 20
 AFTER = 5
@@ -47,21 +45,6 @@ class Oracle(Predictor):
         }
 
 
-def bundle(base: nn.Module, layers: int) -> KVPModel:
-    depth = len(kinds_of(base))
-    config = BundleConfig(
-        base=BaseConfig(fingerprint="none", path="base"),
-        auxiliary=AuxiliaryConfig(kind="prefix", layers=layers),
-        predictor=PredictorConfig(input="hidden_state", layer_map=prefix_layer_map(depth, layers)),
-    )
-    prefix = prefix_model(base, layers)
-    return KVPModel(base, prefix, build_predictor(base, prefix, config), None, config, {})
-
-
-def random_ids(tokens: int, batch: int) -> mx.array:
-    return mx.array(np.random.default_rng(1).integers(0, VOCABULARY, (batch, tokens)))
-
-
 def logits_after(base: nn.Module, cache: list, ids: mx.array) -> np.ndarray:
     """Let the base read some tokens at once and the others one by one."""
     parts = [ids[:, :AFTER], *(ids[:, step : step + 1] for step in range(AFTER, ids.shape[1]))]
@@ -81,14 +64,15 @@ def test_every_row_is_tested() -> None:
     assert tested == FAMILIES.keys()
 
 
+@pytest.mark.parametrize(("step_size", "batch"), [(1, 3), (7, 2), (64, 1)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_full_is_mlx_lms_own_reading(name: str) -> None:
+def test_full_is_mlx_lms_own_reading(name: str, step_size: int, batch: int) -> None:
     base = tiny_model(name)
-    ids = random_ids(PROMPTS[-1] + AFTER, 2)
+    ids = random_ids(PROMPTS[-1] + AFTER, batch)
     own = make_prompt_cache(base)
-    for start in range(0, PROMPTS[-1], 7):
-        base(ids[:, start : min(start + 7, PROMPTS[-1])], cache=own)
-    found = kvp_mlx.base_prefill(bundle(base, 1), ids[:, : PROMPTS[-1]], prefill_step_size=7)
+    for start in range(0, PROMPTS[-1], step_size):
+        base(ids[:, start : min(start + step_size, PROMPTS[-1])], cache=own)
+    found = kvp_mlx.base_prefill(bundle(base, 1), ids[:, : PROMPTS[-1]], prefill_step_size=step_size)
     rest = ids[:, PROMPTS[-1] :]
     np.testing.assert_array_equal(logits_after(base, found, rest), logits_after(base, own, rest))
 
@@ -126,12 +110,35 @@ def test_an_exact_tail_goes_on_from_what_was_predicted(name: str, tail: int) -> 
     np.testing.assert_allclose(logits_after(base, cache, rest), logits_after(base, own, rest), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "lfm2", "glm4_moe_lite"])
+@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "lfm2"])
 def test_recomputation_is_refused_by_kind(name: str) -> None:
     base = tiny_model(name)
     kinds = {"qwen3_5": "gated delta net", "gpt_oss": "sliding attention", "lfm2": "short convolution"}
-    with pytest.raises(InputError, match=f"layers of {kinds.get(name, 'latent attention')} keep no entries"):
+    with pytest.raises(InputError, match=f"layers of {kinds[name]} keep no entries"):
         kvp_mlx.predict_base_cache(bundle(base, 1), random_ids(9, 1), recompute=0.5)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe_lite"])
+def test_latents_are_computed_anew_in_their_places(name: str, share: float) -> None:
+    base, ids = tiny_model(name), random_ids(60, 2)
+    own = make_prompt_cache(base)
+    base(ids, cache=own)
+    model = estimating(bundle(base, 1))
+    predicted, rewritten = (
+        kvp_mlx.predict_base_cache(model, ids, recompute=part, prefill_step_size=17) for part in (0.0, share)
+    )
+    for layer, (mine, before, true) in enumerate(zip(rewritten, predicted, own, strict=True)):
+        for one, old, exact in zip(*(cache.keys_and_values() for cache in (mine, before, true)), strict=True):
+            errors = mx.abs(one - exact).max(axis=(1, 3))  # (B, 1, T, D) -> (B, T)
+            if layer < 2 or share == 1.0:
+                assert errors.max() < 1e-4
+                continue
+            assert mx.abs(old - exact).max() > 0.1
+            is_kept = mx.abs(one - old).max(axis=(1, 3)) == 0
+            assert 0 < is_kept.sum() < is_kept.size
+            if layer == 2:  # on an exact stream
+                assert mx.where(is_kept, 0, errors).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", CONFIGS)

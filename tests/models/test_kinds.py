@@ -4,10 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from support.architectures import tiny_model
+from support.architectures import random_ids, tiny_model
 
+from kvp_mlx.models.attention import last_attention
 from kvp_mlx.models.entries import append_raw
 from kvp_mlx.models.families import kinds_of, mixer_of, targets_of, text_model
+from kvp_mlx.models.sections import run_layers
 
 TOKENS = 11
 
@@ -83,6 +85,29 @@ def test_latents_are_normed_and_their_keys_rotated(chunk: int) -> None:
     turned = (key[..., ::2] + 1j * key[..., 1::2]) * np.exp(1j * angles)
     np.testing.assert_allclose(keys[:, 0], latent, atol=1e-5)
     np.testing.assert_allclose(values[:, 0], np.stack([turned.real, turned.imag], -1).reshape(key.shape), atol=1e-5)
+
+
+def test_attention_to_latents_is_that_to_the_keys_made_of_them() -> None:
+    model, ids = tiny_model("glm4_moe_lite"), random_ids(TOKENS, 2)
+    cache = make_prompt_cache(model)
+    _, captured = run_layers(model, ids, cache, [1])
+    mixer = mixer_of(model, 1)
+    latents, turned = (np.array(part)[:, 0] for part in cache[1].keys_and_values())
+    weight = np.array(mixer.embed_q.weight)  # (heads, rank, plain features)
+    keys = np.einsum("bsr,hrd->bhsd", latents, weight)
+    keys = np.concatenate([keys, np.repeat(turned[:, None], len(weight), axis=1)], axis=-1)
+    low = np.array(captured[1].hidden) @ np.array(mixer.q_a_proj.weight).T
+    low = low / np.sqrt((low**2).mean(-1, keepdims=True) + 1e-5) * np.array(mixer.q_a_layernorm.weight)
+    queries = (low @ np.array(mixer.q_b_proj.weight).T).reshape(2, TOKENS, len(weight), -1).swapaxes(1, 2)
+    plain, rotary = np.split(queries, [weight.shape[2]], axis=-1)
+    angles = np.arange(TOKENS)[:, None] * 10000.0 ** (-np.arange(0, rotary.shape[-1], 2) / rotary.shape[-1])
+    rotated = (rotary[..., ::2] + 1j * rotary[..., 1::2]) * np.exp(1j * angles)
+    queries = np.concatenate([plain, np.stack([rotated.real, rotated.imag], -1).reshape(rotary.shape)], axis=-1)
+    scores = queries @ keys.swapaxes(-1, -2) / np.sqrt(queries.shape[-1])
+    weights = np.exp(np.where(np.tri(TOKENS, dtype=bool), scores, -np.inf))
+    expected = (weights / weights.sum(-1, keepdims=True))[:, :, -3:]
+    found = last_attention(model, 1, captured[1].hidden, cache[1], 3)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss", "gemma3_text", "deepseek_v3", "lfm2"])

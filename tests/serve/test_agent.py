@@ -21,6 +21,7 @@ from support.serving import serving
 
 from kvp_mlx.bundle.loading import load_any
 
+pytestmark = pytest.mark.long
 ANSWER_TOKENS = 8
 FULL = {"kvp": {"path": "full"}, "temperature": 0}
 
@@ -121,6 +122,7 @@ def test_the_session_is_what_it_says(session: list[Expected]) -> None:
 @pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
 def test_every_turn_reads_what_is_new_and_answers_as_mlx_lm(ask: Ask, session: list[Expected], url: str) -> None:
     held: list[list[int]] = []
+    read = 0
     for turn, expected in enumerate(session, 1):
         found = ask(url, expected.messages)
         assert found.text == expected.text, turn
@@ -128,11 +130,10 @@ def test_every_turn_reads_what_is_new_and_answers_as_mlx_lm(ask: Ask, session: l
         known = max((common_prefix_len(each, expected.ids[:-1]) for each in held), default=0)
         assert found.cached_tokens == known, turn
         new, ratio = len(expected.ids) - known, found.ttft_ms / expected.ttft_ms
+        read += new
         print(f"turn {turn}: {len(expected.ids)} tokens, {new} new, {found.ttft_ms:.0f} ms, {ratio:.2f} of a fresh one")
         held.append([*expected.ids, *expected.tokens[:-1]])
-    read = sum(len(each.ids) for each in session)
-    assert found.cached_tokens > 0
-    assert read > 5 * len(set(map(tuple, held)))
+    assert read < 0.15 * sum(len(each.ids) for each in session)
 
 
 @pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)

@@ -1,6 +1,7 @@
 """Answers that follow a JSON schema, and schemas that nobody can follow."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from support.scheduling import FULL, replies, scheduler_of
 
 from kvp_mlx.bundle.loading import KVPModel, load_any
 from kvp_mlx.errors import InputError
+from kvp_mlx.serve.grammar import Grammars
 from kvp_mlx.serve.requests import GenerationRequest, Sampling
 
 SCHEMA = {
@@ -65,3 +67,15 @@ def test_schemas_that_cannot_be_followed_are_refused(model: KVPModel, schema: st
         with pytest.raises(InputError, match="schema"):
             scheduler.submit(GenerationRequest([5], FULL, grammar=schema))
         assert scheduler.statistics()["waiting"] == 0
+
+
+def test_a_server_with_nothing_to_do_gets_ready_for_schemas(model: KVPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvp_mlx.serve.scheduler.PREPARE_AFTER_SECONDS", 0.01)
+    ready = threading.Event()
+    prepare = Grammars.prepare
+    monkeypatch.setattr(Grammars, "prepare", lambda grammars: (prepare(grammars), ready.set()))
+    with scheduler_of(model) as scheduler:
+        assert ready.wait(30)
+        assert "_llguidance" in vars(scheduler._grammars)
+        (found,) = replies(scheduler.submit(GenerationRequest([5], FULL, 9, grammar=json.dumps({"const": 7}))))
+    assert found.text == "7"

@@ -1,6 +1,7 @@
 """Silence, clients that go away, a full queue, and the server's end."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from support.chat_models import write_tool_model
 from support.serving import serving
 
+from kvp_mlx.serve.server import listen
 from kvp_mlx.serve.service import Service
 
 ROUTES = {
@@ -60,6 +62,13 @@ def stream(url: str, path: str, lines: list[str], **fields: object) -> None:
     """Read a stream's lines until it ends."""
     with httpx.stream("POST", url + path, json=long(path, stream=True, **fields), timeout=60) as answer:
         lines.extend(line for line in answer.iter_lines() if line)
+
+
+def test_small_events_do_not_wait_for_acknowledgements() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("path", ROUTES)

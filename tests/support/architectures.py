@@ -12,8 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
+from kvp_mlx.bundle.layer_map import prefix_layer_map
+from kvp_mlx.bundle.loading import KVPModel, build_predictor
 from kvp_mlx.models.families import kinds_of
+from kvp_mlx.models.sections import prefix_model
 
 VOCABULARY = 61
 WINDOW = 8
@@ -210,18 +215,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """Return the config.json of a tiny model."""
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    """Return the config.json of a tiny model; ``changes`` go to its language model's fields."""
     config = CONFIGS[name]
-    if "text_config" in config:
-        return config | {"model_type": name, "text_config": COMMON | config["text_config"]}
-    return COMMON | config | {"model_type": name}
+    if "text_config" not in config:
+        return COMMON | config | changes | {"model_type": name}
+    outer = {key: changes.get(key, value) for key, value in config.items()}
+    return outer | {"model_type": name, "text_config": COMMON | config["text_config"] | changes}
 
 
-def tiny_model(name: str, seed: int = 0) -> nn.Module:
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     """Return mlx-lm's own model, with random weights."""
     module = importlib.import_module(f"mlx_lm.models.{'llama' if name == 'mistral' else name}")
-    model = module.Model(module.ModelArgs.from_dict(config_of(name)))
+    model = module.Model(module.ModelArgs.from_dict(config_of(name, **changes)))
     rng = np.random.default_rng(seed)
     weights = [
         (key, rng.uniform(0.5, 1.5, old.shape) if old.ndim == 1 else rng.normal(0, 0.15, old.shape))
@@ -230,6 +236,23 @@ def tiny_model(name: str, seed: int = 0) -> nn.Module:
     model.load_weights([(key, mx.array(array, mx.float32)) for key, array in weights])
     model.eval()
     return model
+
+
+def bundle(base: nn.Module, layers: int, tokenizer: TokenizerWrapper | None = None) -> KVPModel:
+    """Return a prefix of some layers with maps that are not fitted."""
+    depth = len(kinds_of(base))
+    config = BundleConfig(
+        base=BaseConfig(fingerprint="none", path="base"),
+        auxiliary=AuxiliaryConfig(kind="prefix", layers=layers),
+        predictor=PredictorConfig(input="hidden_state", layer_map=prefix_layer_map(depth, layers)),
+    )
+    prefix = prefix_model(base, layers)
+    return KVPModel(base, prefix, build_predictor(base, prefix, config), tokenizer, config, {})
+
+
+def random_ids(tokens: int, batch: int) -> mx.array:
+    """Return token ids (B, T)."""
+    return mx.array(np.random.default_rng(1).integers(0, VOCABULARY, (batch, tokens)))
 
 
 def table() -> str:

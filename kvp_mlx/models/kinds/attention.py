@@ -30,7 +30,7 @@ class Attention(Kind):
     """Full attention, with whatever norms, gates, biases and sinks."""
 
     title = "full attention"
-    is_rewritable = True
+    is_rewritable = keeps_entries = True
 
     @classmethod
     def of(cls, layer: nn.Module, cache: Any) -> "Attention | None":
@@ -66,6 +66,15 @@ class Attention(Kind):
         """Return the FLOPs of one score and one weighted value in all heads."""
         head_dim = self.targets(mixer)[0].width // kv_heads(mixer)
         return 4.0 * query_heads(mixer) * head_dim
+
+    def scores(self, mixer: nn.Module, hidden: mx.array, entries: tuple[mx.array, mx.array]) -> mx.array:
+        """See ``Kind.scores``."""
+        keys, tokens = entries[0], hidden.shape[1]
+        batch, heads, length, dim = keys.shape
+        own = queries(mixer, hidden, dim, length - tokens)  # (B, query heads, T, D)
+        grouped = own.reshape(batch, heads, -1, dim)  # -> (B, H, queries per key head * T, D)
+        scores = mixer.scale * grouped @ keys.swapaxes(-1, -2)
+        return scores.reshape(batch, -1, tokens, length)  # -> (B, query heads, T, S)
 
     def compared(self, mixer: nn.Module, raw: RawOutputs, x: mx.array) -> list[mx.array]:
         """Return keys after their norm and before RoPE, and values likewise, heads merged."""

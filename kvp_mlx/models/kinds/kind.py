@@ -69,6 +69,9 @@ class Kind(ABC):
     is_rewritable: ClassVar[bool] = False
     """Whether the cache holds an entry of every position, any of which the layer can compute anew in its place."""
 
+    keeps_entries: ClassVar[bool] = False
+    """Whether it keeps entries of positions, be it the newest, and not a state that all of them went into."""
+
     @classmethod
     @abstractmethod
     def of(cls, layer: nn.Module, cache: Any) -> "Kind | None":
@@ -90,6 +93,16 @@ class Kind(ABC):
         """Return an empty cache that gradients flow through, and that keeps whatever it is given."""
         return self.new_cache()
 
+    def scores(self, mixer: nn.Module, hidden: mx.array, entries: tuple[mx.array, mx.array]) -> mx.array:
+        """Return the newest tokens' scores (B, query heads, T, S), scaled, not masked; of kinds with entries alone.
+
+        Args:
+            mixer: the layer's.
+            hidden: what its projections read of these tokens ``(B, T, hidden)``.
+            entries: both arrays of its cache ``(B, H, S, D)``, these tokens' own included.
+        """
+        raise NotImplementedError(self.title)
+
     def pair_flops(self, mixer: nn.Module) -> float:
         """Return the FLOPs of one position and one entry that it looks at."""
         return 0.0
@@ -100,7 +113,7 @@ class Kind(ABC):
 
     def compared(self, mixer: nn.Module, raw: RawOutputs, x: mx.array) -> list[mx.array]:
         """Return arrays (B, T, features) by whose distance two predictions are compared; ``x`` as in ``write``."""
-        return list(raw.values())
+        return [raw[name] for name in sorted(raw)]
 
     def write(self, layer: Layer, x: mx.array) -> None:
         """Append what was predicted to a cache: the layer's own call on top of the predicted outputs.

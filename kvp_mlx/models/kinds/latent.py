@@ -16,6 +16,7 @@ class Latent(Kind):
     """Latent attention; the key that is to be rotated stands behind the latent."""
 
     title = "latent attention"
+    is_rewritable = keeps_entries = True
 
     @classmethod
     def of(cls, layer: nn.Module, cache: Any) -> "Latent | None":
@@ -25,6 +26,19 @@ class Latent(Kind):
     def targets(self, mixer: nn.Module) -> tuple[Target, ...]:
         """See ``Kind.targets``."""
         return (Target("latent", PROJECTION, rows(mixer[PROJECTION])),)
+
+    def scores(self, mixer: nn.Module, hidden: mx.array, entries: tuple[mx.array, mx.array]) -> mx.array:
+        """See ``Kind.scores``; a head's query is brought to the latents, as in decoding."""
+        latents, keys = entries  # (B, 1, S, rank), (B, 1, S, RoPE features)
+        if "q_proj" in mixer:
+            queries = mixer.q_proj(hidden)
+        else:
+            queries = mixer.q_b_proj(mixer.q_a_layernorm(mixer.q_a_proj(hidden)))
+        queries = queries.reshape(*hidden.shape[:2], mixer.num_heads, -1).swapaxes(1, 2)  # -> (B, query heads, T, D)
+        plain, turned = mx.split(queries, [mixer.qk_nope_head_dim], axis=-1)
+        turned = mixer.rope(turned, keys.shape[2] - hidden.shape[1])
+        scores = mixer.embed_q(plain) @ latents.swapaxes(-1, -2) + turned @ keys.swapaxes(-1, -2)
+        return mixer.scale * scores
 
     def pair_flops(self, mixer: nn.Module) -> float:
         """Return the FLOPs of one score and one weighted value in all heads, as in prefill."""

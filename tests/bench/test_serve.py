@@ -1,0 +1,56 @@
+"""``kvp bench serve`` with real servers on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Kvp
+from kvp_mlx.bench.serve import ARMS
+
+SHORT = ("--prompt-tokens", "40,90", "--clients", "2", "--new-tokens", 5, "--rounds", 2)
+
+
+@pytest.mark.long
+def test_rows_of_both_servers(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    out = tmp_path / "serve.json"
+    outcome = kvp("bench", "serve", "--model", fitted, *SHORT, "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json()
+    assert json.loads(out.read_text()) == result
+    assert {"chip", "mlx_lm"} <= result["machine"].keys()
+    assert (result["precision"], result["quality"]) == ("float32", "balanced")
+    places = [(row["prompt_tokens"], row["clients"], row["arm"]) for row in result["rows"]]
+    assert places == [(tokens, clients, arm) for tokens, clients in ((40, 1), (90, 1), (40, 2)) for arm in ARMS]
+    for row in result["rows"]:
+        assert (
+            row["prompt_tokens"] - 12 < row["read_tokens"] < row["prompt_tokens"] + 8
+        )  # the template's first ones are known
+        assert len(row["ttft_ms"]["samples"]) == 2 * row["clients"]
+        is_ours = row["arm"] != "mlx-lm-server"
+        assert (row["engine_ms"] is not None) == (row["http_ms"] is not None) == is_ours
+        if is_ours:
+            assert 0 < row["engine_ms"]["median"] < row["ttft_ms"]["median"]
+        assert (row["tps"] is not None) == (row["clients"] == 2)
+        assert row["tps"] is None or row["tps"]["median"] > 0
+    one, two = result["rows"][1:3]
+    assert one["speedup"] == two["ttft_ms"]["median"] / one["ttft_ms"]["median"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--arms", "full,psychic"), "psychic"),
+        (("--clients", "0"), "--clients"),
+        (("--prompt-tokens", "500"), "context window"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(options: tuple, named: str, fitted: Path, kvp: Kvp) -> None:
+    outcome = kvp("bench", "serve", "--model", fitted, *options)
+    assert outcome.code == 2
+    assert named in outcome.err
+
+
+def test_prediction_needs_a_predictor(base_dir: Path, kvp: Kvp) -> None:
+    outcome = kvp("bench", "serve", "--model", base_dir, "--prompt-tokens", "40", "--new-tokens", 5)
+    assert outcome.code == 2
+    assert "no predictor" in outcome.err
