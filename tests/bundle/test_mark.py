@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from support.directories import write_llama
 
 import kvp_mlx
 from kvp_mlx.bundle.config import read_config
 from kvp_mlx.errors import BundleError, InputError
 
 from ..conftest import Kvp
-from support.directories import write_llama
 
 
 def other_precision(kvp: Kvp, base: Path, out: Path, *options: object) -> Path:
