@@ -17,6 +17,7 @@ from support.tiny import llama, prefixed
 from support.training import log_of, state_of, steps_of, train_args, training
 
 import kvp_mlx
+from kvp_mlx.cli import output
 from kvp_mlx.train.loop import WARM_UP_STEPS, Trained, TrainOptions, make_optimizer, schedule, take_step
 from kvp_mlx.train.objectives import Weights
 from kvp_mlx.train.recovery import RecoveryMeasurement
@@ -269,7 +270,7 @@ def test_it_is_said_what_was_taken_and_what_is_kept(
 def test_phases_are_told_where_there_is_no_terminal(
     base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrapped = sys.modules["kvp_mlx.cli.output"].progress_lines
+    wrapped = output.progress_lines
 
     def at_once(label: str) -> object:
         monkeypatch.setattr("kvp_mlx.cli.output.SILENT_SECONDS", 0.0)
