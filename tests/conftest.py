@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["kvp", *map(str, args)])
         monkeypatch.setattr("kvp_mlx.cli.output.SILENT_SECONDS", 600.0)  # a busy machine's lines are no errors
+        monkeypatch.setattr("kvp_mlx.cli.output.STARTED", time.monotonic())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         with pytest.raises(SystemExit) as stop:
             main()

@@ -75,7 +75,7 @@ def starting(name: str) -> Iterator[None]:
 
     note = threading.Timer(STARTING_SECONDS, tell)
     note.daemon = True
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         note.start()
     try:
         yield

@@ -9,7 +9,7 @@ from conftest import Kvp
 def test_the_defaults_alias_is_a_source_and_a_tokeniser(
     base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp
 ) -> None:
-    monkeypatch.setattr("kvp_mlx.bundle.named.ensure_base", lambda name: base_dir)
+    monkeypatch.setattr("kvp_mlx.bundle.named.ensure_base", lambda *_, **__: base_dir)
     alias, out = "smollm2-135m", tmp_path / "out"
     result = kvp("convert", "hf", alias, "--tokenizer", alias, "--out", out, "--json").json()
     assert result["source"] == alias

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -242,7 +243,9 @@ def test_ctrl_c_is_told_of(bundle: Path) -> None:
 
 
 def test_completion_in_bash() -> None:
-    assert b"complete -o default -F _kvp_completion kvp" in run("--show-completion", "bash").stdout
+    shown = f"{shlex.quote(sys.executable)} -m kvp_mlx --show-completion; true"  # typer asks which shell it is run by
+    told = subprocess.run(["bash", "-c", shown], capture_output=True, check=True)
+    assert b"complete -o default -F _kvp_completion kvp" in told.stdout
     for words, expected in (("kvp ge", b"generate\n"), ("kvp generate --prefill ", b"kvp\nfull\nauto\n")):
         asked = {"_KVP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         assert run(env=os.environ | asked).stdout == expected

@@ -82,7 +82,7 @@ def test_base_on_the_hub(bundle: Path, tmp_path: Path, hub: FakeHub, remote: Rem
         (bundle / "kvp.json").write_text(json.dumps(config))
         outcome = remote("generate", "The lamp", "--model", bundle, "--max-tokens", 2)
         assert outcome.code == code, outcome.err
-    assert "not the model that this bundle was made with" in outcome.err
+    assert "not the model that this bundle was made for" in outcome.err
 
 
 def test_convert_from_and_to_the_hub(base_dir: Path, tmp_path: Path, hub: FakeHub, remote: Remote) -> None:

@@ -114,6 +114,6 @@ def test_the_folder_that_one_is_in_is_no_library(planted: Path, tmp_path: Path) 
     command = [sys.executable, "-m", "kvp_mlx", "info", str(planted)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(command, cwd=planted, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 2
+    assert result.returncode == 0, result.stderr  # a model without a bundle is described
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "RAN").exists()

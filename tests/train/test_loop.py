@@ -279,7 +279,7 @@ def test_phases_are_told_where_there_is_no_terminal(
     monkeypatch.setattr("kvp_mlx.cli.output.progress_lines", at_once)
     monkeypatch.setattr("kvp_mlx.cli.training.progress_lines", at_once)
     common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 128)
-    outcome = kvp(*common, "--tokens", 128, "--out", tmp_path / "out")
+    outcome = kvp(*common, "--tokens", 640, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     for phase in ("closed form, tokens", "validation, documents", "saving the best so far, windows", "training"):
         assert f"{phase}: done after" in outcome.err
