@@ -53,7 +53,7 @@ def serve(
             help="How long reading a prompt may hold up other answers at a time.",
             rich_help_panel=REQUESTS,
         ),
-    ] = 50.0,
+    ] = 200.0,
     cache_gib: Annotated[
         float,
         typer.Option(

@@ -50,7 +50,7 @@ class Scheduler:
         *,
         max_batch: int = 8,
         queue_limit: int = 64,
-        slice_ms: float = 50.0,
+        slice_ms: float = 200.0,
         cache_bytes: int = 4_000_000_000,
         cache_dir: Path | None = None,
     ):
