@@ -11,7 +11,7 @@ import pytest
 from support.chat_models import write_tool_model
 from support.serving import serving
 
-from kvp_mlx.bundle.loading import KVPModel, load_any
+from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine.reply import stream_generate
 from kvp_mlx.serve.anthropic import Content, MessagesBody, turn_of
 from kvp_mlx.serve.output import Reasoning, Text, ToolCall
@@ -44,23 +44,6 @@ CALLED = [
         ],
     },
 ]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tool_model(tmp_path_factory.mktemp("serve") / "model")
-
-
-@pytest.fixture(scope="module")
-def twin(directory: Path) -> KVPModel:
-    """The same model for this thread, to know what has to come out."""
-    return load_any(str(directory))
-
-
-@pytest.fixture(scope="module")
-def server(directory: Path) -> Iterator[tuple[str, Service]]:
-    with serving(directory) as served:
-        yield served
 
 
 @pytest.fixture(scope="module")
