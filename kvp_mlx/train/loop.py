@@ -49,6 +49,7 @@ class TrainOptions:
         accumulate: batches whose gradients make one step.
         splits: split points per batch, for the continuation objective.
         right: tokens after a split; every other split has a quarter of it.
+        recompute: share of the tokens before a split that has its true entries, as recomputation will give them.
         validate_every: minutes between validations.
         seed: of data order and split points.
     """
@@ -64,6 +65,7 @@ class TrainOptions:
     accumulate: int = 1
     splits: int = 3
     right: int = 128
+    recompute: float = 0.0
     validate_every: float = 10.0
     lora_rank: int | None = None
     train_auxiliary: bool = False
@@ -81,6 +83,8 @@ class TrainOptions:
         for name in ("weight_decay", "validate_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} must be a number from 0 up.")
+        if not 0 <= self.recompute < 1:
+            raise InputError(f"--recompute is a share of the tokens, from 0 to below 1, not {self.recompute}.")
         if self.window < 2 * MIN_LEFT_TOKENS:
             raise InputError(f"windows of {self.window} tokens are too short to split; give --window 32 or more.")
 
@@ -329,7 +333,7 @@ def parts_of(
 
     def continuation(read_here: Reading, split: int, end: int) -> tuple[mx.array, Losses]:
         divergence, residual = continuation_losses(
-            model, teacher, read_here, batch, split, end, checkpoint=options.checkpoint
+            model, teacher, read_here, batch, split, end, recompute=options.recompute, checkpoint=options.checkpoint
         )
         losses = {"continuation": divergence / options.splits, "residual": residual / options.splits}
         return weights.continuation * (losses["continuation"] + weights.residual * losses["residual"]), losses

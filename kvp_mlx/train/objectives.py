@@ -140,20 +140,23 @@ def continuation_losses(
     split: int,
     end: int,
     *,
+    recompute: float = 0.0,
     checkpoint: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Return how far the base strays when it goes on from a predicted cache, as decoding does.
 
     The cache of positions below ``split`` is predicted; the base reads ``split`` to ``end - 1`` on top of it with
-    its own keys and values. With ``checkpoint``, activations are computed once more for the backward pass.
+    its own keys and values. A share ``recompute`` of the predicted tokens, those that a dial would recompute, has its
+    true entries. With ``checkpoint``, activations are computed once more for the backward pass.
 
     Returns:
         The KL divergence of its next-token distribution from the one on the true cache, nats per token; and the
         squared error of the residual stream, relative to what the predicted layers add to it, a mean over layers.
     """
     start, kept = exact_layers(model), batch.kept[:, split:end]
-    predicted = predict(model, teacher, reading, split)
-    cache = student_cache(model, reading, predicted, split)
+    cache = student_cache(model, reading, predict(model, teacher, reading, split), split)
+    if recompute:
+        cache = with_true_entries(model, teacher, reading, cache, split, recompute)
     true = [stream[:, split:end] for stream in teacher.streams]
     if checkpoint:
         streams = checkpointed_streams(model, true[0], cache, start)
@@ -230,6 +233,26 @@ def student_cache(model: KVPModel, reading: Reading, predicted: dict[int, RawOut
             own.update_and_fetch(keys[..., :split, :], values[..., :split, :])
     append_raw(model.base, predicted, cache)
     return cache
+
+
+def with_true_entries(
+    model: KVPModel, teacher: Teacher, reading: Reading, cache: Cache, split: int, share: float
+) -> Cache:
+    """Return the cache of the first ``split`` positions with the base's own entries of those that deviate most.
+
+    They are the ``share`` of tokens that recomputation takes first, so that training spends nothing on them.
+    """
+    deviations = model.predictor.deviations({name: x[:, :split] for name, x in reading.inputs.items()})
+    least = mx.sort(deviations, axis=1)[:, split - max(1, round(share * split)), None]
+    is_true = (deviations >= least)[:, None, :, None]  # (B, 1, split, 1)
+    true, merged = open_caches(model.base), list(cache)
+    raw = {layer: {kind: x[:, :split] for kind, x in outputs.items()} for layer, outputs in teacher.raw.items()}
+    append_raw(model.base, raw, true)
+    for layer in raw:
+        both = zip(true[layer].keys_and_values(), cache[layer].keys_and_values(), strict=True)
+        merged[layer] = ConcatenateKVCache()
+        merged[layer].update_and_fetch(*(mx.where(is_true, one, other) for one, other in both))
+    return merged
 
 
 class PredictedOnlyCache(ConcatenateKVCache):

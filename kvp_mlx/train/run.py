@@ -123,12 +123,16 @@ def _train(
     held_back = hold_back(files, model, options)
     measurement = RecoveryMeasurement(model, list(held_back.values()), options.window // 4)
 
-    def save(record: dict[str, Any]) -> None:
+    def estimate() -> float | None:
         windows = list(budgeted(endless_windows(files, model, options, held_back), DEVIATION_TOKENS))
         with phase("saving the best so far, windows") as told:
-            explained = fit_deviation(model, windows, told)
-            training = training_record(files, options, begun) | {"deviation_explained": explained, "validation": record}
-            write_trained(model, trained, training, directory / "start", out)
+            return fit_deviation(model, windows, told)
+
+    def save(record: dict[str, Any]) -> None:
+        known = begun.get("deviation_explained") if record["step"] == 0 else None  # the maps are the start's own
+        explained = estimate() if known is None else known
+        training = training_record(files, options, begun) | {"deviation_explained": explained, "validation": record}
+        write_trained(model, trained, training, directory / "start", out)
 
     if not resume and mx.distributed.init().rank() == 0:
         begin(bundle_directory(start), directory)
@@ -236,11 +240,12 @@ def check_kinds(base: Path, options: TrainOptions, prefix: int) -> None:
         prefix: layers of it that read the prompt, 0 for another auxiliary.
 
     Raises:
-        InputError: a loss on predicted entries alone, or a prefix of such layers with low-rank updates.
+        InputError: a loss on predicted entries alone, recomputation, or a prefix of such layers with low-rank updates.
     """
     layers = layers_of(model_without_weights(read_model_config(base), base))
     titles = [None if kind is None or kind.keeps_entries else kind.title for kind, _ in layers]
     refused = {"--objective paper (--base-weight)": titles if options.weights.base else []}
+    refused["--recompute"] = titles if options.recompute else []
     refused["--lora-rank"] = titles[: prefix + 1] if prefix and options.lora_rank is not None else []
     for option, found in refused.items():
         if kinds := sorted({title for title in found if title is not None}):
@@ -266,6 +271,8 @@ def open_start(start: str, out: Path, resume: bool, force: bool, options: TrainO
         raise InputError(f"{start} carries its base inside; fit a bundle on the base's own directory to train.")
     if not model.predictor.blocks:
         raise InputError("every layer of this prefix is exact, there is nothing to train; use fewer --layers.")
+    if options.recompute and model.config.recompute is None:
+        raise InputError(f"{start} cannot tell which tokens are recomputed; leave --recompute out, or fit it anew.")
     if not resume:
         require_free(out, force, sources=[base_directory(model.config.base, bundle_directory(start))])
     return model
@@ -358,7 +365,7 @@ def write_trained(model: KVPModel, trained: Trained, training: dict[str, Any], s
         start: the bundle that training began with.
         out: bundle directory to write.
     """
-    config = model.config.model_copy(update={"training": training})
+    config = model.config.model_copy(update={"training": training, "dials": ()})  # measured on other maps
     with atomic_directory(out) as work:
         write_predictor(model.predictor, work / "predictor.safetensors")
         if config.auxiliary.adapter_rank is not None:

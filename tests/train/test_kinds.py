@@ -172,7 +172,12 @@ def test_an_auxiliary_of_the_same_kinds_serves_each_layer_from_one_that_can(text
 
 @pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
 @pytest.mark.parametrize(
-    ("options", "named"), [(("--objective", "paper"), "--objective paper"), (("--lora-rank", 4), "--lora-rank")]
+    ("options", "named"),
+    [
+        (("--objective", "paper"), "--objective paper"),
+        (("--lora-rank", 4), "--lora-rank"),
+        (("--recompute", 0.1), "--recompute"),
+    ],
 )
 def test_what_needs_entries_is_refused_by_kind_before_the_fit(name, options, named, text_file, tmp_path, kvp):
     base = directory_of(tmp_path / name, name)

@@ -19,9 +19,10 @@ from support.objectives import (
     losses_of,
     plain_losses,
 )
-from support.tiny import llama, prefixed, token_ids
+from support.tiny import estimating, llama, prefixed, token_ids
 
 import kvp_mlx
+from kvp_mlx.engine.prefill import auxiliary_prefill, base_prefill
 from kvp_mlx.errors import InputError
 from kvp_mlx.train.loop import TrainOptions, split_points
 from kvp_mlx.train.objectives import (
@@ -48,6 +49,23 @@ def test_continuation_is_the_divergence_that_decoding_sees(name: str) -> None:
     true = model.base(mx.array(ids), cache=make_prompt_cache(model.base))[:, SPLIT:END]
     assert loss == pytest.approx(plain.divergence(np.array(true), np.array(student)).mean(), rel=1e-4)
     assert loss > 1e-3
+
+
+@each_model
+def test_tokens_that_will_be_recomputed_are_exact_in_training(name: str) -> None:
+    """Written out with a cache that holds the true entries of those that the estimator thinks worst of."""
+    model = estimating(MODELS[name]()[0])
+    ids = token_ids(30)
+    loss = losses_of(model, batch_of(ids), recompute=0.3)["continuation"].item()
+    inputs, _ = auxiliary_prefill(model, mx.array(ids[:, :SPLIT]), make_prompt_cache(model.auxiliary))
+    worst = mx.argsort(-model.predictor.deviations(inputs)[0])[: round(0.3 * SPLIT)]
+    cache, true = (make(model, mx.array(ids[:, :SPLIT])) for make in (kvp_mlx.predict_base_cache, base_prefill))
+    for layer, other in zip(cache, true, strict=True):
+        layer.keys[:, :, worst], layer.values[:, :, worst] = other.keys[:, :, worst], other.values[:, :, worst]
+    student = model.base(mx.array(ids[:, SPLIT:END]), cache=cache)
+    teacher = model.base(mx.array(ids), cache=make_prompt_cache(model.base))[:, SPLIT:END]
+    assert loss == pytest.approx(plain.divergence(np.array(teacher), np.array(student)).mean(), rel=1e-4)
+    assert loss < losses_of(model, batch_of(ids))["continuation"].item()
 
 
 @each_model

@@ -69,6 +69,8 @@ def test_dataset_without_network_is_one_line(tmp_path: Path) -> None:
         (("--learning-rate", "nan"), "--learning-rate"),
         (("--batch-size", 0), "--batch-size"),
         (("--splits", 0), "--splits"),
+        (("--recompute", 1), "--recompute"),
+        (("--recompute", "nan"), "--recompute"),
         (("--right", -3), "--right"),
         (("--lora-rank", 0), "--lora-rank"),
         (("--accumulate", 0), "--accumulate"),
