@@ -117,10 +117,41 @@ class RecomputeConfig(_Part):
     upper_from: float = Field(default=0.25, ge=0, lt=1)
 
 
+class MeasuredDial(_Part):
+    """How a quality reads prompts from some length on, as ``kvp eval dial --write`` measured it with this bundle.
+
+    Attributes:
+        quality: whose setting it is.
+        from_tokens: length of the shortest prompts that it is for, up to the quality's next one.
+        path: ``full`` where no prediction that is as good is sooner; ``auto`` predicts where that pays.
+        exact_head: see ``engine.dial.Dial``, as the next two; what is left out is as without measuring.
+        exact_tail: see above.
+        recompute: see above.
+        recovery: of the context, as measured at that length; 1 is full prefill's.
+        sooner: full prefill's time to the first token over its own, there.
+    """
+
+    quality: Literal["fast", "balanced"]
+    from_tokens: NonNegativeInt
+    path: Literal["auto", "full"] = "auto"
+    exact_head: NonNegativeInt | None = None
+    exact_tail: NonNegativeInt | None = None
+    recompute: float | None = Field(default=None, ge=0, le=1)
+    recovery: FiniteFloat | None = None
+    sooner: FiniteFloat | None = None
+
+    @model_validator(mode="after")
+    def _full_predicts_nothing(self) -> "MeasuredDial":
+        if self.path == "full" and (self.exact_head or self.exact_tail or self.recompute):
+            raise ValueError("path 'full' reads everything, so exact_head, exact_tail and recompute have no place")
+        return self
+
+
 class BundleConfig(_Part):
     """The whole of kvp.json; ``training`` and ``measured`` are free-form records for people.
 
-    Without a ``recompute`` section the predictor cannot tell which tokens to recompute. ``sha256`` names the bundle's
+    Without a ``recompute`` section the predictor cannot tell which tokens to recompute. Without ``dials`` of a quality
+    its constants hold (``engine.dial.QUALITIES``). ``sha256`` names the bundle's
     own weight files and their hashes; bundles made before it was introduced have none.
     """
 
@@ -129,9 +160,19 @@ class BundleConfig(_Part):
     auxiliary: AuxiliaryConfig
     predictor: PredictorConfig
     recompute: RecomputeConfig | None = None
+    dials: tuple[MeasuredDial, ...] = ()
     training: dict[str, Any] = {}
     measured: dict[str, Any] = {}
     sha256: dict[Literal["predictor.safetensors", "adapter.safetensors"], str] = {}
+
+    @model_validator(mode="after")
+    def _dials_that_can_be_followed(self) -> "BundleConfig":
+        places = [(dial.quality, dial.from_tokens) for dial in self.dials]
+        if twice := [place for place in places if places.count(place) > 1]:
+            raise ValueError(f"dials: {twice[0][0]} from {twice[0][1]} tokens on stands there twice")
+        if self.recompute is None and any(dial.recompute for dial in self.dials):
+            raise ValueError("dials: without a section recompute nothing can be recomputed")
+        return self
 
     @property
     def has_predictor(self) -> bool:

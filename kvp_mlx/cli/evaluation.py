@@ -22,11 +22,12 @@ from ..evaluate.report import page, read_results
 from ..evaluate.runs import answering_arms
 from ..evaluate.suite import estimate, plan, run_suite
 from ..evaluate.tasks import all_tasks
-from ..evaluate.trade_off import dials, measure_dials
+from ..evaluate.trade_off import dials, measure_dials, own_directory, soonest, store_dials
 from ..evaluate.turns import measure_sets, read_conversations, script_sets, yield_times_ms
 from ..files import check_writable, write_json, write_text
 from ..train.recovery import ARMS, RecoveryMeasurement
 from ..train.text import data_files, token_windows
+from .info import dial_rows
 from .options import (
     DEFAULT_MODEL,
     AllowCode,
@@ -38,8 +39,10 @@ from .options import (
     Limit,
     Model,
     ModelArgument,
+    OtherBase,
     OutFile,
     Plot,
+    PromptLengths,
     PromptTokens,
     Recompute,
     TextData,
@@ -48,7 +51,7 @@ from .options import (
     parse_numbers,
 )
 from .output import clean_stdout, print_json, progress_bar, progress_lines, say, say_written, show, show_table
-from .tasks import AnsweringArms, ScoringOption, task_command
+from .tasks import AnsweringArms, ScoringOption, parse_shares, task_command
 
 app = typer.Typer(help="Measure what a sooner first token costs.", rich_markup_mode=None)
 for task in all_tasks().values():
@@ -97,6 +100,7 @@ def context(
     limit: Documents = 24,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the caches layer by layer.")] = False,
     seed: DataSeed = 0,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -106,7 +110,7 @@ def context(
     """
     data_files(data)  # refused before a model is loaded
     with clean_stdout(json):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("documents") as progress:
         share = Dial("kvp", 0, exact_tail, recompute).share(loaded.config)
         documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
@@ -134,45 +138,74 @@ def print_recovery(result: dict[str, Any]) -> None:
 def dial(
     data: TextData,
     model: ModelArgument = DEFAULT_MODEL,
-    prompt_tokens: PromptTokens = 384,
+    prompt_tokens: PromptLengths = "384",
     continuation_tokens: ContinuationTokens = 64,
     heads: Annotated[str, typer.Option(help="Exact heads to try, comma-separated.")] = "0,4,32",
     tails: Annotated[str, typer.Option(help="Exact tails to try, comma-separated.")] = "0,8,16,32,64,128",
+    recompute: Annotated[
+        str | None, typer.Option(help="Shares of tokens to recompute, comma-separated.  [default: the bundle's]")
+    ] = None,
+    balanced: Annotated[float, typer.Option(min=0, max=1, help="Recovery that balanced promises.")] = 0.97,
+    fast: Annotated[float, typer.Option(min=0, max=1, help="Recovery that fast promises.")] = 0.9,
+    write: Annotated[bool, typer.Option("--write", help="Keep what was found in the bundle's kvp.json.")] = False,
     limit: Documents = 12,
     seed: DataSeed = 0,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     out: OutFile = None,
     json: Json = False,
 ) -> None:
-    """Measure what exact heads and tails cost and give.
+    """Measure what exact heads, tails and recomputed shares cost and give.
 
-    Time to the first token and context recovery of each combination; those that nothing beats are marked.
+    Time to the first token and context recovery (1: all that the prompt tells the full model) of each combination;
+    those that nothing beats are marked. Then, by prompt length, what reaches each quality soonest: with --write,
+    --quality means that from then on.
     """
     check_writable(out)
-    choices = dials(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"))
-    if max(choice.exact_head + choice.exact_tail for choice in choices) > prompt_tokens - 2:
+    directory = own_directory(model) if write else None
+    lengths = sorted(set(parse_numbers(prompt_tokens, "--prompt-tokens")))
+    shares = [None] if recompute is None else parse_shares(recompute, "--recompute")
+    choices = dials(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"), shares)
+    if max(choice.exact_head + choice.exact_tail for choice in choices) > lengths[0] - 2:
         raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
     data_files(data)  # refused before a model is loaded
     with clean_stdout(json):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("documents") as progress:
-        documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
-        if len(documents) < 2:
+        sets = [documents_of(loaded, data, length + continuation_tokens, seed, limit) for length in lengths]
+        if min(map(len, sets)) < 2:
             raise InputError("two documents are the least; give more --data.")
-        result: dict[str, Any] = {
-            "model": model,
-            "machine": describe_machine(),
-            "documents": len(documents),
-            "prompt_tokens": prompt_tokens,
-            "continuation_tokens": continuation_tokens,
-            "rows": measure_dials(loaded, documents, continuation_tokens, choices, progress),
-        }
+        rows: list[dict[str, Any]] = []
+        for documents in sets:
+            rows += measure_dials(loaded, documents, continuation_tokens, choices, progress)
+    measured = soonest(rows, {"fast": fast, "balanced": balanced})
+    result: dict[str, Any] = {
+        "model": model,
+        "machine": describe_machine(),
+        "documents": min(map(len, sets)),
+        "prompt_tokens": lengths[0] if len(lengths) == 1 else lengths,
+        "continuation_tokens": continuation_tokens,
+        "rows": rows,
+        "promises": {"fast": fast, "balanced": balanced},
+        "dials": [each.model_dump(mode="json") for each in measured],
+    }
+    if directory is not None:
+        store_dials(directory, measured)
+        say_written(directory / "kvp.json")
     if hand_out(result, out, json):
-        for row in result["rows"]:
-            show(
-                f"{row['path']:5} head {row['exact_head']:4} tail {row['exact_tail']:4}   {row['ttft_ms']:7.0f} ms   "
-                f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{'   *' if row['is_best'] else ''}"
-            )
+        print_dials(result)
+
+
+def print_dials(result: dict[str, Any]) -> None:
+    """Print the trade-off for people, and what it makes of the qualities."""
+    for row in result["rows"]:
+        show(
+            f"{row['prompt_tokens']:5} {row['path']:5} head {row['exact_head']:4} tail {row['exact_tail']:4} "
+            f"recompute {row['recompute']:.2f}   {row['ttft_ms']:7.0f} ms   "
+            f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{'   *' if row['is_best'] else ''}"
+        )
+    for quality, setting in dial_rows(result["dials"]):
+        show(f"{quality:9} {setting}")
 
 
 @app.command()
@@ -185,6 +218,7 @@ def turns(
     limit: Annotated[int, typer.Option(min=1, help="Conversations of each set at most.")] = 8,
     exact_tail: Annotated[int, typer.Option(min=0, help="New tokens before the last that the base reads.")] = 8,
     seed: DataSeed = 0,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     out: OutFile = None,
     json: Json = False,
@@ -197,7 +231,7 @@ def turns(
     check_writable(out)
     records = {path: read_conversations(path) for path in data or []}
     with clean_stdout(json):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("conversations") as progress:
         sets = script_sets(records, limit, seed)
         result: dict[str, Any] = {
@@ -239,6 +273,7 @@ def diagnose(
     continuation_tokens: ContinuationTokens = 64,
     limit: Documents = 4,
     seed: DataSeed = 0,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -247,7 +282,7 @@ def diagnose(
     Layers that hurt most, facts that are lost, an auxiliary that does not fit, a gain in time that does not show.
     """
     with clean_stdout(json):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("examining") as progress:
         documents = documents_of(loaded, data or [str(SAMPLE)], prompt_tokens + continuation_tokens, seed, limit)
         needles = short_needles(loaded.text_tokenizer, seed)
@@ -281,6 +316,7 @@ def suite(
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Time three items a task and print the plan.")] = False,
     allow_code_execution: AllowCode = False,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -295,7 +331,7 @@ def suite(
     places, rows = (results, records or results / "records"), []
     done: list[str] = []
     with clean_stdout(json):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("rows") as progress:
         if dry_run:
             for row in estimate(entries, loaded, model, places[1]):
@@ -325,6 +361,7 @@ def lm_eval(
     scoring: ScoringOption = Scoring.continuation,
     allow_code_execution: AllowCode = False,
     out: OutFile = None,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -339,7 +376,7 @@ def lm_eval(
     how: dict[str, Any] = {"limit": limit, "shots": shots, "data": data or []}
     how["allow_code_execution"] = allow_code_execution
     with clean_stdout(True):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(True), progress_lines(f"running {tasks}"):
         results = {arm.name: run_harness(KVPLM(loaded, arm, scoring), names, **how)["results"] for arm in chosen}
     if hand_out({"model": model, "scoring": scoring.value, "arms": results}, out, json):

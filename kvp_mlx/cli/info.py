@@ -55,11 +55,25 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("parameters", f"{predictor['parameters']:,}"))
     if predictor["recompute"] is not None:
         found.append(("recomputes", f"{100 * predictor['recompute']:g} % of the prompt's tokens"))
+    found += dial_rows(result["dials"])
     sizes = [f"{part} {size / 1e6:.1f} MB" for part, size in result["size_bytes"].items() if size]
     found.append(("size", ", ".join(sizes)))
     if made := made_line(result["training"]):
         found.append(("made by", made))
     found += [("measured", line) for line in measured_line(result["measured"]).split("; ") if line]
+    return found
+
+
+def dial_rows(dials: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return a row for each measured dial: its quality, from which length on it holds, what it reads and gives."""
+    found = []
+    for dial in dials:
+        how = "full prefill"
+        if dial["path"] != "full":
+            parts = {"exact_head": "head {}", "exact_tail": "tail {}", "recompute": "recompute {:g}"}
+            parts |= {"recovery": "recovers {:.2f}", "sooner": "{:.2f}x sooner"}
+            how = ", ".join(form.format(dial[name]) for name, form in parts.items() if dial[name] is not None)
+        found.append((dial["quality"], f"from {dial['from_tokens']:5,} tokens: {how or 'auto'}"))
     return found
 
 

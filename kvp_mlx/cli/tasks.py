@@ -23,6 +23,7 @@ from .options import (
     Json,
     Limit,
     ModelArgument,
+    OtherBase,
     OutFile,
     PromptLengths,
     PromptTokens,
@@ -49,8 +50,8 @@ PERMISSION = "allow_code_execution"
 Log = Annotated[Path | None, typer.Option("--log", help="Rows as they come (JSONL); a begun one is gone on with.")]
 
 
-def parse_shares(text: str) -> list[float]:
-    """Parse the numbers of ``--depths``.
+def parse_shares(text: str, option: str = "--depths") -> list[float]:
+    """Parse what an option says, numbers and commas.
 
     Raises:
         InputError: anything but numbers and commas.
@@ -58,12 +59,16 @@ def parse_shares(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--depths takes numbers and commas, not '{text}'.") from error
+        raise InputError(f"{option} takes numbers and commas, not '{text}'.") from error
 
 
 OPTIONS: dict[str, Any] = {
     "data": ItemData,
     "texts": TextOrSample,
+    "sources": Annotated[
+        list[str],
+        typer.Option("--data", help="Python: .py files, folders of them, or JSONL with 'text' (also .gz); repeatable."),
+    ],
     "shots": Annotated[int, typer.Option("--shots", min=0, help="Solved examples before each question.")],
     "max_tokens": Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="Tokens to generate at most (default: the task's).")
@@ -122,6 +127,7 @@ def measure_and_print(
     arms: AnsweringArms = "full,kvp",
     log: Log = None,
     out: OutFile = None,
+    base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -129,7 +135,7 @@ def measure_and_print(
     chosen = answering_arms(arms)
     check_writable(out, log)
     with clean_stdout(json):
-        loaded = open_model(model, allow_base_mismatch=allow_base_mismatch)
+        loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar(f"measuring {run.task}, rows") as progress:
         result = carry_out(run, loaded, model, chosen, log=log, progress=progress)
     if out is not None:

@@ -1,7 +1,7 @@
 """The dial: how a request's prompt is read."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..bundle.config import BundleConfig
@@ -21,6 +21,8 @@ class Dial:
         exact_tail: predicting, it reads this many before the last, on top of the prediction.
         recompute: predicting, the share of the prompt's tokens that the base reads itself, on average over the
             predicted layers; None: the bundle's own.
+        quality: the quality that it stands for, which a bundle may have measured dials of (``at``).
+        given: names of what was chosen beside the quality, so that no measured dial replaces it.
 
     Raises:
         InputError: an unknown path, a negative number of tokens, or a share outside 0 to 1.
@@ -30,6 +32,8 @@ class Dial:
     exact_head: int = 32
     exact_tail: int = 32
     recompute: float | None = None
+    quality: str | None = field(default=None, compare=False)
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -40,6 +44,23 @@ class Dial:
                 raise InputError(f"{name} counts tokens, so it cannot be {tokens}.")
         if self.recompute is not None and not (math.isfinite(self.recompute) and 0 <= self.recompute <= 1):
             raise InputError(f"the share of tokens to recompute lies between 0 and 1, not at {self.recompute}.")
+
+    def at(self, config: BundleConfig, prompt_tokens: int) -> "Dial":
+        """Return the dial that its quality means for one prompt: the bundle's measured one, or the constants.
+
+        What was chosen beside the quality stays. The result stands for no quality any more: equal ones read alike.
+
+        Args:
+            config: the bundle's.
+            prompt_tokens: length of the whole prompt, cached or not.
+        """
+        measured = [dial for dial in config.dials if dial.quality == self.quality and dial.from_tokens <= prompt_tokens]
+        own = replace(self, quality=None, given=())
+        if not measured:
+            return own
+        last = max(measured, key=lambda dial: dial.from_tokens)
+        values = last.model_dump(include={"path", "exact_head", "exact_tail", "recompute"}, exclude_none=True)
+        return replace(own, **{name: value for name, value in values.items() if name not in self.given})
 
     def share(self, config: BundleConfig) -> float:
         """Return the share of tokens that a bundle is to recompute.
@@ -89,11 +110,11 @@ class Dial:
 PREDICT = Dial("kvp", 0, 0)
 """Predict everything but what the bundle recomputes."""
 QUALITIES = {
-    "fast": Dial("auto", 0, 32),
-    "balanced": Dial("auto", 32, 32),
-    "exact": Dial("full", 0, 0),
+    "fast": Dial("auto", 0, 32, quality="fast"),
+    "balanced": Dial("auto", 32, 32, quality="balanced"),
+    "exact": Dial("full", 0, 0, quality="exact"),
 }
-"""Chosen from the measured trade-off between recovery and time (docs/chat.md)."""
+"""Where a bundle has measured none: chosen from the trade-off between recovery and time of one base (docs/chat.md)."""
 
 
 def dial_of(
@@ -104,7 +125,7 @@ def dial_of(
     exact_tail: int | None = None,
     recompute: float | None = None,
 ) -> Dial:
-    """Return a named quality with what is given beside it.
+    """Return a named quality with what is given beside it; ``Dial.at`` says what that means for a prompt.
 
     Raises:
         InputError: no such quality, what a prompt that is read in full cannot follow, or see ``Dial``.
@@ -112,8 +133,9 @@ def dial_of(
     if quality not in QUALITIES:
         raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{quality}'.")
     given: dict[str, Any] = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
-    dial = replace(QUALITIES[quality], **{name: value for name, value in given.items() if value is not None})
-    idle = [name for name in ("exact_head", "exact_tail", "recompute") if given[name]]
+    given = {name: value for name, value in given.items() if value is not None}
+    dial = replace(QUALITIES[quality], **given, given=tuple(given))
+    idle = [name for name in ("exact_head", "exact_tail", "recompute") if given.get(name)]
     if dial.path == "full" and idle:
         raise InputError(
             f"{idle[0].replace('_', ' ')} says how a prompt is predicted, and full prefill predicts nothing; leave out "

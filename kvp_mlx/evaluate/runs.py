@@ -7,7 +7,7 @@ from typing import Any
 from .. import __version__
 from ..arms.arm import Arm
 from ..arms.kinds import parse_arms, with_dial
-from ..bundle.loading import KVPModel, base_directory, bundle_directory
+from ..bundle.loading import KVPModel, bundle_directory
 from ..device.blas import openblas_threads
 from ..device.machine import describe_machine
 from ..engine.dial import Dial
@@ -98,7 +98,7 @@ def items_of(run: Run, model: KVPModel) -> list[Item]:
 
 def weights(model: KVPModel, name: str) -> dict[str, str]:
     """Return the fingerprints of a bundle's parts: the base that runs, the predictor, and others where it has them."""
-    found = {"base": fingerprint(base_directory(model.config.base, bundle_directory(name)))}
+    found = {"base": fingerprint(model.base_path)}
     if model.config.auxiliary.fingerprint is not None:
         found["auxiliary"] = model.config.auxiliary.fingerprint
     for part in ("predictor", "adapter"):

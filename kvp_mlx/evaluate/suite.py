@@ -57,7 +57,7 @@ def plan(data: Path, limit: int | None = None, names: Sequence[str] | None = Non
     Args:
         data: folder of the files, under the names that the places give.
         limit: items of each at most, where that is fewer than its own.
-        names: only these (default: all).
+        names: only these (default: all that are not only for who names them).
 
     Raises:
         InputError: a file is missing, or no task has such a name.
@@ -65,7 +65,7 @@ def plan(data: Path, limit: int | None = None, names: Sequence[str] | None = Non
     places = {place.name: (task, place) for task in all_tasks().values() for place in task.places}
     if unknown := set(names or ()) - set(places):
         raise InputError(f"no task '{min(unknown)}'; tasks are {', '.join(places)}.")
-    chosen = [pair for name, pair in places.items() if names is None or name in names]
+    chosen = [pair for name, pair in places.items() if (pair[1].is_default if names is None else name in names)]
     entries = [Entry(task, place, run_at(task, place, data)) for task, place in chosen]
     if limit is None:
         return entries

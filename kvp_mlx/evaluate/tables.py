@@ -1,6 +1,6 @@
 """Writes the tables of README.md and docs/*.md from committed results (``make readme``), checked by tests.
 
-A table stands between two marks: ``<!-- ttft|decode|memory FILE -->`` (a result of the bench) and ``<!-- end -->``,
+A table stands between two marks: ``<!-- ttft|decode|drafts|memory FILE -->`` (of the bench) and ``<!-- end -->``,
 ``<!-- evaluation FOLDER -->`` and ``<!-- end evaluation -->``, ``<!-- headline FILE FOLDER -->`` and
 ``<!-- end headline -->`` (time and quality beside each other).
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.document import read_result
-from ..bench.report import DECODE, MEMORY, TTFT, Columns, markdown, number
+from ..bench.report import DECODE, DRAFTS, MEMORY, TTFT, Columns, markdown, number
 from .report import read_results, summary
 
 ROOT = Path(__file__).parents[2]
-TABLES: dict[str, Columns] = {"ttft": TTFT, "decode": DECODE, "memory": MEMORY}
+TABLES: dict[str, Columns] = {"ttft": TTFT, "decode": DECODE, "drafts": DRAFTS, "memory": MEMORY}
 BLOCK = re.compile(r"(<!-- (\w+) (bench/results/\S+\.json) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 EVALUATION = re.compile(r"(<!-- evaluation (\S+) -->\n)(.*?)(<!-- end evaluation -->)", re.DOTALL)
 HEADLINE = re.compile(r"(<!-- headline (\S+\.json) (\S+) -->\n)(.*?)(<!-- end headline -->)", re.DOTALL)

@@ -81,6 +81,7 @@ class Place:
         options: the other options of ``Task.run``.
         is_matched: whether token pruning is measured beside it.
         dials: further arms of the bundle, for the picture of ``kvp eval pareto``.
+        is_default: whether it is measured where it is not named.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Place:
     options: Mapping[str, Any] = field(default_factory=dict)
     is_matched: bool = True
     dials: tuple[str, ...] = ()
+    is_default: bool = True
 
 
 @dataclass(frozen=True)

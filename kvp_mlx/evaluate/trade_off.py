@@ -1,22 +1,30 @@
-"""The dial's trade-off: what each exact head and tail costs in time and gives in context recovery."""
+"""The dial's trade-off: what each setting costs in time and gives in recovery, and what a bundle keeps of it."""
 
+import os
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..bundle.config import MeasuredDial, read_config
 from ..bundle.loading import KVPModel
+from ..bundle.named import DATA, NAMED
 from ..engine.context import Context
 from ..engine.dial import Dial
 from ..engine.prefill import Progress
 from ..engine.reply import first_token_on
+from ..errors import InputError
 from ..models.families import Cache
 from ..train.recovery import recoveries, token_losses
 
 
-def dials(heads: list[int], tails: list[int]) -> list[Dial]:
-    """Return full prefill and the combinations of heads and tails."""
-    return [Dial("full", 0, 0), *(Dial("kvp", head, tail) for head in heads for tail in tails)]
+def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (None,)) -> list[Dial]:
+    """Return full prefill and the combinations of heads, tails and shares to recompute (None: the bundle's)."""
+    combinations = product(heads, tails, shares)
+    return [Dial("full", 0, 0), *(Dial("kvp", head, tail, share) for head, tail, share in combinations)]
 
 
 def measure_dials(
@@ -36,8 +44,9 @@ def measure_dials(
         progress: called with (documents done, documents in all).
 
     Returns:
-        Rows of path, exact_head, exact_tail, ttft_ms (median), sooner (full's over it), recovery, and ``is_best``:
-        no dial that is as quick recovers more.
+        Rows of path, exact_head, exact_tail, recompute, prompt_tokens, documents, ttft_ms (median), sooner (full's over
+        it), recovery, context_gain (nats per token that the prompt gives full prefill; recovery is a share of it, and
+        means nothing where it is not above 0), and ``is_best``: no dial that is as quick recovers more.
     """
     losses: dict[str, list[float]] = {name: [] for name in ["no_context", *map(str, choices)]}
     times: dict[Dial, list[float]] = {choice: [] for choice in choices}
@@ -59,9 +68,13 @@ def measure_dials(
             "path": choice.path,
             "exact_head": choice.exact_head,
             "exact_tail": choice.exact_tail,
+            "recompute": 0.0 if choice.path == "full" else choice.share(model.config),
+            "prompt_tokens": len(windows[0]) - continuation_tokens,
+            "documents": len(windows),
             "ttft_ms": round(median_ms[choice], 1),
             "sooner": round(median_ms[choices[0]] / median_ms[choice], 3),
             "recovery": round(recovery[str(choice)], 4),
+            "context_gain": round(nll["no_context"] - nll[str(choices[0])], 4),
         }
         for choice in choices
     ]
@@ -77,3 +90,51 @@ def read_by(model: KVPModel, prompt: list[int], dial: Dial) -> tuple[float, Cach
     first = first_token_on(context, prompt, dial.settled(model.config, len(prompt), 0, 0))
     context.keep(len(prompt) - 1)
     return first.ttft_ms, context.cache
+
+
+def soonest(rows: Sequence[dict[str, Any]], promises: Mapping[Any, float]) -> list[MeasuredDial]:
+    """Return for each quality, by prompt length, the setting that keeps its promise soonest.
+
+    That is ``full`` where no prediction does, or none that does is sooner, where the prompts told nothing of what was
+    scored, and on prompts shorter than all measured.
+
+    Args:
+        rows: of ``measure_dials``, of one or more prompt lengths.
+        promises: by quality, the least recovery.
+    """
+    found = []
+    for quality, least in promises.items():
+        found.append(MeasuredDial(quality=quality, from_tokens=0, path="full"))
+        for length in sorted({row["prompt_tokens"] for row in rows}):
+            kept = [
+                {name: row[name] for name in ("exact_head", "exact_tail", "recompute", "recovery", "sooner")}
+                for row in rows
+                if row["prompt_tokens"] == length
+                and row["sooner"] > 1
+                and row["recovery"] >= least
+                and row["context_gain"] > 0
+            ]
+            if kept:
+                best = max(kept, key=lambda row: row["sooner"])
+                found.append(MeasuredDial(quality=quality, from_tokens=length, **best))
+            elif found[-1].path != "full":
+                found.append(MeasuredDial(quality=quality, from_tokens=length, path="full"))
+    return found
+
+
+def own_directory(name: str) -> Path:
+    """Return the directory of a bundle that may be changed.
+
+    Raises:
+        InputError: it ships with the package, came from the Hub, or is read-only.
+    """
+    place = Path(name).expanduser()
+    is_own = name not in NAMED and place.is_dir() and DATA not in place.resolve().parents
+    if not is_own or not all(os.access(path, os.W_OK) for path in (place, place / "kvp.json") if path.exists()):
+        raise InputError(f"{name} is no bundle of your own that can be written; copy its directory, and name the copy.")
+    return place
+
+
+def store_dials(directory: Path, measured: Sequence[MeasuredDial]) -> None:
+    """Put measured dials into a bundle's kvp.json, in place of those that are there."""
+    read_config(directory).model_copy(update={"dials": tuple(measured)}).save(directory)

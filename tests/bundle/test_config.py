@@ -1,6 +1,7 @@
 """kvp.json: format 2, and format 1 as it was written until 0.4."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,42 @@ def test_what_neither_format_has_is_refused_by_name(changes: dict, named: str, t
 def test_useless_settings_are_refused(values: dict) -> None:
     with pytest.raises(ValidationError):
         RecomputeConfig(**values)
+
+
+FORMAT_2 = {**FORMAT_1, "format_version": 2, "predictor": {"input": "hidden_state", "layer_map": [None, None, [1]]}}
+FULL = {"quality": "balanced", "from_tokens": 0, "path": "full"}
+SOONER = {"quality": "balanced", "from_tokens": 256, "exact_head": 0, "exact_tail": 32, "recompute": 0.1}
+
+
+def test_measured_dials_are_kept(tmp_path: Path) -> None:
+    config = read(tmp_path, FORMAT_2 | {"recompute": {}, "dials": [FULL, SOONER]})
+    assert [dial.model_dump(exclude_none=True) for dial in config.dials] == [FULL, SOONER | {"path": "auto"}]
+    config.save(tmp_path)
+    assert read_config(tmp_path) == config
+    assert read(tmp_path, FORMAT_2).dials == ()
+
+
+@pytest.mark.parametrize(
+    ("dials", "named"),
+    [
+        ([FULL, SOONER | {"quality": "exact"}], "dials.1.quality"),
+        ([SOONER | {"from_tokens": -1}], "dials.0.from_tokens"),
+        ([SOONER | {"exact_tail": 1.5}], "dials.0.exact_tail"),
+        ([SOONER | {"recompute": 2}], "dials.0.recompute"),
+        ([SOONER | {"path": "kvp"}], "dials.0.path"),
+        ([SOONER | {"surprise": 1}], "dials.0.surprise"),
+        ([FULL | {"exact_tail": 3}], "path 'full' reads everything"),
+        ([SOONER, SOONER], "dials: balanced from 256 tokens on stands there twice"),
+        ([{"quality": "fast"}], "dials.0.from_tokens"),
+        ({"balanced": []}, "dials"),
+    ],
+)
+def test_measured_dials_that_say_nothing_are_refused_by_name(dials: object, named: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=re.escape(named)):
+        read(tmp_path, FORMAT_2 | {"recompute": {}, "dials": dials})
+
+
+def test_no_dial_recomputes_what_the_bundle_cannot(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="dials: without a section recompute"):
+        read(tmp_path, FORMAT_2 | {"dials": [SOONER]})
+    assert read(tmp_path, FORMAT_2 | {"dials": [SOONER | {"recompute": 0}]}).dials

@@ -18,9 +18,11 @@ from support.tiny import (
     small_openelm,
 )
 
+from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.engine.calibration import AUTO_MIN_PROMPT_TOKENS
 from kvp_mlx.engine.conversation import Conversation
-from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.dial import Dial, dial_of
+from kvp_mlx.engine.reply import Piece
 from kvp_mlx.errors import InputError
 
 
@@ -245,3 +247,21 @@ def test_a_chat_needs_a_tokeniser_with_a_chat_template():
         model, _ = KINDS["prefix"](tokenizer=mute)
         with pytest.raises(InputError, match=reason):
             Conversation(model)
+
+
+def test_a_quality_is_what_the_bundle_measured_for_the_whole_prompt():
+    chat = Chat("prefix")
+    config = chat.conversation.model.config
+    measured = (
+        MeasuredDial(quality="balanced", from_tokens=0, path="full"),
+        MeasuredDial(quality="balanced", from_tokens=150, exact_head=0, exact_tail=3),
+    )
+    chat.conversation.model.config = config.model_copy(update={"dials": measured})
+
+    def say(words: int) -> Piece:
+        return list(chat.conversation.reply("w1 " * words, dial=dial_of("balanced"), max_tokens=1))[-1]
+
+    first, second = say(120), say(100)
+    assert (first.prompt_tokens < 150, first.path) == (True, "full")  # its constants would predict
+    assert (second.prompt_tokens >= 150, second.path, second.exact_tail) == (True, "kvp", 3)
+    assert second.cached_tokens > 100  # what the turn before read is read once

@@ -5,18 +5,26 @@ import math
 
 import pytest
 
-from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, RecomputeConfig
+from kvp_mlx.bundle.config import (
+    AuxiliaryConfig,
+    BaseConfig,
+    BundleConfig,
+    MeasuredDial,
+    PredictorConfig,
+    RecomputeConfig,
+)
 from kvp_mlx.engine.calibration import AUTO_MIN_PROMPT_TOKENS
 from kvp_mlx.engine.dial import QUALITIES, Dial, dial_of
 from kvp_mlx.errors import InputError
 
 
-def bundle(recompute: RecomputeConfig | None = None) -> BundleConfig:
+def bundle(recompute: RecomputeConfig | None = None, dials: tuple[MeasuredDial, ...] = ()) -> BundleConfig:
     return BundleConfig(
         base=BaseConfig(fingerprint="none", path="base"),
         auxiliary=AuxiliaryConfig(kind="prefix", layers=1),
         predictor=PredictorConfig(input="hidden_state", layer_map=(None, None, (1,))),
         recompute=recompute,
+        dials=dials,
     )
 
 
@@ -98,3 +106,44 @@ def test_the_share_is_the_bundles_unless_it_is_given() -> None:
     for ask in (Dial(recompute=0.1).share, lambda config: Dial("full", recompute=0.1).settled(config, 9, 0, 0)):
         with pytest.raises(InputError, match="cannot tell which tokens to recompute"):
             ask(unable)
+
+
+MEASURED = bundle(
+    RecomputeConfig(share=0.25),
+    (
+        MeasuredDial(quality="balanced", from_tokens=900, exact_head=0, exact_tail=64, recompute=0.0),
+        MeasuredDial(quality="balanced", from_tokens=0, path="full"),
+        MeasuredDial(quality="balanced", from_tokens=300, exact_head=8, exact_tail=16, recompute=0.1),
+        MeasuredDial(quality="fast", from_tokens=300, exact_tail=4),
+    ),
+)
+
+
+def test_what_a_bundle_measured_counts_by_prompt_length() -> None:
+    found = {length: dial_of("balanced").at(MEASURED, length) for length in (1, 299, 300, 899, 900, 10**6)}
+    assert [dial.path for dial in found.values()] == ["full", "full", "auto", "auto", "auto", "auto"]
+    assert found[300] == found[899] == Dial("auto", 8, 16, 0.1)
+    assert found[900] == found[10**6] == Dial("auto", 0, 64, 0.0)
+    assert found[300].at(MEASURED, 900) == found[300]  # it stands for no quality any more
+    assert dial_of("fast").at(MEASURED, 299) == QUALITIES["fast"]  # nothing was measured there
+    assert dial_of("fast").at(MEASURED, 300) == Dial("auto", 0, 4, None)  # what is left out is as it was
+    assert dial_of("exact").at(MEASURED, 900) == QUALITIES["exact"]
+    assert Dial().at(MEASURED, 900) == Dial()
+    for dial in (*QUALITIES.values(), dial_of("fast", exact_tail=3)):
+        assert dial.at(bundle(), 900) == dial
+
+
+def test_what_is_given_beside_a_quality_stays() -> None:
+    constants = QUALITIES["balanced"]
+    assert dial_of(exact_tail=constants.exact_tail).at(MEASURED, 300) == Dial("auto", 8, 32, 0.1)
+    assert dial_of(exact_head=5, recompute=0.0).at(MEASURED, 300) == Dial("auto", 5, 16, 0.0)
+    assert dial_of(path="full").at(MEASURED, 300).path == "full"
+    assert dial_of(path="kvp").at(MEASURED, 300) == Dial("kvp", 8, 16, 0.1)
+    assert dial_of(path="kvp").at(MEASURED, 10) == Dial("kvp", 32, 32, None)
+    assert dial_of(exact_tail=5).at(MEASURED, 10).path == "full"
+
+
+def test_auto_still_reads_in_full_where_prediction_does_not_pay() -> None:
+    dial = dial_of("balanced").at(MEASURED, 300)
+    assert dial.settled(MEASURED, 300, 0, 276).path == "full"
+    assert dial.settled(MEASURED, 300, 0, 275) == Dial("kvp", 8, 16, 0.1)

@@ -173,6 +173,8 @@ def test_the_plan_names_times_and_refuses(data: Path, fitted: Path, tmp_path: Pa
     names = [entry.name for entry in plan(data)]
     assert names[0] == "squad"
     assert {"triviaqa", "arc_easy", "piqa", "gsm8k", "humaneval", "needle", "quote"} < set(names)
+    assert not {"document", "completion"} & set(names)  # only for who names them
+    assert [entry.name for entry in plan(data, names=["document"])] == ["document"]
     command = ("eval", "suite", data, "--model", fitted, "--results", tmp_path / "none", "--tasks")
     outcome = kvp(*command, "arc_easy,humaneval", "--dry-run", "--limit", 1, "--json")
     assert outcome.code == 0, outcome.err

@@ -96,6 +96,7 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
     outcome = kvp("eval", "mcq", fitted, "--data", data["mcq"], "--limit", 1, "--scoring", "predicted")
     assert outcome.code == 0
     assert "full" in outcome.out and "TTFT" in outcome.out
+    (problem, _) = RECORDS["humaneval"]
     odd = {
         "hub": {"context": TEXT, "question": "what?", "answers": {"text": ["the harbour"], "answer_start": [4]}},
         "bare": {"question": "who?", "answers": "the keeper"},
@@ -104,6 +105,13 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
         "unanswerable": {"context": TEXT, "question": "what?", "answers": []},
         "list": [1],
         "empty": {"turns": []},
+        "unchecked": problem | {"test": "def checker(f): f()\n"},
+        "untested": {key: value for key, value in problem.items() if key != "test"},
+        "test": problem | {"test": ["def check(f): f()"]},
+        "call": problem | {"entry_point": "f(); import os; f"},
+        "keyword": problem | {"entry_point": "lambda"},
+        "number": problem | {"entry_point": 3},
+        "another": problem | {"entry_point": "g"},
     }
     for name, record in odd.items():
         data[name] = tmp_path / f"{name}.jsonl"
@@ -111,6 +119,7 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
     text = tmp_path / "text.txt"
     text.write_text("words")
     (tmp_path / "short.txt").write_text(TEXT)
+    runs = ["--allow-code-execution"]
     refused = {
         "psychic": ("mcq", "--data", data["mcq"], "--arms", "psychic"),
         "the arm mlx-lm can only be timed": ("mcq", "--data", data["mcq"], "--arms", "full,mlx-lm"),
@@ -130,6 +139,13 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
         "nothing that perplexity could ask": ("perplexity", "--data", tmp_path / "short.txt"),
         "no JSON object": ("chat", "--data", data["list"]),
         "needs 'turns'": ("chat", "--data", data["empty"]),
+        "unchecked.jsonl, line 1: 'test' is not source": ("humaneval", "--data", data["unchecked"], *runs),
+        "untested.jsonl, line 1: the record lacks 'test'": ("humaneval", "--data", data["untested"], *runs),
+        "test.jsonl, line 1: 'test' is not source": ("humaneval", "--data", data["test"], *runs),
+        "call.jsonl, line 1: 'entry_point' is not a fun": ("humaneval", "--data", data["call"], *runs),
+        "keyword.jsonl, line 1: 'entry_point' is not a fun": ("humaneval", "--data", data["keyword"], *runs),
+        "number.jsonl, line 1: 'entry_point' is not a fun": ("humaneval", "--data", data["number"], *runs),
+        "t/0: its prompt begins no function g": ("humaneval", "--data", data["another"], *runs),
         "kvp-8 is no arm of it": ("mcq", "--data", data["mcq"], "--scoring", "predicted", "--arms", "full,kvp-8"),
     }
     for named, arguments in refused.items():

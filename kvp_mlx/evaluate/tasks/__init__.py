@@ -4,7 +4,10 @@ from importlib import import_module
 
 from ..task import Task
 
-MODULES = ("squad", "needle", "mcq", "chat_agreement", "triviaqa", "quote", "gsm8k", "humaneval", "perplexity")
+MODULES = (
+    *("squad", "needle", "mcq", "chat_agreement", "triviaqa", "quote", "gsm8k", "humaneval", "perplexity"),
+    *("document", "completion"),
+)
 """In the order of the commands, the suite and the page."""
 
 

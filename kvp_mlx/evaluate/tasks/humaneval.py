@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from keyword import iskeyword
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_top_p
@@ -10,13 +11,18 @@ from mlx_lm.sample_utils import apply_top_p
 from ...bundle.loading import KVPModel
 from ...engine.clock import Chooser
 from ...engine.prompt import encode, encode_text
+from ...errors import InputError
 from ..answer import Question, generate
 from ..records import TEXT, Kind, hash_of, hashes, read_records
 from ..rows import BATCH
 from ..sandbox import Judged, passes
 from ..task import Asked, Item, Measure, Place, Row, Run, Task, row_of
 
-TESTS: Kind = ("source text that defines check", lambda value: isinstance(value, str) and "def check" in value)
+TESTS: Kind = ("source text that defines check", lambda value: isinstance(value, str) and "def check(" in value)
+NAME: Kind = (
+    "a function's name",
+    lambda value: isinstance(value, str) and value.isidentifier() and not iskeyword(value),
+)
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")
 MAX_TOKENS = 256
 TOP_P = 0.95
@@ -30,11 +36,18 @@ CHAT_MAX_TOKENS = 512
 
 
 def items(places: Sequence[str]) -> list[Item]:
-    """Return the problems, in their own order."""
-    fields = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), TEXT) | {"test": TESTS}
+    """Return the problems, in their own order.
+
+    Raises:
+        InputError: records of other tasks, or a prompt that does not begin the function that is to be tested.
+    """
+    fields = {"task_id": TEXT, "prompt": TEXT, "test": TESTS, "entry_point": NAME}
+    records = read_records(places, fields)
+    for record in records:
+        if f"def {record['entry_point']}(" not in record["prompt"]:
+            raise InputError(f"{record['task_id'][:80]}: its prompt begins no function {record['entry_point'][:80]}.")
     return [
-        Item(record["task_id"], record["prompt"], extra={name: record[name] for name in fields})
-        for record in read_records(places, fields)
+        Item(record["task_id"], record["prompt"], extra={name: record[name] for name in fields}) for record in records
     ]
 
 

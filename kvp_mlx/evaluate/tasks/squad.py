@@ -24,12 +24,16 @@ def items(places: Sequence[str], seed: int) -> list[Item]:
     Without it small models answer with an empty line or in sentences, and the full model's F1 says little.
     """
     records = shuffled(read_records(places, {"context": TEXT, "question": TEXT, "answers": TEXTS}), seed)
-    solved = f"{question(EXAMPLE)} {EXAMPLE['answer']}\n\n"
     return [
-        Item(str(record.get("id", number)), f"{solved}{question(record)}", record["answers"])
+        Item(str(record.get("id", number)), solved_and(record), record["answers"])
         for number, record in enumerate(records)
         if record["answers"]
     ]
+
+
+def solved_and(record: dict[str, Any]) -> str:
+    """Return a record's prompt: the solved example, then its passage and question."""
+    return f"{question(EXAMPLE)} {EXAMPLE['answer']}\n\n{question(record)}"
 
 
 def question(record: dict[str, Any]) -> str:
