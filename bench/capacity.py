@@ -12,7 +12,7 @@ from ..bundle.loading import KVPModel
 from ..device.machine import free_bytes
 from ..errors import InputError
 from ..models.entries import one_token_cache
-from ..models.families import kinds_of
+from ..models.families import LINEAR, kinds_of
 from ..models.kinds.attention import query_heads
 from ..models.loading import compute_dtype, is_norm
 
@@ -93,8 +93,8 @@ def float_bytes(model: nn.Module) -> int:
 
 
 def _ffn_width(layer: nn.Module) -> int:
-    linears = (part for part in layer.modules() if isinstance(part, nn.Linear | nn.QuantizedLinear))
-    return max(part.weight.shape[0] for part in linears)
+    linears = (part for part in layer.modules() if isinstance(part, LINEAR))
+    return max(int(part.weight.shape[-2]) for part in linears)
 
 
 def _stream_width(layer: nn.Module) -> int:

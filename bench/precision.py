@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from ..bundle.loading import KVPModel, build_predictor, load
 from ..bundle.presets import preset_parts
 from ..errors import InputError
+from ..models.families import QUANTISED
 from ..models.loading import compute_dtype
 from ..models.sections import prefix_model
 from .capacity import require_memory
@@ -54,6 +55,8 @@ def in_precision(model: KVPModel, dtype: str | None, q_bits: int | None) -> KVPM
     """
     if q_bits and model.config.auxiliary.adapter_rank is not None:
         raise InputError("a prefix with low-rank updates is not quantised here; leave out --q-bits.")
+    if q_bits and model.hosts is not None:
+        raise InputError("what is spread over hosts is not quantised here; quantise the base first ('kvp convert').")
     models = [model.base] if model.has_exact_prefix else [model.base, model.auxiliary]
     for part in models:
         if dtype is not None:
@@ -72,6 +75,6 @@ def _fits(_: str, module: nn.Module) -> bool:
 
 def precision_name(model: KVPModel) -> str:
     """Return what the base computes in, such as ``float32`` or ``4-bit bfloat16``."""
-    bits = {m.bits for m in model.base.modules() if isinstance(m, nn.QuantizedLinear)}
+    bits = {m.bits for m in model.base.modules() if isinstance(m, QUANTISED)}
     dtype = str(compute_dtype(model.base)).removeprefix("mlx.core.")
     return " ".join([*(f"{b}-bit" for b in sorted(bits)), dtype])

@@ -106,6 +106,7 @@ def measure_ttft(
         "precision": precision_name(model),
         "rounds": sweep.rounds,
         "prefill_step_size": sweep.step_size,
+        "hosts": model.hosts.size if model.hosts else 1,
         "interrupted": False,
         "rows": [],
     }
@@ -124,6 +125,8 @@ def measure_ttft(
 
 def check_sweep(model: KVPModel, sweep: Sweep) -> None:
     """Refuse what cannot be run (see ``measure_ttft``)."""
+    if chosen := [arm.name for arm in sweep.arms if model.hosts and (arm.kind.prunes or arm.kind.is_foreign)]:
+        raise InputError(f"{chosen[0]} runs on one host; leave out that arm.")
     limit = model.context_length or max(sweep.prompt_tokens)
     if bad := [length for length in sweep.prompt_tokens if not 2 <= length <= limit]:
         raise InputError(f"prompts of {bad[0]} tokens cannot be run; lengths go from 2 to {limit}.")
@@ -228,5 +231,6 @@ def arm_row(
         "above_weights_bytes": None if is_foreign else own.above_weights_bytes,
         "speedup": speedup,
         "flops_ratio": flops_ratio,
+        "summed_bytes_per_token": work.summed_values * compute_dtype(model.base).size / (batch * length),
         "realised": speedup / flops_ratio if speedup and not is_foreign else None,
     }

@@ -15,18 +15,20 @@ from mlx.utils import tree_flatten
 
 from ..bundle.loading import KVPModel
 from ..engine.recompute import Span, is_asked, settings_of, spans
-from ..models.families import kinds_of, linear_size, targets_of
+from ..models.families import SUMMING, kinds_of, linear_size, targets_of
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes of weights read."""
+    """FLOPs, bytes of weights read, and values that hosts among which a base is spread add up; all of one host."""
 
     flops: float = 0.0
     weight_bytes: float = 0.0
+    summed_values: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.weight_bytes + other.weight_bytes)
+        weight_bytes = self.weight_bytes + other.weight_bytes
+        return Work(self.flops + other.flops, weight_bytes, self.summed_values + other.summed_values)
 
 
 def full_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
@@ -78,7 +80,8 @@ def span_work(model: KVPModel, span: Span, pairs: float, batch: int) -> Work:
     work, last = Work(), len(model.base.layers) - 1
     for layer in range(span.first, min(span.last, last)):
         module, mixing = model.base.layers[layer], batch * attention_flops(model.base, layer, 1, pairs)
-        work += Work(2.0 * batch * span.tokens * linear_size(module) + mixing, _bytes(module))
+        summed = batch * span.tokens * summed_size(module)
+        work += Work(2.0 * batch * span.tokens * linear_size(module) + mixing, _bytes(module), summed)
     return work + kv_work(model.base, last, span.tokens, batch) if span.first <= last < span.last else work
 
 
@@ -105,7 +108,7 @@ def layer_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
     module = model.layers[layer]
     attention = batch * attention_flops(model, layer, tokens, mean_entries(model, layer, tokens))
     rest = batch * tokens * (2.0 * linear_size(module) + state_flops(model, layer))
-    return Work(rest + attention, _bytes(module))
+    return Work(rest + attention, _bytes(module), batch * tokens * summed_size(module))
 
 
 def kv_work(model: nn.Module, layer: int, tokens: int, batch: int) -> Work:
@@ -122,7 +125,8 @@ def step_work(model: nn.Module, context: int, batch: int) -> Work:
     work = Work(0.0, _bytes(model))
     for number, layer in enumerate(model.layers):
         rest = 2.0 * linear_size(layer) + state_flops(model, number)
-        work += Work(batch * (rest + attention_flops(model, number, 1, context)))
+        flops = batch * (rest + attention_flops(model, number, 1, context))
+        work += Work(flops, 0.0, batch * summed_size(layer))
     return work
 
 
@@ -163,6 +167,11 @@ def state_flops(model: nn.Module, layer: int) -> float:
     """Return the FLOPs per token of keeping one layer's state."""
     kind = kinds_of(model)[layer]
     return kind.state_flops(model.layers[layer][kind.mixer])
+
+
+def summed_size(module: nn.Module) -> int:
+    """Return how many values hosts add up for each token in a module."""
+    return sum(int(part.weight.shape[0]) for part in module.modules() if isinstance(part, SUMMING))
 
 
 def parameters_of(module: nn.Module) -> int:

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model
 
+from ..device.hosts import Hosts
 from ..errors import BundleError, InputError
 from ..models.description import describe_model
 from ..models.families import fixed_kinds, hidden_size, kinds_of, targets_of
@@ -30,7 +31,7 @@ from .adapter import adapted_prefix, adapter_weights
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
 from .mark import check_mark
 from .named import ALIAS, find_model, shipped_bundle
-from .predictor import Predictor, plan_blocks
+from .predictor import KEYS_VALUES, Predictor, plan_blocks
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 
@@ -46,6 +47,8 @@ class KVPModel:
         tokenizer: mlx-lm's tokeniser, or None where the base brings none.
         config: kvp.json.
         base_config: the base's config.json.
+        base_path: where the base was read from.
+        hosts: among which base and predictor are spread, so that this is one host's part of them.
     """
 
     base: nn.Module
@@ -54,6 +57,8 @@ class KVPModel:
     tokenizer: TokenizerWrapper | None
     config: BundleConfig
     base_config: dict[str, Any]
+    base_path: Path = Path()
+    hosts: Hosts | None = None
 
     @property
     def is_prefix(self) -> bool:
@@ -89,6 +94,7 @@ def load(
     base_name: str | None = None,
     allow_base_mismatch: bool = False,
     progress: Progress | None = None,
+    hosts: Hosts | None = None,
 ) -> KVPModel:
     """Load a bundle from a directory, a Hub id or the alias ``smollm2-135m``.
 
@@ -97,14 +103,18 @@ def load(
         base_name: run on this copy of the base, in another precision say (default: the one that kvp.json names).
         allow_base_mismatch: run on another base than the maps were made for.
         progress: called with (done, in all), of tensors where a named base is made, then of the base's MB.
+        hosts: keep this host's part of the base and of the maps; an auxiliary that is no prefix stays whole.
 
     Raises:
-        InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there).
+        InputError: nothing of that name (or a subclass, for what is wrong with a bundle that is there), or what cannot
+            be spread over hosts.
         BundleError: a missing, damaged, newer or ill-fitting part.
         UnsupportedModelError: a base or auxiliary that cannot be predicted.
     """
     directory = bundle_directory(name)
     config = read_config(directory)
+    if hosts is not None:
+        _check_spreadable(config)
     weights = directory / "predictor.safetensors"
     tensors = read_header(weights)
     base_path = base_directory(config.base, directory, progress) if base_name is None else find_model(base_name)
@@ -121,7 +131,7 @@ def load(
     tokenizer = load_tokenizer(base_path, base_config)
     if not is_known and config.base.mark is not None:
         check_mark(config.base.mark, base, tokenizer)
-    fit_to_device(base, progress)
+    fit_to_device(base, progress, hosts)
     if config.auxiliary.adapter_rank is not None:
         auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")
     elif config.auxiliary.kind == "prefix":
@@ -131,10 +141,13 @@ def load(
     predictor.load_weights(str(weights))
     dequantize_model(predictor)  # the maps are small, and prefill computes with them what it computes with
     predictor.set_dtype(compute_dtype(base))
+    if hosts is not None:
+        targets = enumerate(targets_of(base))
+        predictor.keep_part({(layer, each.name): each.width for layer, own in targets for each in own}, hosts.rank)
     mx.eval(predictor.parameters())
     _check_finite(predictor.parameters(), weights)
     config.check_files(directory)
-    return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config)
+    return KVPModel(base, auxiliary, predictor, tokenizer, config, base_config, base_path, hosts)
 
 
 def load_any(
@@ -143,6 +156,7 @@ def load_any(
     base_name: str | None = None,
     allow_base_mismatch: bool = False,
     progress: Progress | None = None,
+    hosts: Hosts | None = None,
 ) -> KVPModel:
     """Load a bundle, or any other model that mlx-lm runs: it reads every prompt in full (``config.has_predictor``).
 
@@ -151,25 +165,27 @@ def load_any(
         base_name: see ``load``; of a bundle only.
         allow_base_mismatch: see ``load``.
         progress: see ``load``.
+        hosts: see ``load``.
 
     Raises:
         InputError: see ``load``.
     """
     directory = bundle_directory(name)
     if (directory / "kvp.json").exists() or not (directory / "config.json").exists():
-        return load(name, base_name=base_name, allow_base_mismatch=allow_base_mismatch, progress=progress)
+        how: dict[str, Any] = {"base_name": base_name, "allow_base_mismatch": allow_base_mismatch}
+        return load(name, **how, progress=progress, hosts=hosts)
     if base_name is not None:
         raise InputError(f"{name} is no bundle, so there is no base to exchange; leave out --base.")
     base, base_config = load_any_model(directory)
     tokenizer = load_tokenizer(directory, base_config)
-    fit_to_device(base, progress)
+    fit_to_device(base, progress, hosts)
     layers = len(base.layers)
     config = BundleConfig(
         base=BaseConfig(fingerprint=fingerprint(directory), path=str(directory)),
         auxiliary=AuxiliaryConfig(kind="prefix", layers=layers),
         predictor=PredictorConfig(input="hidden_state", layer_map=(None,) * layers),
     )
-    return KVPModel(base, base, Predictor([]), tokenizer, config, base_config)
+    return KVPModel(base, base, Predictor([]), tokenizer, config, base_config, directory, hosts)
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -261,6 +277,14 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
         ),
         has_deviation=config.recompute is not None,
     )
+
+
+def _check_spreadable(config: BundleConfig) -> None:
+    """Refuse a prefix that hosts could not read alike without asking each other."""
+    if config.auxiliary.adapter_rank is not None:
+        raise InputError("a prefix with low-rank updates is not spread over hosts; use one host.")
+    if config.auxiliary.kind == "prefix" and config.predictor.input == KEYS_VALUES:
+        raise InputError("a predictor that reads the prefix's keys and values is not spread over hosts; use one host.")
 
 
 def _check_fingerprint(model: Path, expected: str) -> None:

@@ -6,7 +6,7 @@ layers there are.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import mlx.core as mx
@@ -139,6 +139,26 @@ class Predictor(nn.Module):
     def inputs(self, captured: dict[int, RawLayer]) -> dict[str, mx.array]:
         """Return each map's input ``(B, T, in)`` from what the sources' projections read and returned."""
         return {block.name: block.gather(captured) for block in self._blocks}
+
+    def keep_part(self, widths: dict[tuple[int, str], int], rank: int) -> None:
+        """Keep the rows that predict one host's part of each target; see ``models.sharding``.
+
+        Args:
+            widths: features of the part, by base layer and target.
+            rank: number of the host, whose part is that of the same number.
+        """
+        blocks = []
+        for block in self._blocks:
+            rows, start = [], 0
+            for layer, name, width in block.targets:
+                own = widths[layer, name]
+                rows.append(mx.arange(start + rank * own, start + (rank + 1) * own))
+                start += width
+            kept, linear = mx.concatenate(rows), self.maps[block.name]
+            linear.weight, linear.bias = linear.weight[kept], linear.bias[kept]
+            targets = tuple((layer, name, widths[layer, name]) for layer, name, _ in block.targets)
+            blocks.append(replace(block, targets=targets))
+        self._blocks = tuple(blocks)
 
     def deviations(self, inputs: dict[str, mx.array]) -> mx.array:
         """Return the expected deviation of each token's prediction (B, T); see ``DeviationEstimator``."""

@@ -65,7 +65,9 @@ EXAMPLES = {
     "push": "kvp push mine OWNER/NAME --private",
     "eval": "kvp eval context mine --data held-out/ --limit 20",
     "eval context": "kvp eval context mine --data held-out/ --limit 20",
-    "eval dial": "kvp eval dial mine --data held-out/ --heads 0,32 --tails 0,32",
+    "eval dial": "kvp eval dial mine --data held-out/ --prompt-tokens 256,1024 --recompute 0,0.1 --write",
+    "eval document": "kvp eval document mine --data squad.jsonl --prompt-tokens 2000,4000",
+    "eval completion": "kvp eval completion mine --data src/ --prompt-tokens 1000,3000 --limit 50",
     "eval turns": "kvp eval turns mine --data dialogues.jsonl --limit 6",
     "eval diagnose": "kvp eval diagnose mine --data held-out/",
     "eval suite": "kvp eval suite tasks/ --model mine --out results/",
@@ -94,6 +96,8 @@ OWN_CTRL_C = (["chat"], ["serve"])
 """Commands that go on after Ctrl-C, or end in their own way."""
 TASK = "kvp eval {} mine --arms full,kvp --limit 20"
 """The example of a task that has none of its own above."""
+LAUNCHED = "MLX_RANK"
+"""What ``mlx.launch`` sets; ``device.hosts`` takes longer to import."""
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -136,6 +140,8 @@ class LazyGroup(TyperGroup):
         name = args[0]
         if name == "bench":
             import_module(".device", __package__).use_device_of(args)
+        if LAUNCHED in os.environ:
+            import_module(".hosts", __package__).join(args)
         if name not in NEEDS_TORCH and "transformers" not in sys.modules:
             sys.modules.setdefault("torch", None)  # type: ignore[arg-type] # would be imported, for nothing, for seconds
         if name in COMMANDS:
@@ -205,6 +211,15 @@ def options(
 
 def main() -> None:
     """Run the command line; an error is one line on stderr, never a traceback (KVP_DEBUG=1 shows it)."""
+    try:
+        run()
+    finally:
+        if LAUNCHED in os.environ:
+            import_module(".hosts", __package__).leave(sys.exc_info()[1])
+
+
+def run() -> None:
+    """Run the command line as ``main`` does, as one of several hosts where it is one."""
     prepare_streams()
     warnings.showwarning = lambda message, *_: show(f"kvp: warning: {_one_line(str(message))}", sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs are cleaned up
@@ -259,7 +274,10 @@ def _drop_output() -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("KVP_DEBUG"):
         raise  # noqa: PLE0704 - called from an except block
-    show(f"kvp: {_one_line(message)}", sys.stderr)
+    if LAUNCHED in os.environ:
+        message = import_module(".hosts", __package__).line_of(message, sys.exc_info()[1], code)
+    if message is not None:
+        show(f"kvp: {_one_line(message)}", sys.stderr if os.environ.get(LAUNCHED, "0") == "0" else sys.__stderr__)
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..bundle.named import find_model
+from ..device.hosts import launched_rank
 from ..device.machine import matmul_flops_per_s
 from ..files import scratch_directory
 from ..train import SAMPLE
@@ -61,11 +62,13 @@ def fit(
     """
     prefixes = [None] if layers is None else sorted(set(parse_numbers(layers, "--layers")))
     common: dict[str, Any] = {"tokens": tokens, "window": window, "penalty": penalty, "seed": seed}
-    wanted = {
-        out / str(prefix) if len(prefixes) > 1 else out: FitOptions(prefix, auxiliary, prune, sources, **common)
-        for prefix in prefixes
-    }
-    with clean_stdout(json), progress_bar("fitting: the base is loaded, then tokens are read") as progress:
+    bar = progress_bar("fitting: the base is loaded, then tokens are read")
+    with clean_stdout(json), scratch_directory() as scratch, bar as progress:
+        place = scratch / "out" if launched_rank() else out  # the first host's is kept
+        wanted = {
+            place / str(prefix) if len(prefixes) > 1 else place: FitOptions(prefix, auxiliary, prune, sources, **common)
+            for prefix in prefixes
+        }
         result = fit_bundles(base, data or [str(SAMPLE)], wanted, force=force, progress=progress)
     if json:
         print_json({"out": str(out), **result})
@@ -120,6 +123,9 @@ def train(
     right: Annotated[
         int, typer.Option(min=1, max=MOST, help="Tokens after a split; every other split has a quarter.")
     ] = 128,
+    recompute: Annotated[
+        float, typer.Option(help="Share of a prompt's tokens that will be recomputed: they are exact in training, too.")
+    ] = 0.0,
     validate_every: Annotated[float, typer.Option(help="Minutes between validations.")] = 10.0,
     seed: DataSeed = 0,
     force: Force = False,
@@ -153,6 +159,7 @@ def train(
         accumulate=accumulate,
         splits=splits,
         right=right,
+        recompute=recompute,
         validate_every=validate_every,
         seed=seed,
     )

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, generation_stream
 
 from .blas import one_blas_thread, openblas_threads
+from .hosts import is_launched
 
 MAX_STREAMS = 4
 MIN_ROWS = 32
@@ -56,10 +57,11 @@ def side_by_side(rows: int) -> Iterator[list[Any]]:
     """Yield the streams to spread the parts of a chunk over; meanwhile each stream's matmuls keep to one core.
 
     Args:
-        rows: what is going to be read (batch times tokens); too few for two parts go on one stream, with all cores.
+        rows: what is going to be read (batch times tokens); too few for two parts go on one stream, with all cores. So
+            do all with ``mlx.launch``, since hosts must exchange their sums in one order.
     """
-    is_cpu = mx.default_device().type == mx.DeviceType.cpu
-    count = min(MAX_STREAMS, openblas_threads(), rows // MIN_ROWS) if is_cpu else 1
+    is_cut = mx.default_device().type == mx.DeviceType.cpu and not is_launched()
+    count = min(MAX_STREAMS, openblas_threads(), rows // MIN_ROWS) if is_cut else 1
     if count < 2:
         yield [generation_stream]
         return

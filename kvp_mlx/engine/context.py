@@ -89,7 +89,7 @@ class Context:
     @property
     def can_be_saved(self) -> bool:
         """Whether the cache can be written to disk and taken up again."""
-        if not is_listed(self.model.base):
+        if not is_listed(self.model.base) or self.model.hosts is not None:
             return False
         own = [type(kind.new_cache()) for kind in kinds_of(self.model.base)]
         return own == [type(layer) for layer in self.cache]

@@ -199,6 +199,8 @@ def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[Save
     """
     place = cache_place(name)
     recover(place)
+    if model.hosts is not None:
+        raise InputError("a saved cache is whole, and each of several hosts needs a part of it; leave it out.")
     if not place.is_dir():
         raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them, 'kvp cache build' makes one.")
     saved = read_saved(place)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+from mlx.nn.layers import distributed
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -18,7 +19,11 @@ from .kinds import Kind, Target, kind_of
 from .kinds.attention import kv_heads
 
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
-LINEAR = (nn.Linear, nn.QuantizedLinear, MultiLinear, QuantizedMultiLinear, *EXPERTS)
+SUMMING = (distributed.ShardedToAllLinear, distributed.QuantizedShardedToAllLinear)
+"""Linear maps whose outputs hosts add up."""
+SHARDED = (distributed.AllToShardedLinear, distributed.QuantizedAllToShardedLinear, *SUMMING)
+QUANTISED = (nn.QuantizedLinear, distributed.QuantizedAllToShardedLinear, distributed.QuantizedShardedToAllLinear)
+LINEAR = (nn.Linear, nn.QuantizedLinear, MultiLinear, QuantizedMultiLinear, *EXPERTS, *SHARDED)
 CHOSEN = ("top_k", "num_experts_per_tok", "top_k_experts", "k")
 """What mixtures (or their ``config``) call the number of experts that a token goes through."""
 LayerCache = KVCache | ConcatenateKVCache

@@ -20,12 +20,14 @@ from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 from transformers import PretrainedConfig
 
 from ..device import blas, jit
+from ..device.hosts import Hosts
 from ..errors import BundleError, InputError
 from ..files import read_json, recover
 from .families import check_architecture, check_cache, is_listed, text_model
 from .hub import download
 from .pruning import DEPTH_KEYS
 from .safetensors import GROUP_SIZES, QUANTISED_BITS, TensorInfo, check_quantised, weight_tensors
+from .sharding import shard
 
 MEGABYTE = 10**6
 Progress = Callable[[int, int], None]
@@ -95,6 +97,7 @@ def load_any_model(
     check_quantised(tensors, directory)
     check_depth(config, tensors, directory)
     check_quantisation(config, directory)
+    check_ropes(config, directory)
 
     def classes(config: dict[str, Any]) -> Any:
         model_class, arguments_class = _get_classes(config)
@@ -193,6 +196,25 @@ def check_quantisation(config: dict[str, Any], where: Path) -> None:
                 )
 
 
+def check_ropes(config: dict[str, Any], where: Path) -> None:
+    """Refuse RoPE parameters that are infinite or no number (Python's JSON reads these).
+
+    Raises:
+        BundleError: such a one, anywhere in them.
+    """
+    found = [
+        (key, part.get(key)) for part in (config, text_config(config)) for key in ("rope_scaling", "rope_parameters")
+    ]
+    while found:
+        name, value = found.pop()
+        if isinstance(value, dict):
+            found += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            found += [(name, inner) for inner in value]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise BundleError(f"{where}/config.json: {name} is {str(value)!r}; get the model again.")
+
+
 def check_arguments(arguments: Any, where: Path) -> None:
     """Compare the fields of a config with the types that mlx-lm's model file gives them.
 
@@ -273,7 +295,7 @@ def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None and config.get(name) is None}
 
 
-def fit_to_device(model: nn.Module, progress: Progress | None = None) -> None:
+def fit_to_device(model: nn.Module, progress: Progress | None = None, hosts: Hosts | None = None) -> None:
     """Bring weights into the form that the device computes fast, in place, and evaluate them.
 
     CPUs have fast matmuls for fp32 only, so there everything is dequantised to fp32; GPUs run what is stored.
@@ -281,6 +303,7 @@ def fit_to_device(model: nn.Module, progress: Progress | None = None) -> None:
     Args:
         model: an mlx-lm model.
         progress: called with (MB done, MB in all).
+        hosts: keep of the model this host's part, before anything is read; see ``sharding.shard``.
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         if not blas.load_fast_blas():
@@ -288,6 +311,8 @@ def fit_to_device(model: nn.Module, progress: Progress | None = None) -> None:
         jit.secure_folder()
         model.set_dtype(mx.float32)  # the scales too: dequantising is then exact, and much faster than in fp16
         dequantize_model(model)
+    if hosts is not None:
+        shard(model, hosts)
     arrays = [array for _, array in tree_flatten(model.parameters())]
     done, total = 0, sum(array.nbytes for array in arrays)
     for array in arrays:
@@ -312,13 +337,14 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
     """Load the tokeniser of a model directory, or None where it has none.
 
     Raises:
-        BundleError: tokeniser files that the library cannot read.
+        BundleError: tokeniser files that the library cannot read, or end tokens that are none of the model's.
     """
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     eos_token_ids = config.get("eos_token_id")
+    _check_end_tokens(eos_token_ids, config, directory)
     try:
         try:
             tokenizer = mlx_lm_load_tokenizer(directory, NO_CODE, eos_token_ids=eos_token_ids)
@@ -331,6 +357,18 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
         raise BundleError(f"the tokeniser in {directory} cannot be loaded ({error}); get the model again.") from error
     _pad_token_map(tokenizer.detokenizer, config.get("vocab_size"))
     return tokenizer
+
+
+def _check_end_tokens(ids: Any, config: dict[str, Any], where: Path) -> None:
+    """Refuse ids, of config.json or generation_config.json, that the model never generates."""
+    rows = config.get("vocab_size", text_config(config).get("vocab_size"))
+    words = range(rows if type(rows) is int else 2**31)
+    for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+        if type(token) is not int or token not in words:
+            raise BundleError(
+                f"{where}: eos_token_id is {str(token)[:40]}, the model's tokens are 0 to {len(words) - 1}; get the "
+                "model again."
+            )
 
 
 def _pad_token_map(detokenizer: Any, vocabulary: Any) -> None:

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..bundle.config import RecomputeConfig
 from ..bundle.loading import KVPModel
+from ..device.hosts import Hosts
 from ..engine.prefill import Progress
 from ..engine.recompute import settings_of
 from ..errors import KVPError
@@ -38,7 +39,10 @@ def with_estimator(model: KVPModel) -> KVPModel:
 
 
 def fit_deviation(
-    model: KVPModel, windows: Sequence[list[int]], progress: Progress = lambda done, total: None
+    model: KVPModel,
+    windows: Sequence[list[int]],
+    progress: Progress = lambda done, total: None,
+    hosts: Hosts | None = None,
 ) -> float | None:
     """Set the predictor's estimator of deviation by ridge regression, for the maps as they are now.
 
@@ -49,6 +53,7 @@ def fit_deviation(
         windows: token ids; the first token of each, which attends to nothing but itself, is left out, and so are those
             that are recomputed in any case.
         progress: called with (windows done, windows in all).
+        hosts: each of which calls this with windows of its own.
 
     Returns:
         The share of the deviation's variance that the estimator explains on these windows (R squared), or None where
@@ -57,7 +62,8 @@ def fit_deviation(
     Raises:
         KVPError: the deviations are not finite (a broken model).
     """
-    inputs, deviations, asking = [], [], settings_of(model).asking_tokens
+    width = sum(block.in_width for block in model.predictor.blocks[-1:])
+    inputs, deviations, asking = [np.zeros((0, width))], [np.zeros(0)], settings_of(model).asking_tokens
     for number, window in enumerate(windows if "deviation" in model.predictor else []):
         progress(number, len(windows))
         split = round(PREDICTED_SHARE * len(window))
@@ -70,9 +76,11 @@ def fit_deviation(
         inputs.append(np.array(estimator_input(model, reading)[0, 1 : split - asking], dtype=np.float64))
         deviations.append(found - found.mean())
         mx.clear_cache()
-    if not inputs:
-        return None
     x, y = np.concatenate(inputs), np.concatenate(deviations)
+    if hosts is not None:
+        x, y = hosts.gathered(x), hosts.gathered(y)
+    if not len(y):
+        return None
     if not np.isfinite(y).all():
         raise KVPError("the maps' errors are not finite; does the base model work at all?")
     centre = x.mean(axis=0)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..bundle.loading import KVPModel, build_predictor, load_auxiliary
 from ..bundle.mark import mark_of
 from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
+from ..device.hosts import joined
 from ..errors import InputError
 from ..files import atomic_directory, copy_ours, require_free
 from ..models.description import check_pruned
@@ -139,24 +141,27 @@ def fit_bundles(
 def fit_maps(
     models: Sequence[KVPModel], files: list[Path], options: FitOptions, progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
-    """Set bundles' maps, then one estimator of deviation after the other.
+    """Set bundles' maps, then one estimator of deviation after the other; hosts share the windows.
 
     Yields what the bundle's kvp.json keeps of how that was done.
     """
 
     def windows(tokens: int) -> Iterator[list[int]]:
-        return budgeted(token_windows(files, models[0].text_tokenizer, options.window, options.seed), tokens)
+        own = budgeted(token_windows(files, models[0].text_tokenizer, options.window, options.seed), tokens)
+        return own if hosts is None else islice(own, hosts.rank, None, hosts.size)
 
+    hosts = joined()
+    share = hosts.size if hosts else 1
     judged_tokens = min(options.tokens, DEVIATION_TOKENS)
     in_all = options.tokens + judged_tokens * len(models)
     tokens = fit_predictors(
-        models, windows(options.tokens), penalty=options.penalty, progress=lambda done: progress(done, in_all)
+        models, windows(options.tokens), penalty=options.penalty, progress=lambda done: progress(done * share, in_all)
     )
     judged = list(windows(judged_tokens))
 
     for number, model in enumerate(models):
         done = options.tokens + judged_tokens * number
-        explained = fit_deviation(model, judged, _counting(progress, done, judged_tokens, in_all))
+        explained = fit_deviation(model, judged, _counting(progress, done, judged_tokens, in_all), hosts)
         yield {
             "method": "ridge",
             "kvp_mlx": __version__,

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
 from ..bundle.predictor import Block
+from ..device.hosts import Hosts, joined
 from ..errors import KVPError
 from ..models.sections import RawLayer, run_layers
 
@@ -35,6 +36,10 @@ class RidgeSums:
         y = targets.reshape(-1, self.block.out_width).astype(mx.float32)  # (B, T, out) -> (B*T, out)
         self.gram += np.array(mx.matmul(x.T, x, stream=mx.cpu))  # GPUs may take fp32 products in TF32
         self.cross += np.array(mx.matmul(x.T, y, stream=mx.cpu))
+
+    def add_others(self, hosts: Hosts) -> None:
+        """Add what the other hosts have added."""
+        self.gram, self.cross = hosts.summed(self.gram), hosts.summed(self.cross)
 
     def solve(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """Return weight (out, in) and bias (out,).
@@ -60,12 +65,12 @@ def fit_predictors(
 
     Args:
         models: share a base, which reads each window once; their predictors receive the maps, fp32.
-        windows: token ids; each window is one independent prompt.
+        windows: token ids; each window is one independent prompt. Several hosts give each its own.
         penalty: see ``RidgeSums.solve``.
         progress: called with the number of tokens read after every window.
 
     Returns:
-        The number of tokens read.
+        The number of tokens read, by all hosts.
 
     Raises:
         KVPError: the statistics are not finite (a broken model).
@@ -86,6 +91,10 @@ def fit_predictors(
         mx.clear_cache()
         tokens += len(window)
         progress(tokens)
+    if (hosts := joined()) is not None:
+        tokens = int(hosts.summed(np.array(tokens)))
+        for part in (part for parts in sums for part in parts):
+            part.add_others(hosts)
     for model, parts in zip(models, sums, strict=True):
         for part in parts:
             weight, bias = part.solve(penalty)
