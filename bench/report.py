@@ -60,6 +60,15 @@ DECODE: Columns = {
     "(q1-q3)": _quartiles("tps", ".1f"),
     "of full": number("ratio", ".2f"),
 }
+DRAFTS: Columns = {
+    "task": lambda row: row["task"],
+    "tokens": number("prompt_tokens"),
+    "arm": lambda row: row["arm"],
+    "draft": lambda row: row["draft"],
+    "tokens/s": _median("tps", ".1f"),
+    "of none": number("ratio", ".2f"),
+    "accepted, by position": lambda row: " ".join(f"{share:.2f}" for share in row["acceptance"] or ()) or "-",
+}
 SERVE: Columns = {
     "tokens": number("prompt_tokens"),
     "clients": number("clients"),
@@ -90,6 +99,16 @@ FLOPS: Columns = {
     "paper": number("paper_ratio", ".2f"),
     "parameters": number("parameter_ratio", ".2f"),
     "true": number("flops_ratio", ".2f"),
+}
+HOSTS: Columns = {
+    "arm": lambda row: row["arm"],
+    "hosts": number("hosts"),
+    "TFLOP": number("tflop", ".1f"),
+    "KB/token": number("summed_bytes_per_token", ".0f", 1e-3),
+    "compute s": number("compute_s", ".2f"),
+    "exchange": number("exchange_s", ".2f"),
+    "total": number("total_s", ".2f"),
+    "sooner": number("speedup", ".2f", unit="x"),
 }
 COMPARE: Columns = {
     "tokens": tokens_cell,

@@ -14,16 +14,32 @@ from ..bench.calibrate import calibrate_auto
 from ..bench.capacity import require_memory
 from ..bench.compare import compare_results
 from ..bench.decode import measure_decode
+from ..bench.drafts import measure_drafts
 from ..bench.flops import flops_table
+from ..bench.hosts import Cluster, hosts_table
 from ..bench.memory import measure_memory
 from ..bench.plot import draw_ttft, read_drawable
 from ..bench.precision import bundle_for_bench, preset_for_bench
-from ..bench.report import CALIBRATION, COMPARE, DECODE, FLOPS, MEMORY, SERVE, TTFT, table_of, write_result
+from ..bench.report import (
+    CALIBRATION,
+    COMPARE,
+    DECODE,
+    DRAFTS,
+    FLOPS,
+    HOSTS,
+    MEMORY,
+    SERVE,
+    TTFT,
+    table_of,
+    write_result,
+)
 from ..bench.serve import ARMS as SERVE_ARMS
 from ..bench.serve import ServeSweep, check_serve_sweep, measure_serving, write_subject
 from ..bench.ttft import Sweep, measure_ttft
 from ..bundle.loading import KVPModel, load_any
+from ..device.hosts import is_launched, launched_rank
 from ..device.streams import default_step_size
+from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError, KVPError
 from ..files import check_writable, remove_unfinished, scratch_directory
 from .device import DeviceOption, use_device
@@ -34,6 +50,8 @@ from .options import (
     AllowMismatch,
     AnyModel,
     Arms,
+    DraftOption,
+    DraftTokens,
     Dtype,
     DtypeOption,
     ExactTail,
@@ -108,6 +126,8 @@ def ttft(
     use_device(device)
     sweep = make_sweep(prompt_tokens, batch_size, arms, rounds, prefill_step_size)
     subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
+    if launched_rank():
+        out = plot = None  # the first host writes
     check_writable(out, plot)
     require_default_model(sweep, subject)
     with clean_stdout(json):
@@ -117,6 +137,9 @@ def ttft(
     def finish() -> None:
         if begun[0]["rows"]:
             report(begun[0], TTFT, f"Time to first token, median of {rounds}", out, json)
+            if begun[0]["hosts"] > 1 and not json:
+                sums = (f"{row['arm']} {row['summed_bytes_per_token'] / 1e3:,.1f} KB" for row in begun[0]["rows"])
+                say(f"{begun[0]['hosts']} hosts, which add up for each prompt token: {', '.join(sums)}.", style="")
             if plot is not None:
                 draw_ttft(begun, plot)
                 say_written(plot)
@@ -145,21 +168,34 @@ def decode(
     dtype: DtypeOption = None,
     q_bits: QBits = None,
     device: DeviceOption = None,
+    draft: DraftOption = "none",
+    draft_tokens: DraftTokens = DRAFT_TOKENS,
     out: OutFile = None,
     base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
-    """Time decoding after a predicted and after a true cache."""
+    """Time decoding after a predicted and after a true cache.
+
+    With --draft, replies to three kinds of task (code, prose, quotation), each after a text of --prompt-tokens, with
+    the auxiliary's drafts and without.
+    """
     use_device(device)
+    if draft != "none" and preset is not None:
+        raise InputError("random weights say nothing of drafts; leave out --preset or --draft.")
     sweep = make_sweep(prompt_tokens, 1, arms, rounds, prefill_step_size)
     subject = Subject(model, preset, dtype, q_bits, base, allow_base_mismatch)
     check_writable(out)
     with clean_stdout(json):
         loaded, text_ids = load_subject(subject, sweep)
     with clean_stdout(json), progress_bar("measuring, rounds") as progress:
-        result = measure_decode(loaded, subject.name, text_ids, sweep, new_tokens=new_tokens, progress=progress)
-    report(result, DECODE, f"Decoding {new_tokens} tokens, median of {rounds}", out, json)
+        how: dict[str, Any] = {"new_tokens": new_tokens, "progress": progress}
+        if draft == "none":
+            result = measure_decode(loaded, subject.name, text_ids, sweep, **how)
+        else:
+            result = measure_drafts(loaded, subject.name, text_ids, sweep, Drafting(draft, draft_tokens), **how)
+    columns = DECODE if draft == "none" else DRAFTS
+    report(result, columns, f"Decoding {new_tokens} tokens, median of {rounds}", out, json)
 
 
 @app.command()
@@ -229,15 +265,31 @@ def flops(
     preset: Annotated[list[str] | None, typer.Option(help="Repeatable; default: all 11.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length of the true ratio.")] = 1024,
     batch_size: BatchSize = 1,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="In place of the pairs: a config.json or a model's directory.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option("--hosts", min=2, help="Spread --base over so many.")] = None,
+    link: Annotated[float | None, typer.Option("--link", help="Between two hosts, gigabits per second.")] = None,
+    latency: Annotated[float, typer.Option("--latency", help="Of each all-reduce, microseconds.")] = 50.0,
+    tflops: Annotated[float, typer.Option("--tflops", help="That each host computes in a prefill.")] = 15.0,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Of the prefix that predicts; default: half.")
+    ] = None,
     out: OutFile = None,
     json: Json = False,
 ) -> None:
-    """Print the arithmetic of the published pairs beside the paper's ratios.
+    """Print the arithmetic of the published pairs beside the paper's ratios; with --hosts, of a base on several hosts.
 
     The paper counts parameters, embeddings included (``parameters``); ``true`` is the ratio of the FLOPs that are
     computed, attention and predictor included, embeddings and skipped layers not.
     """
     check_writable(out)
+    if (base, hosts, link) != (None, None, None):
+        if base is None or hosts is None or link is None or preset:
+            raise InputError("--base, --hosts and --link go together, without --preset; give all three.")
+        result = hosts_table(base, prompt_tokens, batch_size, layers, Cluster(hosts, link, latency, tflops))
+        report_hosts(result, out, json)
+        return
     result = flops_table(preset or [], prompt_tokens, batch_size)
     if out is not None:
         write_result(out, result, FLOPS)
@@ -248,6 +300,26 @@ def flops(
         show_table(
             *table_of(f"Work up to the first token, {batch_size} x {prompt_tokens} tokens", FLOPS, result["rows"])
         )
+
+
+def report_hosts(result: Result, out: Path | None, json: bool) -> None:
+    """Write and print the arithmetic of several hosts, with what it assumes."""
+    if out is not None:
+        write_result(out, result, HOSTS)
+        say_written(out)
+    if json:
+        print_json(result)
+        return
+    told = result["assumptions"]
+    title = f"{result['base']}, {result['batch_size']} x {result['prompt_tokens']} tokens"
+    show_table(*table_of(title, HOSTS, result["rows"]))
+    say(
+        f"Assumed: {told['tflops']:g} TFLOP/s a host, links of {told['link_gbps']:g} Gbit/s each way in a ring, "
+        f"{told['latency_us']:g} us an all-reduce, {told['sums_per_layer']} of these a layer and chunk of "
+        f"{told['chunk_tokens']} tokens, {told['dtype_bytes']} bytes a value, nothing overlapped; kvp: a prefix of "
+        f"{result['prefix_layers']} of {result['base_layers']} layers, nothing recomputed.",
+        style="",
+    )
 
 
 @app.command()
@@ -355,6 +427,8 @@ def load_subject(subject: Subject, sweep: Sweep) -> tuple[KVPModel, list[int]]:
     size = {"prompt_tokens": max(sweep.prompt_tokens), "batch": sweep.batch_size, "step_size": sweep.step_size}
     dtype, q_bits = None if subject.dtype is None else subject.dtype.value, subject.q_bits
     if subject.preset is not None:
+        if is_launched():
+            raise InputError("a published pair runs on one host; leave out --preset.")
         with progress_lines(f"building {subject.preset}"):
             loaded = preset_for_bench(subject.preset, dtype, q_bits, **size)
         return loaded, random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)

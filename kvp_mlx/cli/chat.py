@@ -11,8 +11,10 @@ import mlx.core as mx
 import typer
 
 from ..bundle.loading import load_any
+from ..device.hosts import is_launched
 from ..engine.conversation import Conversation
 from ..engine.dial import QUALITIES, Dial, dial_of
+from ..engine.following import follow
 from ..engine.reply import Piece
 from ..engine.saved_caches import (
     DOCUMENT_END,
@@ -22,6 +24,7 @@ from ..engine.saved_caches import (
     save_cache,
     save_conversation,
 )
+from ..engine.speculative import DRAFT_TOKENS
 from ..engine.worker import Emit, StoppedError, Worker
 from ..errors import InputError, KVPError
 from ..files import cache_dir
@@ -31,6 +34,8 @@ from .options import (
     AllowMismatch,
     AnyModel,
     Cache,
+    DraftOption,
+    DraftTokens,
     ExactHead,
     ExactTail,
     KVBits,
@@ -50,6 +55,7 @@ from .options import (
     TopK,
     TopP,
     check_predictor,
+    drafting,
     open_model,
     parse_template_arguments,
     quantised_cache,
@@ -91,6 +97,8 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     kv_bits: KVBits = None,
+    draft: DraftOption = "none",
+    draft_tokens: DraftTokens = DRAFT_TOKENS,
     quality: Quality = "balanced",
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
@@ -117,21 +125,26 @@ def chat(
     dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
     arguments = parse_template_arguments(template_arguments)
-    session = Session(dial, refine and kv_bits is None, max_tokens, sampling)
-    session.keep_heads = exact_head is not None
+    session = Session(dial, refine and kv_bits is None and not is_launched(), max_tokens, sampling)
+    session.keep_heads = exact_head is not None and not is_launched()
 
-    def start() -> None:
+    def start() -> bool:
         loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
         check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
-        session.generation = quantised_cache(loaded, kv_bits)
+        session.generation = quantised_cache(loaded, kv_bits) | drafting(loaded, draft, draft_tokens, kv_bits)
+        if loaded.hosts is not None and loaded.hosts.rank:
+            follow(loaded, loaded.hosts)
+            return False
         session.open(Conversation(loaded, system, template_arguments=arguments), cache)
+        return True
 
     session.worker = Worker(session.idle_work)
     try:
         with leaving_on_ctrl_c():
-            session.worker.call(start)
+            if not session.worker.call(start):
+                return
         say_reading(session.conversation.model, model)
-        with session.handling_ctrl_c():
+        with leaving_on_ctrl_c() if is_launched() else session.handling_ctrl_c():
             session.run(model)
     finally:
         with leaving_on_ctrl_c():
@@ -211,8 +224,8 @@ class Session:
             except StoppedError:
                 say("[stopped]")
             except Exception as error:  # a turn may fail, memory may run out: the conversation stays
-                if os.environ.get("KVP_DEBUG"):
-                    raise
+                if os.environ.get("KVP_DEBUG") or self.conversation.model.hosts is not None:
+                    raise  # the other hosts cannot go on
                 say(f"{type(error).__name__}: {error} (the conversation is kept; please report it)", "red")
 
     def take(self, text: str) -> bool:
@@ -395,7 +408,8 @@ class Session:
         if rest:
             if rest not in QUALITIES:
                 raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{rest}'.")
-            self.dial = replace(QUALITIES[rest], recompute=self.dial.recompute)
+            kept = tuple(name for name in self.dial.given if name == "recompute")
+            self.dial = replace(QUALITIES[rest], recompute=self.dial.recompute, given=kept)
             if rest == "exact":  # nothing predicted may answer for exact context
                 self.worker.call(lambda: self.conversation.context.keep(self.conversation.context.exact_tokens))
             self.unread_tokens = self.worker.call(self.conversation.unread_tokens)
@@ -405,6 +419,8 @@ class Session:
         """Show, set or switch refinement."""
         if rest not in ("", "on", "off"):
             raise InputError(f"/refine takes on or off, not '{rest}'.")
+        if self.conversation.model.hosts is not None:
+            raise InputError("several hosts do not refine; /quality exact reads what was predicted again.")
         self.refine = rest != "off" if rest else not self.refine
         self.worker.call(lambda: None)  # idle work begins anew after every job
         say(f"refine: {'on' if self.refine else 'off'}")

@@ -11,11 +11,14 @@ import mlx.core as mx
 import typer
 
 from ..bundle.loading import KVPModel, load_any
+from ..device.hosts import is_launched, launched_rank
 from ..engine.context import Context
 from ..engine.dial import Dial, dial_of
+from ..engine.following import follow
 from ..engine.prompt import check_size, check_text, encode, render
 from ..engine.reply import Piece, reply
 from ..engine.saved_caches import load_cache, load_head, save_head
+from ..engine.speculative import DRAFT_TOKENS
 from ..errors import InputError
 from .options import (
     DEFAULT_EXACT_TAIL,
@@ -24,6 +27,8 @@ from .options import (
     AllowMismatch,
     AnyModel,
     Cache,
+    DraftOption,
+    DraftTokens,
     ExactHead,
     ExactTail,
     Json,
@@ -44,6 +49,7 @@ from .options import (
     TopK,
     TopP,
     check_predictor,
+    drafting,
     open_model,
     parse_template_arguments,
     quantised_cache,
@@ -92,6 +98,8 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     kv_bits: KVBits = None,
+    draft: DraftOption = "none",
+    draft_tokens: DraftTokens = DRAFT_TOKENS,
     quality: Quality = "balanced",
     prefill: PrefillOption = None,
     exact_head: ExactHead = None,
@@ -119,19 +127,26 @@ def generate(
     dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
     arguments = parse_template_arguments(template_arguments)
-    text = prompt_text(prompt_file or [], prompt if prompt_option is None else prompt_option)
-    head_tokens = dial.exact_head if exact_head is not None and dial.path != "full" else 0
-    show_piece = print_line_of(dial, sys.stdout) if json_stream else (ignore if json else echo)
+    text = "" if launched_rank() else prompt_text(prompt_file or [], prompt if prompt_option is None else prompt_option)
+    keeps_head = exact_head is not None and dial.path != "full" and not is_launched()
+    head_tokens = dial.exact_head if keeps_head else 0
+    stdout = sys.stdout
     with clean_stdout(json or json_stream):
         loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
         check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
         options = sampling.options(len(loaded.text_tokenizer)) | quantised_cache(loaded, kv_bits)
+        options |= drafting(loaded, draft, draft_tokens, kv_bits)
+        if loaded.hosts is not None and loaded.hosts.rank:
+            follow(loaded, loaded.hosts)
+            return
         if cache is None:
             ids = encode(loaded, text, raw=raw, system=system, template_arguments=arguments)
             context = with_saved_head(loaded, ids, head_tokens)
         else:
             context, ids = with_saved_cache(loaded, cache, text, arguments, is_exact=dial.path == "full")
         say_reading(loaded, model)
+        dial = dial.at(loaded.config, len(ids))
+        show_piece = print_line_of(dial, stdout) if json_stream else (ignore if json else echo)
         pieces = answer(context, ids, dial, show_piece=show_piece, max_tokens=max_tokens, **options)
         if pieces[-1].path == "kvp" and head_tokens > pieces[-1].cached_tokens:
             save_head(context, ids[:head_tokens])
@@ -261,7 +276,14 @@ def report(pieces: list[Piece], dial: Dial) -> dict[str, Any]:
         "new_tokens": last.new_tokens,
         "predicted_tokens": last.predicted_tokens,
         "exact_tokens": last.exact_tokens,
+        "draft": draft_counts(pieces),
     }
+
+
+def draft_counts(pieces: list[Piece]) -> dict[str, Any] | None:
+    """Return how many tokens the auxiliary proposed for an answer, and how many were right; None without."""
+    tokens, accepted = pieces[-1].drafted_tokens, sum(piece.from_draft for piece in pieces)
+    return {"tokens": tokens, "accepted": accepted, "acceptance": round(accepted / tokens, 3)} if tokens else None
 
 
 def demo(max_tokens: MaxTokens = 96) -> None:

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from ..arms.kinds import forms
 from ..bundle.loading import KVPModel, load
 from ..bundle.named import ALIAS
+from ..device.hosts import joined
 from ..engine.dial import QUALITIES, Dial
 from ..engine.dial import Path as PrefillPath
 from ..engine.prompt import check_text
+from ..engine.speculative import Draft, Drafting
 from ..errors import InputError
 from ..files import parse_json
 from ..models.families import is_listed, kinds_of, kv_shapes
@@ -76,7 +78,11 @@ TemplateArguments = Annotated[
 ]
 Quality = Annotated[
     Literal["fast", "balanced", "exact"],
-    typer.Option("--quality", help="Sets the next three; what is given beside it wins.", rich_help_panel=READING),
+    typer.Option(
+        "--quality",
+        help="Sets the next four, as measured with the bundle if they were; what is given beside it wins.",
+        rich_help_panel=READING,
+    ),
 ]
 PrefillOption = Annotated[
     PrefillPath | None,
@@ -167,6 +173,18 @@ KVBits = Annotated[
         help="Quantise the cache to 4 or 8 bits when the prompt has been read.",
         rich_help_panel=GENERATING,
     ),
+]
+DraftOption = Annotated[
+    Draft,
+    typer.Option(
+        "--draft",
+        help="Let the auxiliary (kinds model and pruned) propose tokens that the base reads at once; auto: as long as "
+        "it is faster.",
+        rich_help_panel=GENERATING,
+    ),
+]
+DraftTokens = Annotated[
+    int, typer.Option("--draft-tokens", min=1, help="Tokens it proposes at a time.", rich_help_panel=GENERATING)
 ]
 AllowCode = Annotated[
     bool,
@@ -272,15 +290,18 @@ def parse_template_arguments(text: str | None) -> dict[str, Any]:
 
 
 def open_model(name: str, load: Callable[..., KVPModel] = load, **options: Any) -> KVPModel:
-    """Load a model, telling how far it is.
+    """Load a model, or this host's part of it, telling how far it is.
 
     Args:
         name: see ``bundle.loading.load``.
         load: that, or ``load_any``.
         options: of the call.
     """
+    hosts = joined()
     with progress_bar(f"loading {name}, MB") as progress:
-        return load(name, progress=progress, **options)
+        if hosts is None:
+            return load(name, progress=progress, **options)
+        return hosts.together(lambda: load(name, progress=progress, hosts=hosts, **options))
 
 
 def check_predictor(model: KVPModel, name: str, dial: Dial, *, exact_head: int | None, exact_tail: int | None) -> None:
@@ -332,6 +353,16 @@ def quantised_cache(model: KVPModel, bits: int | None) -> dict[str, Any]:
     if not sizes:
         raise InputError(f"--kv-bits needs heads of a multiple of 32 features, not {max(widths)}; leave it out.")
     return {"kv_bits": bits, "kv_group_size": sizes[0], "quantized_kv_start": 0}
+
+
+def drafting(model: KVPModel, draft: Draft, draft_tokens: int, kv_bits: int | None) -> dict[str, Any]:
+    """Return what ``reply`` takes of ``--draft`` and ``--draft-tokens``.
+
+    Raises:
+        InputError: an auxiliary that cannot draft.
+    """
+    settled = Drafting(draft, draft_tokens).settled(model, is_quantised=kv_bits is not None)
+    return {"draft": settled.who, "draft_tokens": settled.tokens}
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

@@ -150,6 +150,7 @@ class Conversation:
         """
         first, ids = self._first_that_fits(messages, max_tokens)
         check_window(self.model, len(ids), max_tokens)
+        dial = dial.at(self.model.config, len(ids))
         dial.share(self.model.config)  # refused before anything changes
         self.dropped_turns = sum(message["role"] == "user" for message in messages[self.first : first])
         head = ids[: dial.exact_head] if self.keep_heads and dial.path != "full" else []

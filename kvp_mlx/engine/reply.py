@@ -1,7 +1,8 @@
 """A request from token ids to streamed text: keep the common prefix, choose the path, read, decode, count, clock."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
@@ -19,6 +20,7 @@ from .decode import LogitsProcessor, decode, processed
 from .dial import QUALITIES, Dial, Path, dial_of
 from .prefill import PrefillTimes, Progress
 from .prompt import allowed_tokens, encode
+from .speculative import DRAFT_TOKENS, Draft, Drafting, speculate
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Piece:
         first_step_ms: of that, the last prompt token and sampling.
         generation_tokens: tokens generated so far.
         generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
+        from_draft: whether the auxiliary had proposed this token.
+        drafted_tokens: how many it has proposed so far.
     """
 
     text: str
@@ -60,6 +64,8 @@ class Piece:
     first_step_ms: float
     generation_tokens: int
     generation_tps: float
+    from_draft: bool = False
+    drafted_tokens: int = 0
 
 
 def reply(
@@ -73,6 +79,8 @@ def reply(
     stop: Sequence[str] = (),
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
+    draft: Draft = "none",
+    draft_tokens: int = DRAFT_TOKENS,
     **options: Any,
 ) -> Generator[Piece, None, None]:
     """Answer a prompt on what a context holds of it, yielding text as it is generated.
@@ -83,42 +91,58 @@ def reply(
     Args:
         context: caches that may hold the beginning of the prompt; what does not belong to it is dropped.
         ids: the whole prompt.
-        dial: how it is read.
+        dial: how it is read; of a quality, as the bundle measured it (``Dial.at``).
         max_tokens: tokens to generate at most; the context window may allow fewer.
         sampler: from log-probabilities ``(1, vocab)`` to a token ``(1,)``; greedy by default.
         logits_processors: as mlx-lm's; they see the whole prompt.
         stop: texts before the first of which the answer ends.
         prefill_step_size: prompt tokens per chunk (default: ``default_step_size()``).
         progress: called with (tokens done, tokens to do) after every chunk.
+        draft: whether the auxiliary proposes tokens that the base then reads at once; see ``Drafting``.
+        draft_tokens: how many at a time.
         options: passed to mlx-lm's ``stream_generate`` (kv_bits, ...).
 
     Raises:
-        InputError: a prompt that does not fit the context window, a share that the bundle cannot recompute, or a
-            ``draft_model``, whose own cache would lack the prompt.
+        InputError: a prompt that does not fit the context window, a share that the bundle cannot recompute, an
+            auxiliary that cannot draft (see ``Drafting``), or a ``draft_model``, whose own cache would lack the prompt.
     """
     model = context.model
+    dial = dial.at(model.config, len(ids))
     dial.share(model.config)  # refused before anything changes
     if dial.path == "auto" and context.is_quantised:
         dial = replace(dial, path="full")  # nothing is predicted on top of a quantised cache
     if options.pop("draft_model", None) is not None:
-        raise InputError("a draft_model cannot follow a predicted prompt yet; leave it out.")
+        raise InputError(
+            "a draft_model of one's own has not read what the context holds; leave it out, or let the auxiliary draft."
+        )
+    is_quantised = context.is_quantised or options.get("kv_bits") is not None
+    drafting = Drafting(draft, draft_tokens).settled(model, is_quantised=is_quantised)
     max_tokens = allowed_tokens(model, len(ids), max_tokens)
     choosing: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors}
     with wired_limit(model.base):  # around prefill and decoding, so that nothing is unwired in between
         cached = context.keep(common_prefix_len(context.tokens, ids[:-1]))
         settled = dial.settled(model.config, len(ids), cached, auto_min_tokens(model))
         generated: list[int] = []
+        if model.hosts is not None:
+            size = prefill_step_size = prefill_step_size or default_step_size()
+            how = {"max_tokens": max_tokens, "stop": stop, "prefill_step_size": size, **options}
+            model.hosts.tell({"ids": ids, "cached": cached, "dial": asdict(settled), "how": how})
+            choosing["sampler"] = model.hosts.first_choice(sampler or greedy)
         try:
             first = first_token_on(context, ids, settled, **choosing, step_size=prefill_step_size, progress=progress)
             options["prefill_step_size"] = prefill_step_size or default_step_size()
             exact = len(ids) if context.exact_tokens == len(context.tokens) else context.exact_tokens
+            speculation = speculate(context, ids, first, drafting, max_tokens=max_tokens, **choosing)
 
-            def pieces() -> Iterator[Piece]:
-                for piece in decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options):
+            def pieces() -> Generator[Piece, None, None]:
+                plain = decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options)
+                for piece in speculation.responses(model.text_tokenizer) if speculation else plain:
                     generated.append(piece.token)
-                    yield _piece(piece, first, settled, len(ids), cached, exact, len(generated))
+                    drafted_tokens = speculation.drafted_tokens if speculation else 0
+                    yield _piece(piece, first, settled, len(ids), cached, exact, len(generated), drafted_tokens)
 
-            yield from until(pieces(), stop)
+            with closing(pieces()) as stream:
+                yield from until(stream, stop)
         finally:
             context.grown_to(ids + generated)
 
@@ -174,6 +198,7 @@ def _piece(
     cached_tokens: int,
     exact_tokens: int,
     generated: int,
+    drafted_tokens: int,
 ) -> Piece:
     """Return mlx-lm's record of a token with what is known of the prompt."""
     return Piece(
@@ -193,6 +218,8 @@ def _piece(
         first_step_ms=first.first_step_ms,
         generation_tokens=generated,
         generation_tps=piece.generation_tps,
+        from_draft=piece.from_draft,
+        drafted_tokens=drafted_tokens,
     )
 
 
@@ -256,7 +283,7 @@ def stream_generate(
         system: a system message.
         template_arguments: for the chat template (``enable_thinking``, ...).
         context: may hold the beginning of the prompt (a saved cache); extended in place.
-        options: as ``reply`` takes them: max_tokens, sampler, logits_processors, stop, progress, kv_bits, ...
+        options: as ``reply`` takes them: max_tokens, sampler, logits_processors, stop, progress, draft, kv_bits, ...
 
     Raises:
         InputError: see ``encode`` and ``reply``.
