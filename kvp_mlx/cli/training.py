@@ -110,7 +110,9 @@ def train(
     auxiliary_weight: Annotated[Weight, typer.Option(help="Cross-entropy of the auxiliary.")] = None,
     consistency_weight: Annotated[Weight, typer.Option(help="L1 between predicted and true entries.")] = None,
     z_weight: Annotated[Weight, typer.Option(help="z-loss on both cross-entropies.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's peak rate.")] = 1e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's peak rate.  [default: 0.0036 of the maps' root mean square]")
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = 0.01,
     window: Window = 512,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Fill windows with several pieces of text.")] = True,

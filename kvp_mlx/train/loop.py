@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,8 @@ from .objectives import Weights, auxiliary_loss, base_loss, consistency_loss, co
 from .state import TrainingState, load_state, read_log, save_state
 from .teacher import Batch, Reading, Teacher, make_batch, read, teach
 
+RELATIVE_RATE = 3.6e-3
+"""Peak learning rate over the root mean square of the maps' weights."""
 WARM_UP_STEPS = 20
 MIN_LEFT_TOKENS = 16
 STATE_EVERY_SECONDS = 60.0
@@ -37,7 +39,8 @@ class TrainOptions:
         minutes: of the clock, from the first step on; the learning rate follows it. Validations on the way count, the
             first and the last do not.
         tokens: token budget in place of minutes; with it, the same seed gives the same losses.
-        learning_rate: AdamW's at its peak; warm-up over the first steps, then cosine to a tenth.
+        learning_rate: AdamW's at its peak; warm-up over the first steps, then cosine to a tenth. None: see
+            ``settled``.
         weight_decay: AdamW's, on matrices only.
         weights: of the objectives.
         window: tokens per window.
@@ -56,7 +59,7 @@ class TrainOptions:
 
     minutes: float | None = 20.0
     tokens: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     weights: Weights = field(default_factory=Weights)
     window: int = 512
@@ -87,6 +90,19 @@ class TrainOptions:
             raise InputError(f"--recompute is a share of the tokens, from 0 to below 1, not {self.recompute}.")
         if self.window < 2 * MIN_LEFT_TOKENS:
             raise InputError(f"windows of {self.window} tokens are too short to split; give --window 32 or more.")
+
+    def settled(self, model: KVPModel) -> "TrainOptions":
+        """Return the options with what depends on the bundle filled in: weights of losses, and the learning rate.
+
+        AdamW changes every weight by about its rate, so the rate is ``RELATIVE_RATE`` of the maps' root mean square.
+
+        Raises:
+            InputError: see ``Weights.settled``.
+        """
+        maps = [block.weight for block in model.predictor.maps.values()]
+        size = mx.sqrt(sum(mx.square(weight).sum() for weight in maps) / sum(weight.size for weight in maps)).item()
+        rate = self.learning_rate or RELATIVE_RATE * size or RELATIVE_RATE
+        return replace(self, weights=self.weights.settled(model), learning_rate=rate)
 
     def share(self, state: TrainingState) -> float:
         """Return how much of the budget is spent, 0 to 1."""
@@ -194,7 +210,7 @@ def counted_step(
     Raises:
         KVPError: the loss is not finite.
     """
-    optimizer.learning_rate = options.learning_rate * schedule(state.step, options.share(state))
+    optimizer.learning_rate = cast(float, options.learning_rate) * schedule(state.step, options.share(state))
     started = time.perf_counter()
     losses, tokens = take_step(model, trained, optimizer, stream, state, options)
     if not all(map(math.isfinite, losses.values())):
@@ -252,7 +268,7 @@ class Log:
 def make_optimizer(options: TrainOptions, trained: Trained) -> optim.Optimizer:
     """Return AdamW by the paper's rule: no decay on one-dimensional parameters (arXiv 2410.08391, appendix)."""
     matrices, vectors = (
-        optim.AdamW(options.learning_rate, betas=[0.9, 0.95], weight_decay=decay, bias_correction=True)
+        optim.AdamW(cast(float, options.learning_rate), betas=[0.9, 0.95], weight_decay=decay, bias_correction=True)
         for decay in (options.weight_decay, 0.0)
     )
     optimizer = optim.MultiOptimizer([matrices, vectors], [lambda _, array: array.ndim > 1])

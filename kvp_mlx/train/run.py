@@ -116,7 +116,7 @@ def _train(
         model = open_start(start, out, resume, force, options)
     begun = model.config.training
     is_kept = not resume or all((out / name).is_file() for name in ("kvp.json", "predictor.safetensors"))
-    options = replace(options, weights=options.weights.settled(model))
+    options = options.settled(model)
     model = with_estimator(make_trainable(model, options))
     trained = Trained(model, options)
     require_memory(model, trained, options)

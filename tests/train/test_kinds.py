@@ -190,7 +190,9 @@ def test_what_needs_entries_is_refused_by_kind_before_the_fit(name, options, nam
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "qwen3_moe"])
 def test_kinds_with_entries_are_trained_by_either(name, tmp_path):
-    options = TrainOptions(minutes=None, tokens=1, weights=Weights(base=1), window=48, right=16, lora_rank=4)
+    options = TrainOptions(
+        minutes=None, tokens=1, weights=Weights(base=1), window=48, right=16, lora_rank=4, learning_rate=1e-3
+    )
     check_kinds(directory_of(tmp_path, name), options, 2)
     model = make_trainable(bundle(tiny_model(name), 2), options)
     trained, stream = Trained(model, options), itertools.repeat(windows(2, 4))

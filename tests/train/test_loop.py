@@ -18,7 +18,7 @@ from support.training import log_of, state_of, steps_of, train_args, training
 
 import kvp_mlx
 from kvp_mlx.cli import output
-from kvp_mlx.train.loop import WARM_UP_STEPS, Trained, TrainOptions, make_optimizer, schedule, take_step
+from kvp_mlx.train.loop import RELATIVE_RATE, WARM_UP_STEPS, Trained, TrainOptions, make_optimizer, schedule, take_step
 from kvp_mlx.train.objectives import Weights
 from kvp_mlx.train.recovery import RecoveryMeasurement
 from kvp_mlx.train.run import hold_back, make_trainable
@@ -188,6 +188,17 @@ def test_weight_decay_spares_vectors() -> None:
         np.testing.assert_allclose(np.array(array), factor * before[name], rtol=1e-5)
 
 
+def test_rate_follows_the_size_of_the_maps() -> None:
+    model, _ = prefixed(llama(), 1)
+    weights = np.concatenate([np.array(block.weight).ravel() for block in model.predictor.maps.values()])
+    rate = TrainOptions().settled(model).learning_rate
+    assert rate == pytest.approx(RELATIVE_RATE * np.sqrt(np.mean(np.square(weights))), rel=1e-5)
+    for block in model.predictor.maps.values():
+        block.weight = 3 * block.weight
+    assert TrainOptions().settled(model).learning_rate == pytest.approx(3 * rate, rel=1e-5)
+    assert TrainOptions(learning_rate=0.5).settled(model).learning_rate == 0.5
+
+
 def test_rate_warms_up_and_comes_down() -> None:
     warm = [schedule(step, 0.0) for step in range(WARM_UP_STEPS)]
     assert warm[0] <= 0.05
@@ -279,7 +290,7 @@ def test_phases_are_told_where_there_is_no_terminal(
     monkeypatch.setattr("kvp_mlx.cli.output.progress_lines", at_once)
     monkeypatch.setattr("kvp_mlx.cli.training.progress_lines", at_once)
     common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 128)
-    outcome = kvp(*common, "--tokens", 640, "--out", tmp_path / "out")
+    outcome = kvp(*common, "--tokens", 64 * 40, "--learning-rate", 5e-3, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     for phase in ("closed form, tokens", "validation, documents", "saving the best so far, windows", "training"):
         assert f"{phase}: done after" in outcome.err
