@@ -314,6 +314,9 @@ def _window(file: GGUFFile, name: str, config: dict[str, Any]) -> dict[str, Any]
 def _token_ids(file: GGUFFile, vocabulary: int) -> dict[str, Any]:
     """Return the ids that begin and end a text; where a turn or message has its own end, all ends."""
     found: dict[str, Any] = {}
+    for key, value in file.metadata.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and type(value) is not int:
+            raise InputError(f"{file.path}: {key} is {str(value)[:40]}, but a token id is a whole number.")
     if bos := token_ids(file, vocabulary, "bos"):
         found["bos_token_id"] = bos[0]
     if ends := token_ids(file, vocabulary, "eos", "eot", "eom"):

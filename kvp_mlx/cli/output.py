@@ -21,6 +21,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..device.hosts import is_launched
 from ..engine.reply import Piece
 from ..errors import InputError
 from .screen import STARTED, is_utf8, visible
@@ -184,6 +185,8 @@ def read_text(path: str, remedy: str = "check --prompt-file") -> str:
         InputError: missing, too large, empty or not UTF-8.
     """
     name = "stdin" if path == "-" else path
+    if path == "-" and is_launched():
+        raise InputError("mlx.launch never ends what it pipes on, so stdin cannot be read to its end; name a file.")
     try:
         if path == "-":
             data = _standard_input()
@@ -199,11 +202,13 @@ def read_text(path: str, remedy: str = "check --prompt-file") -> str:
 
 
 def read_piped() -> str:
-    """Return what is piped in; nothing where stdin is a terminal or a device.
+    """Return what is piped in; nothing where stdin is a terminal, a device or ``mlx.launch``'s, which never ends.
 
     Raises:
         InputError: too large, or not UTF-8.
     """
+    if is_launched():
+        return ""
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):  # something else than a file stands in
@@ -216,7 +221,7 @@ def plain_text(data: bytes, name: str) -> str:
     """Return the text of a file as everyone reads it: no byte order mark, lines that end with a line feed.
 
     Raises:
-        InputError: too large, or not UTF-8.
+        InputError: too large, not UTF-8, or with NUL characters, as UTF-16 has them.
     """
     if len(data) > MOST_BYTES:
         raise InputError(f"{name} has more than {MOST_BYTES / 2**20:.0f} MiB, more than any model reads; shorten it.")
@@ -224,6 +229,8 @@ def plain_text(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start}); convert it first.") from error
+    if "\0" in text:
+        raise InputError(f"{name} holds NUL characters, which text has none of; convert it to UTF-8 first.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -100,7 +100,7 @@ def leaving_on_ctrl_c(tidy: Callable[[], object] = remove_unfinished) -> Iterato
     Args:
         tidy: what that thread puts in order before.
     """
-    ended = threading.Event()
+    ended, heard = threading.Event(), threading.Event()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     try:
@@ -110,21 +110,31 @@ def leaving_on_ctrl_c(tidy: Callable[[], object] = remove_unfinished) -> Iterato
         os.close(writing)
         yield
         return
-    watching = threading.Thread(target=_leave_after_signal, args=(reading, ended, tidy), daemon=True)
+    watching = threading.Thread(target=_leave_after_signal, args=(reading, ended, heard, tidy), daemon=True)
     watching.start()
     try:
-        yield
-    finally:
-        ended.set()
-        signal.set_wakeup_fd(before)
-        os.close(writing)  # which ends the thread's reading
-        watching.join()
-        os.close(reading)
+        try:
+            yield
+        finally:
+            ended.set()
+            signal.set_wakeup_fd(before)
+            os.close(writing)  # which ends the thread's reading
+            watching.join()
+            os.close(reading)
+    except Exception as error:
+        if heard.is_set():  # a library took it for an error of its own
+            raise KeyboardInterrupt from error
+        raise
 
 
-def _leave_after_signal(reading: int, ended: threading.Event, tidy: Callable[[], object]) -> None:
+def _leave_after_signal(
+    reading: int, ended: threading.Event, heard: threading.Event, tidy: Callable[[], object]
+) -> None:
     while number := os.read(reading, 1):
-        if number[0] == signal.SIGINT and not ended.wait(PATIENCE_SECONDS):
+        if number[0] != signal.SIGINT:
+            continue
+        heard.set()
+        if not ended.wait(PATIENCE_SECONDS):
             with contextlib.suppress(Exception):
                 tidy()
             show_cursor = "\r\x1b[?25h\x1b[K" if os.isatty(2) else ""

@@ -22,7 +22,7 @@ from ..models.families import Cache, fixed_kinds, is_listed
 from ..models.sections import RawLayer, run_layers, section
 from .dial import PREDICT, Dial
 from .pace import Pace, Steps, finish, groups
-from .recompute import repairing
+from .recompute import repairing, spans, work_of
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -41,6 +41,22 @@ class PrefillTimes:
     recompute_ms: float = 0.0
     base_prefill_ms: float = 0.0
     recomputed_tokens: int = 0
+
+
+@dataclass
+class Tally:
+    """Tells ``progress`` of work that is counted in tokens times layers how many of so many ``tokens`` that is."""
+
+    progress: Progress | None
+    tokens: int
+    work: int
+    done: int = 0
+
+    def add(self, work: int) -> None:
+        """Take note of more that is done."""
+        self.done += work
+        if self.progress:
+            self.progress(self.tokens * self.done // self.work, self.tokens)
 
 
 @dataclass
@@ -151,21 +167,25 @@ def predicting(
         recompute: the share of the other tokens that it also reads itself (default: the bundle's).
         prefill_step_size: tokens per chunk (default: ``default_step_size()``); bounds the activations' memory.
         times: filled with what each part took.
-        progress: called with (tokens done, tokens in all) after every chunk.
+        progress: called with (tokens done, tokens in all) after every chunk; what the base reads itself is part of it.
         pace: pause between groups of layers, too, and not only between chunks.
 
     Raises:
         InputError: the auxiliary has not read what the base's cache holds, a negative exact tail, a share that the
             bundle cannot recompute, or a quantised cache where the base is to read on top of the prediction.
     """
-    times, dial, rest = times or PrefillTimes(), Dial("kvp", 0, exact_tail, recompute), ids[:, ids.shape[1] :]
+    times, dial, tokens = times or PrefillTimes(), Dial("kvp", 0, exact_tail, recompute), ids.shape[1]
+    rest = ids[:, tokens:]
     if fixed := fixed_kinds(model.base):  # no entry can be replaced, so that the base goes on from what is predicted
         _check_fixed(fixed, recompute)
-        dial, end = PREDICT, max(0, ids.shape[1] - exact_tail)
+        dial, end = PREDICT, max(0, tokens - exact_tail)
         ids, rest = ids[:, :end], ids[:, end:]
     share = dial.share(model.config)
     is_repaired = bool(model.predictor.blocks) and (share > 0 or dial.exact_tail > 0)
     _check_caches(cache, auxiliary_cache, is_repaired)
+    layers, tail = read_layers(model), min(dial.exact_tail, tokens)
+    repair = work_of(spans(model, share, tokens, tail)) if is_repaired else 0
+    tally = Tally(progress, tokens, tokens * layers + repair)
     below: list[mx.array] = []
     deviations: list[mx.array] = []
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
@@ -178,20 +198,21 @@ def predicting(
                 below += outputs
                 deviations += estimates
             release_buffers()
-            if progress:
-                progress(done, ids.shape[1])
+            tally.add(chunk.shape[1] * layers)
             yield
         if is_repaired:
             size = prefill_step_size or default_step_size()
             estimated = mx.concatenate(deviations, axis=1) if deviations else None
-            x, tail = mx.concatenate(below, axis=1), min(dial.exact_tail, ids.shape[1])
-            steps = repairing(model, x, estimated, cache, share, tail, size, pace)
+            x = mx.concatenate(below, axis=1)
+            steps = repairing(model, x, estimated, cache, share, tail, size, pace, tally.add)
             times.recomputed_tokens += yield from _timed(steps, times, "recompute_ms")
     readers = [(model.base, cache)] + ([] if model.is_prefix else [(model.auxiliary, auxiliary_cache)])
     for reader, own in readers if rest.size else []:
         reading = reading_prompt(reader, rest, own, prefill_step_size=prefill_step_size, pace=pace)
         yield from _timed(reading, times, "recompute_ms")
-    times.recomputed_tokens += rest.shape[1]
+    if rest.size:
+        times.recomputed_tokens += rest.shape[1]
+        tally.add(rest.shape[1] * layers)
 
 
 def _check_fixed(kinds: list[str], recompute: float | None) -> None:
@@ -386,6 +407,7 @@ def filling(
     dial: Dial,
     *,
     pace: Pace | None = None,
+    progress: Progress | None = None,
     **report: Any,
 ) -> Steps[None]:
     """Do what ``fill`` does, with pauses.
@@ -397,17 +419,23 @@ def filling(
         auxiliary_cache: the auxiliary's; it may have read less than the base's cache holds.
         dial: its path is ``full`` or ``kvp``.
         pace: see ``predicting``.
-        report: ``prefill_step_size``, ``times`` and ``progress``, as in ``predicting``.
+        progress: see ``predicting``; of all that the caches do not hold yet.
+        report: ``prefill_step_size`` and ``times``, as in ``predicting``.
     """
     end, held = ids.shape[1] - 1, held_positions(cache) or 0
+
+    def since(start: int) -> Progress | None:
+        return progress and (lambda done, _: progress(start - held + done, end - held))
+
     exact = max(held, min(dial.exact_head, end) if dial.path == "kvp" else end)
     if held < exact:
-        yield from base_prefilling(model, ids[:, held:exact], cache, pace=pace, **report)
+        yield from base_prefilling(model, ids[:, held:exact], cache, pace=pace, progress=since(held), **report)
     if exact < end:
         lag = held_positions(auxiliary_cache)
         if lag is not None and lag < exact:
             yield from reading_prompt(model.auxiliary, ids[:, lag:exact], auxiliary_cache, pace=pace)
         how: dict[str, Any] = {"exact_tail": min(dial.exact_tail, end - exact), "recompute": dial.recompute}
+        how["progress"] = since(exact)
         yield from predicting(model, ids[:, exact:end], cache, auxiliary_cache, pace=pace, **how, **report)
 
 

@@ -12,6 +12,8 @@ Message = dict[str, Any]
 """``role``, ``content`` and the like, as chat templates take them."""
 MAX_CHARACTERS_PER_TOKEN = 32
 """On average over a text, and generous: prose has about 4."""
+MAX_TEMPLATE_CHARACTERS, MAX_CHARACTERS_PER_CHARACTER = 2**20, 16
+"""What a chat template may add of its own, and make of a character that it is given (``\\U0001f600``)."""
 
 
 def render(
@@ -38,6 +40,8 @@ def render(
         rendered: str = tokenizer.apply_chat_template(safe[: len(messages)], **options)
     except Exception as error:  # templates raise what they like, and everything that Python does
         raise template_error(tokenizer, error) from error
+    if len(rendered) > MAX_TEMPLATE_CHARACTERS + MAX_CHARACTERS_PER_CHARACTER * len(str((messages, arguments))):
+        raise InputError(f"the model's chat template writes {len(rendered):,} characters; get the model again.")
     return encode_apart(tokenizer, rendered)
 
 

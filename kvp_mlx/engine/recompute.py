@@ -7,6 +7,7 @@ the prompt, where a question stands, tells what is going to be looked at. In the
 fewer: the same work, spent on more tokens in the lower ones, brings the answer closer to full prefill's.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -53,6 +54,11 @@ def spans(model: KVPModel, share: float, tokens: int, exact_tail: int) -> list[S
     return [Span(first, middle, most), Span(middle, end, max(least, min(most, settings.asking_tokens)))]
 
 
+def work_of(spans: list[Span]) -> int:
+    """Return what recomputation reads, in tokens times layers."""
+    return sum((span.last - span.first) * span.tokens for span in spans)
+
+
 class RewrittenCache:
     """Stands in for one layer's cache: what the layer writes takes the place of entries that are there.
 
@@ -88,6 +94,7 @@ def repairing(
     exact_tail: int,
     step_size: int,
     pace: Pace | None = None,
+    note: Callable[[int], None] = lambda work: None,
 ) -> Steps[int]:
     """Let the base read the exact tail and a share of the other tokens, and replace their entries.
 
@@ -105,6 +112,7 @@ def repairing(
         exact_tail: how many of the newest tokens are read in any case.
         step_size: tokens per chunk.
         pace: pause between groups of layers, too, and not only between chunks.
+        note: called with the tokens times layers that were read since the last call (see ``work_of``).
 
     Returns:
         How many tokens of each sequence were read, in some layers at least.
@@ -120,13 +128,16 @@ def repairing(
         looked_at = yield from attention_of_end(model, x[:, -asking:], cache, lower, pace)
         attention = reached(looked_at, settings.attention_reach)
         harm = harm + settings.attention_weight * mx.log(attention[:, -tokens:] + 1e-9)
+    if model.hosts is not None:  # each has looked at its own heads
+        with mx.stream(generation_stream):
+            harm = model.hosts.largest(harm)
     harm = mx.where(mx.arange(tokens) < tokens - last, harm, mx.inf)
     positions = mx.broadcast_to(mx.arange(cache[0].offset - tokens, cache[0].offset), (batch, tokens))
     for span in (span for span in (lower, upper) if span.first < span.last):
         kept = largest(harm, span.tokens)
         harm, positions = (mx.take_along_axis(numbers, kept, axis=1) for numbers in (harm, positions))
         x = mx.take_along_axis(x, kept if x.ndim == 2 else kept[..., None], axis=1)
-        x = yield from recompute_span(model, x, positions, cache, span, step_size, pace)
+        x = yield from recompute_span(model, x, positions, cache, span, step_size, pace, note)
     return lower.tokens
 
 
@@ -184,6 +195,7 @@ def recompute_span(
     span: Span,
     step_size: int,
     pace: Pace | None,
+    note: Callable[[int], None],
 ) -> Steps[mx.array]:
     """Let some of the base's layers read tokens that its cache holds, and replace their entries.
 
@@ -195,6 +207,7 @@ def recompute_span(
         span: the layers.
         step_size: tokens per chunk.
         pace: see ``repairing``.
+        note: see ``repairing``.
 
     Returns:
         What the layer after the span takes ``(B, n, hidden)``; lazy behind the last layer.
@@ -215,6 +228,7 @@ def recompute_span(
                 started = [_rewritten(model, first, last, cache, *each) for each in started]
                 reached_last = last == len(model.base.layers)
                 mx.eval([layer.state for layer in cache[first:last]], [] if reached_last else [s[1] for s in started])
+            note((last - first) * sum(places.shape[1] for _, _, places, _ in started))
             yield
         outputs += [x for _, x, _, _ in started]
     return mx.concatenate(outputs, axis=1)

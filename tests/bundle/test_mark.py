@@ -1,9 +1,13 @@
 """A bundle's base is told from other models, and known again in another precision."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlx_lm.utils import load_model as mlx_lm_load_model
+from mlx_lm.utils import quantize_model, save_config, save_model
 from support.directories import write_llama
 
 import kvp_mlx
@@ -61,6 +65,59 @@ def test_other_arguments_and_vocabulary_are_refused(
     if options:
         with pytest.raises(BundleError, match="another vocabulary"):
             kvp_mlx.load(str(bundle), base_name=str(base))
+
+
+MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no rows": (lambda mark: mark.pop("rows"), "base.mark.rows"),
+    "rows as a list": (lambda mark: mark.update(rows=[1.0]), "base.mark.rows"),
+    "a row as text": (lambda mark: mark["rows"].update({first(mark): "0.1"}), "base.mark.rows"),
+    "a row of texts": (lambda mark: mark["rows"].update({first(mark): ["x"]}), "base.mark.rows"),
+    "a row of rows": (lambda mark: mark["rows"].update({first(mark): [[0.1]]}), "base.mark.rows"),
+    "NaN": (lambda mark: mark["rows"][first(mark)].__setitem__(0, float("nan")), "base.mark.rows"),
+    "infinity": (lambda mark: mark["rows"][first(mark)].__setitem__(0, float("-inf")), "base.mark.rows"),
+    "arguments as a list": (lambda mark: mark.update(arguments=[]), "base.mark.arguments"),
+    "a number for the vocabulary": (lambda mark: mark.update(vocabulary=5), "base.mark.vocabulary"),
+    "a field of its own": (lambda mark: mark.update(surprise=1), "base.mark.surprise"),
+    "another vocabulary": (lambda mark: mark.update(vocabulary="0" * 64), "another vocabulary"),
+    "a short row": (lambda mark: mark["rows"][first(mark)].pop(), "other names or shapes"),
+    "a long row": (lambda mark: mark["rows"][first(mark)].append(0.5), "other names or shapes"),
+    "an empty row": (lambda mark: mark["rows"][first(mark)].clear(), "other names or shapes"),
+    "a row less": (lambda mark: mark["rows"].pop(first(mark)), "other names or shapes"),
+    "a row more": (lambda mark: mark["rows"].update({"model.extra|2,2": [0.5]}), "other names or shapes"),
+    "another name": (lambda mark: mark["rows"].update({"\ud800": mark["rows"].pop(first(mark))}), ""),
+    "no row": (lambda mark: mark["rows"].clear(), "other names or shapes"),
+    "huge numbers": (lambda mark: mark["rows"].update({first(mark): [1e308] * 32}), "weights differ by"),
+}
+
+
+def first(mark: dict[str, Any]) -> str:
+    return next(iter(mark["rows"]))
+
+
+@pytest.fixture(scope="module")
+def eight_bits(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base in a precision in which only the mark knows it."""
+    out = tmp_path_factory.mktemp("precision") / "model"
+    model, config = quantize_model(*mlx_lm_load_model(base_dir), group_size=32, bits=8)
+    save_model(out, model)
+    save_config(config, out / "config.json")
+    for path in base_dir.glob("token*"):
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_marks_are_refused_by_name(name: str, bundle: Path, eight_bits: Path, kvp: Kvp) -> None:
+    change, named = MALFORMED[name]
+    data = json.loads((bundle / "kvp.json").read_text())
+    change(data["base"]["mark"])
+    (bundle / "kvp.json").write_text(json.dumps(data))
+    found = kvp("generate", "hello", "--model", bundle, "--base", eight_bits, "--max-tokens", 1)
+    assert (found.code, found.out) == (2, ""), found.err
+    assert found.err.startswith("kvp: ")
+    assert found.err.count("\n") == 1
+    assert named in found.err
+    assert "report it" not in found.err
 
 
 def test_base_of_a_model_without_a_bundle_is_refused(base_dir: Path) -> None:

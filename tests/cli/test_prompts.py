@@ -53,6 +53,18 @@ def test_marks_and_carriage_returns_never_reach_the_model(
     assert f"{plain} new tokens on 0 cached" in said.err
 
 
+def test_text_with_nul_characters_is_refused(bundle: Path, tmp_path: Path, kvp: Kvp) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("How many?".encode("utf-16-le"))
+    for outcome in (
+        kvp("generate", "--prompt-file", path, "--model", bundle),
+        kvp("generate", "--model", bundle, stdin=path.read_bytes()),
+        kvp("cache", "build", path, "--model", bundle),
+    ):
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert "NUL characters" in outcome.err
+
+
 def test_a_huge_text_is_refused_at_once(bundle: Path, tmp_path: Path, kvp: Kvp) -> None:
     path = tmp_path / "huge.txt"
     path.write_text(TEXT * 60_000)
@@ -153,6 +165,7 @@ def test_a_system_prompt_and_template_arguments_reach_the_template(bundle: Path,
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content + 1 }}", "chat template"),
+        ("{{ messages[0].content * 2**22 }}", "the model's chat template writes"),
         ([{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}], "rag, tool_use"),
     ],
 )

@@ -24,7 +24,7 @@ from support.terminal import Terminal
 
 import kvp_mlx
 from kvp_mlx.cli.output import SafeConsole, read_piped
-from kvp_mlx.cli.screen import visible
+from kvp_mlx.cli.screen import leaving_on_ctrl_c, visible
 
 EVIL = "a\x1b]52;c;ZXZpbA==\x07b\x9b2Jc\x1b[31md\re\x08f\x7f"
 OWN_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -209,6 +209,17 @@ def test_ctrl_c_that_python_can_handle_is_left_to_it() -> None:
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, b"tidy\n")
+
+
+def test_ctrl_c_that_a_library_takes_for_its_own_error_is_ctrl_c() -> None:
+    with pytest.raises(KeyboardInterrupt), leaving_on_ctrl_c():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise AttributeError("half imported") from None
+    with pytest.raises(AttributeError), leaving_on_ctrl_c():
+        raise AttributeError("its own")
 
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ METADATA: dict[str, tuple[dict, str]] = {
     "another width": ({"llama.embedding_length": 128}, "32x64, but the metadata say 64x128"),
     "no context": ({"llama.context_length": 0}, "llama.context_length is 0"),
     "negative": ({"llama.context_length": -1}, "llama.context_length is -1"),
+    "text for a token id": ({"tokenizer.ggml.fim_pre_token_id": "2"}, "tokenizer.ggml.fim_pre_token_id is 2"),
+    "text for the end token": ({"tokenizer.ggml.eos_token_id": "2"}, "tokenizer.ggml.eos_token_id is"),
     "text for a number": ({"llama.block_count": "two"}, "llama.block_count is 'two'"),
     "fraction for a number": ({"llama.block_count": 2.0}, "llama.block_count is 2.0"),
     "flag for a number": ({"llama.block_count": True}, "llama.block_count is True"),

@@ -9,9 +9,10 @@ from mlx_lm.generate import generate_step
 from support.mirror import Mirror, StopReadingError, stop_reading
 from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, pruned, small_llama
 
-from kvp_mlx.engine.context import Context, refine
+from kvp_mlx.engine.context import FULL, Context, reading_together, refine
 from kvp_mlx.engine.conversation import Conversation
 from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.pace import Pace, finish
 from kvp_mlx.errors import InputError
 
 KINDS = {
@@ -68,6 +69,32 @@ def test_a_text_whose_reading_was_stopped_is_read_anew_with_its_tail(kind):
     for context in (stopped, whole):
         context.read(ids, Dial("kvp", 0, 6))
     assert largest_difference(stopped, entries_of(whole.cache)) < 1e-5
+
+
+@pytest.mark.parametrize("held", [0, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_read_together_are_as_read_alone(kind, held):
+    model, _ = KINDS[kind]()
+    rng, pace = np.random.default_rng(4), Pace(1e-6)
+    prompts = [rng.integers(5, 97, length).tolist() for length in (30, 41, 22)]
+    contexts, alone = [Context(model) for _ in prompts], [Context(model) for _ in prompts]
+    for context, ids in zip(contexts, prompts, strict=True):
+        context.read(ids[: held + 1], FULL)
+    stopped = reading_together(contexts, prompts, pace=pace)
+    next(stopped)
+    stopped.close()
+    assert {len(context.tokens) for context in contexts} == {held}
+    calls = []
+    finish(reading_together(contexts, prompts, pace=pace, progress=lambda *call: calls.append(call)))
+    assert calls[-1] == (40 - held, 40 - held)
+    for context, other, ids in zip(contexts, alone, prompts, strict=True):
+        other.read(ids, FULL)
+        assert context.tokens == other.tokens == ids[:-1]
+        assert context.exact_tokens == len(ids) - 1
+        assert largest_difference(context, entries_of(other.cache)) < 1e-4
+        context.read([*ids, 7, 8], Dial("kvp", 0, 0))  # an auxiliary of its own catches up
+        other.read([*ids, 7, 8], Dial("kvp", 0, 0))
+        assert largest_difference(context, entries_of(other.cache)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)

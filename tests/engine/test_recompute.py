@@ -21,9 +21,10 @@ from support.tiny import (
 
 from kvp_mlx import load
 from kvp_mlx.bundle.config import RecomputeConfig
+from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import PrefillTimes, auxiliary_prefill, base_prefill, predict_base_cache
-from kvp_mlx.engine.recompute import first_layer, largest, reached
+from kvp_mlx.engine.recompute import first_layer, largest, reached, spans
 from kvp_mlx.errors import InputError
 
 ASKING_TOKENS, ATTENTION_REACH, ATTENTION_WEIGHT = 16, 12, 0.5
@@ -116,6 +117,29 @@ def test_every_sequence_of_a_batch_has_its_own_tokens(name):
         for entries, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(entries.keys[row : row + 1], wanted.keys, atol=1e-5)
             np.testing.assert_allclose(entries.values[row : row + 1], wanted.values, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "tail"), [(0.6, 0), (0.0, 12), (0.9, 3)])
+def test_progress_counts_what_the_base_reads_itself(ratio, tail):
+    model, _ = repairing("llama prefix")
+    calls = []
+    how = {"exact_tail": tail, "recompute": ratio, "prefill_step_size": 10}
+    predict_base_cache(model, mx.array(token_ids(60)), progress=lambda *call: calls.append(call), **how)
+    done, totals = zip(*calls, strict=True)
+    assert set(totals) == {60}
+    assert list(done) == sorted(set(done))
+    read_again = sum((span.last - span.first) * span.tokens for span in spans(model, ratio, 60, tail))
+    assert done[5] == 60 * 60 // (60 + read_again) < 60 == done[-1]  # its one layer has read six chunks
+    assert len(done) > 7
+
+
+def test_progress_counts_what_is_read_before_and_after_prediction():
+    model, _ = repairing("llama prefix")
+    context, calls = Context(model), []
+    context.read(token_ids(61)[0].tolist(), Dial("kvp", 20, 9), progress=lambda *call: calls.append(call), step_size=10)
+    done, totals = zip(*calls, strict=True)
+    assert (set(totals), done[:2], done[-1]) == ({60}, (10, 20), 60)
+    assert list(done) == sorted(done)
 
 
 def test_on_top_of_a_cache_the_positions_count_on():

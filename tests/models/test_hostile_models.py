@@ -13,7 +13,7 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 from support.directories import write_llama
 
 from kvp_mlx.errors import BundleError
-from kvp_mlx.models.loading import load_model
+from kvp_mlx.models.loading import load_model, load_tokenizer
 
 
 def config(directory: Path, **changes: object) -> None:
@@ -61,6 +61,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "10^30 layers": (lambda d: config(d, num_hidden_layers=10**30), "num_hidden_layers"),
     "no layers": (lambda d: config(d, num_hidden_layers=0), "num_hidden_layers is 0"),
     "layers as text": (lambda d: config(d, num_hidden_layers="4"), "num_hidden_layers is 4"),
+    "an end token beyond the vocabulary": (lambda d: config(d, eos_token_id=10**9), "eos_token_id is 1000000000"),
+    "an end token below it": (lambda d: config(d, eos_token_id=[2, -1]), "eos_token_id is -1"),
+    "an end token as text": (lambda d: config(d, eos_token_id="2"), "eos_token_id is 2"),
+    "an end token that is true": (lambda d: config(d, eos_token_id=True), "eos_token_id is True"),
+    "end tokens in a list's list": (lambda d: config(d, eos_token_id=[[2]]), "eos_token_id is [2]"),
+    "another file's end token": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [2, 151643]}') and None,
+        "eos_token_id is 151643",
+    ),
     "layers as a list": (lambda d: config(d, num_hidden_layers=[4]), "num_hidden_layers"),
     "a huge vocabulary": (lambda d: config(d, vocab_size=10**12), ""),
     "a huge width": (lambda d: config(d, hidden_size=10**9), ""),
@@ -71,6 +80,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative width": (lambda d: config(d, hidden_size=-64), "hidden_size is '-64'"),
     "theta as text": (lambda d: config(d, rope_theta="10000"), "rope_theta is '10000'"),
     "theta infinite": (lambda d: config(d, rope_theta=float("inf")), "rope_theta is 'inf'"),
+    "RoPE stretched to infinity": (
+        lambda d: config(d, rope_scaling={"type": "linear", "factor": float("inf")}),
+        "rope_scaling.factor is 'inf'",
+    ),
+    "RoPE factors of no number": (
+        lambda d: config(d, rope_parameters={"rope_type": "longrope", "short_factor": [1.0, float("nan")]}),
+        "rope_parameters.short_factor is 'nan'",
+    ),
     "eps as an object": (lambda d: config(d, rms_norm_eps={}), "rms_norm_eps is '{}'"),
     "a truth value as text": (lambda d: config(d, tie_word_embeddings="yes"), "tie_word_embeddings"),
     "model_type as a list": (lambda d: config(d, model_type=["llama"]), "states no model_type"),
@@ -119,6 +136,13 @@ def test_ordinary_spellings_are_taken(quantised: Path) -> None:
     config(quantised, rope_theta=10000, tie_word_embeddings=1, head_dim=None, max_position_embeddings=512.0)
     model, _ = load_model(quantised)
     assert len(model.layers) == 4
+
+
+def test_end_tokens_may_stand_in_rows_that_pad_the_vocabulary(quantised: Path) -> None:
+    data = json.loads((quantised / "config.json").read_text())
+    last = data["vocab_size"] - 1
+    assert len(load_tokenizer(quantised, data | {"eos_token_id": [2, last]}).eos_token_ids & {2, last}) == 2
+    assert load_tokenizer(quantised, data | {"eos_token_id": None}) is not None
 
 
 def test_two_files_with_one_tensor_are_refused(tmp_path: Path) -> None:
