@@ -8,8 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 from ..bundle.loading import load_any
+from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError
-from .options import DEFAULT_MODEL, READING, AllowMismatch, AnyModel, OtherBase, open_model, say_reading
+from .options import (
+    DEFAULT_MODEL,
+    READING,
+    AllowMismatch,
+    AnyModel,
+    DraftOption,
+    DraftTokens,
+    OtherBase,
+    open_model,
+    say_reading,
+)
 from .output import show
 
 try:
@@ -64,6 +75,8 @@ def serve(
         Path | None,
         typer.Option("--cache-dir", help="Keep that here from one start to the next.", rich_help_panel=REQUESTS),
     ] = None,
+    draft: DraftOption = "none",
+    draft_tokens: DraftTokens = DRAFT_TOKENS,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="KVP_API_KEY", help="What clients must send.", rich_help_panel=CLIENTS),
@@ -86,7 +99,8 @@ def serve(
     """Serve the OpenAI and Anthropic APIs.
 
     A request chooses how its prompt is read by the model's name (NAME:full, NAME:fast, NAME:balanced, NAME:exact) or a
-    field "kvp": {"quality": "fast"}. Ctrl-C lets running answers end; a second one does not.
+    field "kvp": {"quality": "fast"}. --draft is for answers that are decoded alone. Ctrl-C lets running answers end; a
+    second one does not.
     """
     if api_key is None and not is_loopback(host):
         raise InputError(f"{host} is reached from other machines, so set a key: --api-key or KVP_API_KEY.")
@@ -113,6 +127,7 @@ def serve(
             slice_ms=prefill_slice_ms,
             cache_bytes=int(cache_gib * GIB),
             cache_dir=cache_dir,
+            drafting=Drafting(draft, draft_tokens),
         )
         service = Service(loaded, scheduler, options, served_name(model))
 

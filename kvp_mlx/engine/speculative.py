@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,9 @@ from ..models.families import Cache, kinds_of
 from .clock import Chooser, FirstStep, greedy
 from .context import TRIMMABLE, Context, trim_to
 from .decode import LogitsProcessor
-from .prefill import base_prefill, catch_up_auxiliary
+from .pace import Pace, finish
+from .pace import Steps as PausingSteps
+from .prefill import base_prefill, reading_prompt
 
 Draft = Literal["none", "auxiliary", "auto"]
 """Who drafts; ``auto`` leaves drafting out, or off, where it does not pay."""
@@ -77,6 +80,9 @@ class Drafting:
         return self if reason is None else replace(self, who="none")
 
 
+NO_DRAFTS = Drafting()
+
+
 def _obstacle(model: KVPModel, is_quantised: bool) -> str | None:
     if not model.config.has_predictor:
         return "this model has none"
@@ -111,6 +117,7 @@ class Speculation:
     Attributes:
         generated: its tokens so far; the base's cache holds the prompt and these, the last one aside.
         drafted_tokens: how many were proposed.
+        accepted_tokens: how many of its tokens had been.
 
     Args:
         context: holds the prompt in the base's cache; the auxiliary's may lag behind.
@@ -134,10 +141,15 @@ class Speculation:
         logits_processors: Sequence[LogitsProcessor] = (),
     ):
         self.generated = list(first.tokens)
-        self.drafted_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self._context, self._ids, self._first, self._max_tokens = context, ids, first, max_tokens
         self._drafting, self._processors = drafting, logits_processors
         self._sampler = sampler or greedy
+
+    @cached_property
+    def _draws(self) -> "Draws":
+        """From the second token on, so that they begin where the first has left the random numbers."""
+        return Draws(self._sampler)
 
     def responses(self, tokenizer: TokenizerWrapper) -> Generator[GenerationResponse, None, None]:
         """Yield the reply as mlx-lm's ``stream_generate`` does."""
@@ -169,16 +181,30 @@ class Speculation:
     def _steps(self) -> Steps:
         """Yield the first token and those after it; the context then holds them all, and no rejected one."""
         yield self.generated[0], self._first.logprobs.squeeze(0), False
-        self._draws = Draws(self._sampler)
         try:
-            with closing(self._measured() if self._drafting.who == "auto" else self._drafted()) as steps:
-                for step in steps:
-                    self.generated.append(step[0])
-                    yield step
-        except GeneratorExit:  # the end of the answer: what is left behind is as without a draft
-            self._read_last()
-            self._draws.leave(len(self.generated), self._first.logprobs)
+            yield from self.steps()
+        except GeneratorExit:
+            self.end()
             raise
+
+    def steps(self) -> Steps:
+        """Yield the tokens after the first one; where this was closed, ``end`` or ``leave_off`` comes next."""
+        with closing(self._measured() if self._drafting.who == "auto" else self._drafted()) as steps:
+            for step in steps:
+                self.generated.append(step[0])
+                self.accepted_tokens += step[2]
+                yield step
+
+    def end(self) -> None:
+        """Leave all as without a draft: the base has read every token, and one more was drawn."""
+        cache, tokens = self._context.cache, self._ids + self.generated
+        if unread := tokens[held_positions(cache) or 0 :]:
+            base_prefill(self._context.model, mx.array([unread]), cache)
+        self._draws.leave(len(self.generated), self._first.logprobs)
+
+    def leave_off(self) -> None:
+        """Let others draw the next token; what the caches hold of it goes with the context's ``grown_to``."""
+        self._draws.put_back(len(self.generated))
 
     def _measured(self) -> Steps:
         """Decode without a draft, for its pace; then with, for as long as that is faster; then without again."""
@@ -213,15 +239,13 @@ class Speculation:
     def _drafted(self) -> Steps:
         """Decode with drafts; the auxiliary reads first what it has not read."""
         self._rewind()
+        finish(self.catching_up())
         context, model = self._context, self._context.model
-        auxiliary_cache, read = context.auxiliary_cache, self._ids + self.generated[:-1]
-        if unread := read[held_positions(auxiliary_cache) or 0 :]:
-            catch_up_auxiliary(model, mx.array([unread]), auxiliary_cache)
         steps = speculative_generate_step(
             mx.array(self.generated[-1:]),
             Announced(model.base, self._announce),
             Announced(model.auxiliary, self._announce_draft),
-            prompt_cache=[*context.cache, *auxiliary_cache],
+            prompt_cache=[*context.cache, *context.auxiliary_cache],
             num_draft_tokens=self._drafting.tokens,
             **self._options(),
         )
@@ -231,6 +255,12 @@ class Speculation:
                     yield int(token), logprobs, from_draft
         finally:
             self._rewind()
+
+    def catching_up(self, pace: Pace | None = None) -> PausingSteps[None]:
+        """Let the auxiliary read what the base has read and it has not, with pauses."""
+        cache, read = self._context.auxiliary_cache, self._ids + self.generated[:-1]
+        if unread := read[held_positions(cache) or 0 :]:
+            yield from reading_prompt(self._context.model.auxiliary, mx.array([unread]), cache, pace=pace)
 
     def _announce(self, position: int, tokens: int) -> None:
         """Note whose turn it is: the base chooses a token after each that it reads from ``position`` on."""
@@ -252,11 +282,6 @@ class Speculation:
             "sampler": self._draws,
             "logits_processors": [seeing_all(processor) for processor in self._processors],
         }
-
-    def _read_last(self) -> None:
-        cache, tokens = self._context.cache, self._ids + self.generated
-        if unread := tokens[held_positions(cache) or 0 :]:
-            base_prefill(self._context.model, mx.array([unread]), cache)
 
     def _rewind(self) -> None:
         """Trim both caches to what goes before the last token.
@@ -292,10 +317,32 @@ class Announced:
         return self._network(ids, cache=cache)
 
 
+@runtime_checkable
+class OwnNumbers(Protocol):
+    """A sampler with random numbers of its own: they go on from a state that can be put back."""
+
+    state: Any
+
+
+class MLXNumbers:
+    """MLX's generator, of which all other samplers draw."""
+
+    @property
+    def state(self) -> int:
+        """The seed that brings it to where it stands."""
+        state: Any = mx.random.state
+        high, low = state[0].tolist()
+        return int(high) << 32 | int(low)
+
+    @state.setter
+    def state(self, seed: int) -> None:
+        mx.random.seed(seed)
+
+
 class Draws:
     """A sampler that gives base and auxiliary the same random numbers for the same token of a reply.
 
-    MLX's generator is put back to where it stood before that token. So these are the numbers of decoding without a
+    The generator is put back to where it stood before that token. So these are the numbers of decoding without a
     draft: a seed gives the same tokens with and without, and the auxiliary's guess is right more often.
 
     Attributes:
@@ -304,30 +351,29 @@ class Draws:
 
     def __init__(self, sampler: Chooser):
         self.number = 1
-        self._sampler, self._states = sampler, [_generator_state()]
+        self._sampler = sampler
+        self._numbers: OwnNumbers = sampler if isinstance(sampler, OwnNumbers) else MLXNumbers()
+        self._states = [self._numbers.state]
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Choose tokens (T,) that follow one another from log-probabilities (T, vocab)."""
         return mx.concatenate([self._choose(row) for row in mx.split(logprobs, logprobs.shape[0])])
 
     def _choose(self, logprobs: mx.array) -> mx.array:
-        mx.random.seed(self._states[self.number - 1])
+        self.put_back(self.number)
         token = self._sampler(logprobs)
         if self.number == len(self._states):
-            self._states.append(_generator_state())
+            self._states.append(self._numbers.state)
         self.number += 1
         return token
 
+    def put_back(self, number: int) -> None:
+        """Put the generator back to where it stood before a token."""
+        self._numbers.state = self._states[number - 1]
+
     def leave(self, generated: int, logprobs: mx.array) -> None:
-        """Leave MLX's generator as mlx-lm does after a reply of so many tokens: it has drawn one more."""
+        """Leave the generator as mlx-lm does after a reply of so many tokens: it has drawn one more."""
         self.number = len(self._states)
         while self.number <= generated:
             self._choose(logprobs)
-        mx.random.seed(self._states[generated])
-
-
-def _generator_state() -> int:
-    """Return the seed that brings MLX's generator to where it stands."""
-    state: Any = mx.random.state
-    high, low = state[0].tolist()
-    return int(high) << 32 | int(low)
+        self.put_back(generated + 1)

@@ -14,26 +14,34 @@ REPETITION_TOKENS = 20
 
 
 def sampler_of(sampling: Sampling) -> Chooser:
-    """Return what chooses tokens ``(1,)`` from log-probabilities ``(1, vocab)``, in mlx-lm's order of filters.
+    """Return what chooses tokens ``(1,)`` from log-probabilities ``(1, vocab)``."""
+    return greedy if sampling.temperature == 0 else Sampler(sampling)
+
+
+class Sampler:
+    """Draws tokens, in mlx-lm's order of filters.
 
     Its random numbers come from a key of its own: with a seed the same, whatever else runs.
-    """
-    if sampling.temperature == 0:
-        return greedy
-    key = mx.random.key((secrets.randbits(64) if sampling.seed is None else sampling.seed) % 2**64)
 
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
+    Attributes:
+        state: the key of the next token (see ``engine.speculative.OwnNumbers``).
+    """
+
+    def __init__(self, sampling: Sampling):
+        self._sampling = sampling
+        self.state = mx.random.key((secrets.randbits(64) if sampling.seed is None else sampling.seed) % 2**64)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Choose tokens."""
+        sampling = self._sampling
         if 0 < sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p > 0:
             logprobs = apply_min_p(logprobs, sampling.min_p)
         if 0 < sampling.top_k < logprobs.shape[-1]:
             logprobs = apply_top_k(logprobs, sampling.top_k)
-        key, now = mx.random.split(key)
+        self.state, now = mx.random.split(self.state)
         return mx.random.categorical(logprobs * (1 / sampling.temperature), key=now)
-
-    return sample
 
 
 def processors_of(sampling: Sampling, prompt_tokens: int) -> list[LogitsProcessor]:

@@ -10,7 +10,10 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..bundle.loading import KVPModel
 from ..engine.decode import LogitsProcessor
+from ..engine.pace import Pace
+from ..engine.speculative import Drafting, Speculation
 from ..models.families import Cache
 from .work import Work
 
@@ -44,13 +47,13 @@ class Batch:
     def __iter__(self) -> Iterator[Work]:
         return iter(list(self._works.values()))
 
-    def insert(self, work: Work, token: int, cache: Cache) -> None:
-        """Let an answer go on after its first token; ``cache`` holds the prompt and stays as it is."""
+    def insert(self, work: Work) -> None:
+        """Let an answer go on behind its ``tokens``, of which the context holds all but the last; it stays as it is."""
         (number,) = self._generator.insert_segments(
-            [[[token]]],
-            max_tokens=[work.max_tokens - 1],
-            caches=[cache],
-            all_tokens=[list(work.ids)],
+            [[work.tokens[-1:]]],
+            max_tokens=[work.tokens_left],
+            caches=[work.context.cache],
+            all_tokens=[work.tokens[:-1]],
             samplers=[work.sampler],
             logits_processors=[work.processors],
         )
@@ -94,20 +97,20 @@ class OneByOne:
     def __iter__(self) -> Iterator[Work]:
         return iter(list(self._answers))
 
-    def insert(self, work: Work, token: int, cache: Cache) -> None:
+    def insert(self, work: Work) -> None:
         """See ``Batch.insert``."""
-        prompt = mx.array(work.ids, dtype=mx.int32)
+        before = mx.array(work.tokens[:-1], dtype=mx.int32)
 
         def on_whole(processor: LogitsProcessor) -> LogitsProcessor:
-            return lambda tokens, logits: processor(mx.concatenate([prompt, tokens]), logits)
+            return lambda tokens, logits: processor(mx.concatenate([before, tokens]), logits)
 
         self._answers[work] = generate_step(
-            mx.array([token]),
+            mx.array(work.tokens[-1:]),
             self._network,
-            max_tokens=work.max_tokens - 1,
+            max_tokens=work.tokens_left,
             sampler=work.sampler,
             logits_processors=[on_whole(processor) for processor in work.processors],
-            prompt_cache=copy.deepcopy(cache),
+            prompt_cache=copy.deepcopy(work.context.cache),
         )
 
     def step(self) -> list[Decoded]:
@@ -123,7 +126,78 @@ class OneByOne:
         """See ``Batch.close``."""
 
 
-def decoder_for(network: nn.Module, size: int) -> Batch | OneByOne:
-    """Return what decodes up to ``size`` answers of a model."""
-    can_merge = all(hasattr(layer, "merge") for layer in make_prompt_cache(network))
-    return Batch(network, size) if can_merge else OneByOne(network)
+class Drafted:
+    """The same, but an answer that begins alone has the auxiliary's drafts, until another joins it.
+
+    Args:
+        others: decodes those that are not alone.
+        drafting: settled.
+        slice_ms: how long, about, the auxiliary reads at a time before it can draft.
+    """
+
+    def __init__(self, others: Batch | OneByOne, drafting: Drafting, slice_ms: float):
+        self._others, self._drafting, self._pace = others, drafting, Pace(slice_ms)
+        self._lone: tuple[Work, Speculation] | None = None
+
+    def __len__(self) -> int:
+        return len(self._others) + (self._lone is not None)
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter([*([] if self._lone is None else [self._lone[0]]), *self._others])
+
+    def insert(self, work: Work) -> None:
+        """See ``Batch.insert``."""
+        speculation = None if len(self) else work.speculation(self._drafting)
+        if speculation is None:
+            self._join()
+            self._others.insert(work)
+        else:
+            self._lone = work, speculation
+            self._catching_up, self._steps = speculation.catching_up(self._pace), speculation.steps()
+
+    def _join(self) -> None:
+        """Let the others go on with the answer that was alone."""
+        if self._lone is not None:
+            work, speculation = self._let_go()
+            speculation.leave_off()
+            work.grown_to(speculation.generated, unread=1)
+            self._others.insert(work)
+
+    def _let_go(self) -> tuple[Work, Speculation]:
+        assert self._lone is not None
+        (work, speculation), self._lone = self._lone, None
+        self._catching_up.close()
+        self._steps.close()
+        return work, speculation
+
+    def step(self) -> list[Decoded]:
+        """See ``Batch.step``; no token comes as long as the auxiliary catches up."""
+        if self._lone is None:
+            return self._others.step()
+        if self._pace.advance(self._catching_up):
+            return []
+        token, logprobs, _ = next(self._steps)
+        return [Decoded(self._lone[0], token, logprobs)]
+
+    def remove(self, work: Work) -> tuple[Cache, list[int]] | None:
+        """See ``Batch.remove``; what was alone is in its context."""
+        if self._lone is None or self._lone[0] is not work:
+            return self._others.remove(work)
+        _, speculation = self._let_go()
+        speculation.end()
+        work.grown_to(speculation.generated)
+        return None
+
+    def close(self) -> None:
+        """See ``Batch.close``."""
+        self._others.close()
+
+
+Decoder = Batch | OneByOne | Drafted
+
+
+def decoder_for(model: KVPModel, size: int, drafting: Drafting, slice_ms: float) -> Decoder:
+    """Return what decodes up to ``size`` answers of a model; see ``Drafted``."""
+    can_merge = all(hasattr(layer, "merge") for layer in make_prompt_cache(model.base))
+    plain = Batch(model.base, size) if can_merge else OneByOne(model.base)
+    return plain if drafting.who == "none" else Drafted(plain, drafting, slice_ms)

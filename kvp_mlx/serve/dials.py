@@ -75,7 +75,8 @@ def model_names(service: Service) -> list[str]:
 
 
 def measured(usage: Usage) -> dict[str, Any]:
-    """Return the ``kvp`` field of an answer's usage."""
+    """Return the ``kvp`` field of an answer's usage; ``draft`` is part of it where there were any."""
+    drafted = {"draft": {"tokens": usage.drafted_tokens, "accepted": usage.accepted_tokens}}
     return {
         "path": usage.path,
         "predicted_tokens": usage.predicted_tokens,
@@ -83,4 +84,5 @@ def measured(usage: Usage) -> dict[str, Any]:
         "exact_tokens": usage.exact_tokens,
         "queue_ms": round(usage.queue_ms, 2),
         "ttft_ms": round(usage.ttft_ms, 2),
+        **(drafted if usage.drafted_tokens else {}),
     }

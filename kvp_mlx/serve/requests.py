@@ -102,6 +102,8 @@ class Usage:
     completion_tokens: int
     queue_ms: float
     ttft_ms: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

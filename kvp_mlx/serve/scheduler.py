@@ -6,19 +6,21 @@ import queue
 import threading
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 from ..bundle.loading import KVPModel
 from ..device.streams import release_buffers
 from ..engine.pace import Pace
 from ..engine.prompt import check_window
+from ..engine.speculative import NO_DRAFTS, Drafting
 from ..errors import InputError, KVPError
-from .decoding import Decoded, decoder_for
+from .decoding import Decoded, Decoder, decoder_for
 from .grammar import Grammar, Grammars
 from .prefixes import Prefixes
 from .requests import GenerationRequest
 from .ticket import QueueFullError, Ticket
-from .work import Work
+from .work import Work, read_together
 
 __all__ = ["QueueFullError", "Scheduler", "Ticket"]
 
@@ -26,6 +28,9 @@ PREPARE_AFTER_SECONDS = 2.0
 """Of nothing to do."""
 LONE_SLICE_MS = 250.0
 """Where nothing decodes, a slice keeps only newcomers and cancellations waiting."""
+BURST_TOKENS = 1280
+"""Prompts that wait together and have no more tokens than that in all are read together and begin their answers
+together, where nothing decodes: matmuls of more rows are quicker, and a step of eight answers costs two of one."""
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +44,10 @@ class Scheduler:
         slice_ms: how long, about, reading holds up those that decode.
         cache_bytes: what past requests' contexts may take in memory, and again on disk.
         cache_dir: where they outlive the process.
+        drafting: of answers that are decoded alone.
 
     Raises:
-        InputError: no tokeniser, or a ``cache_dir`` that cannot be written.
+        InputError: no tokeniser, a ``cache_dir`` that cannot be written, or an auxiliary that cannot draft.
     """
 
     def __init__(
@@ -53,8 +59,10 @@ class Scheduler:
         slice_ms: float = 200.0,
         cache_bytes: int = 4_000_000_000,
         cache_dir: Path | None = None,
+        drafting: Drafting = NO_DRAFTS,
     ):
         self._model, self._max_batch, self._limit, self._slice_ms = model, max_batch, queue_limit, slice_ms
+        self._drafting = drafting.settled(model, is_quantised=False)
         self._grammars = Grammars(model.text_tokenizer)
         self._inbox: queue.SimpleQueue[tuple[Ticket, Grammar | None]] = queue.SimpleQueue()
         self._arrived = threading.Event()
@@ -63,14 +71,18 @@ class Scheduler:
         self._deadline: float | None = None  # of the work that is there when the scheduler closes
         self._waiting: list[Work] = []
         self._reading: list[Work] = []
+        self._ready: list[Work] = []  # read, their answers not begun
         self._counts = dict.fromkeys(("requests", "finished", "cancelled", "failed", "slices", "steps"), 0)
         self._published: dict[str, int] = {}
         self._pace = Pace(slice_ms)
         self._ended = threading.Event()
         self._prefixes = Prefixes(model, cache_bytes, cache_dir)
-        self._decoder = decoder_for(model.base, max_batch)
+        self._decoder = self._new_decoder()
         self._publish()
         threading.Thread(target=self._run, name="kvp-mlx", daemon=True).start()
+
+    def _new_decoder(self) -> Decoder:
+        return decoder_for(self._model, self._max_batch, self._drafting, self._slice_ms)
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Queue a request; may be called from any thread.
@@ -82,6 +94,7 @@ class Scheduler:
             KVPError: the scheduler is closing.
         """
         self._check(request)
+        request = replace(request, dial=request.dial.at(self._model.config, len(request.ids)))
         grammar = None if request.grammar is None else self._grammars.compile(request.grammar)
         ticket = Ticket(request, on_cancel=self._arrived.set)
         with self._lock:
@@ -133,7 +146,7 @@ class Scheduler:
                 except Exception as error:
                     log.exception("a step failed, and with it the requests that were at work")
                     self._fail_all(error)
-                    self._decoder = decoder_for(self._model.base, self._max_batch)
+                    self._decoder = self._new_decoder()
             self._receive()
             self._fail_all(KVPError("the server is stopping."))
             self._prefixes.save_all()
@@ -146,7 +159,10 @@ class Scheduler:
         return self._deadline is not None and (not self._is_busy() or time.monotonic() >= self._deadline)
 
     def _is_busy(self) -> bool:
-        return bool(self._waiting or self._reading or len(self._decoder) or not self._inbox.empty())
+        return bool(self._at_work() or not self._inbox.empty())
+
+    def _at_work(self) -> list[Work]:
+        return [*self._waiting, *self._reading, *self._ready, *self._decoder]
 
     def _publish(self) -> None:
         """Tell other threads how things stand."""
@@ -158,7 +174,7 @@ class Scheduler:
         with self._lock:
             self._published = {
                 "waiting": len(self._waiting) + self._inbox.qsize(),
-                "reading": len(self._reading),
+                "reading": len(self._reading) + len(self._ready),
                 "running": len(self._decoder),
                 **self._counts,
                 **cached,
@@ -195,35 +211,56 @@ class Scheduler:
 
     def _turn(self) -> None:
         """Drop what was cancelled, decode one step, read one slice."""
-        for work in [work for work in [*self._waiting, *self._reading, *self._decoder] if work.ticket.is_cancelled]:
+        for work in [work for work in self._at_work() if work.ticket.is_cancelled]:
             self._drop(work)
             self._counts["cancelled"] += 1
+        self._decode()
+        self._read()
+        if self._ready and not self._awaits_others():
+            self._begin_answers()
+        release_buffers()
+
+    def _decode(self) -> None:
         if len(self._decoder):
             self._counts["steps"] += 1
             for decoded in self._decoder.step():
                 self._answer(decoded)
-        self._read()
-        release_buffers()
+
+    def _next_to_read(self) -> Work | None:
+        """Return the work whose prompt is most urgent."""
+        has_room = len(self._reading) + len(self._ready) + len(self._decoder) < self._max_batch
+        return max([*self._reading, *(self._waiting if has_room else [])], key=Work.urgency, default=None)
 
     def _read(self) -> None:
-        """Read a slice of the prompt that is most urgent; after its last, choose the answer's first token."""
-        has_room = len(self._reading) + len(self._decoder) < self._max_batch
-        candidates = [*self._reading, *(self._waiting if has_room else [])]
-        if not candidates:
+        """Read a slice of the prompt that is most urgent."""
+        if (work := self._next_to_read()) is None:
             return
-        work = max(candidates, key=Work.urgency)
         try:
             if work not in self._reading:
-                self._waiting.remove(work)
-                self._reading.append(work)
-                work.begin(self._pace)
+                self._begin(work)
             self._counts["slices"] += 1
             self._pace.slice_ms = self._slice_ms if len(self._decoder) else max(self._slice_ms, LONE_SLICE_MS)
             if not self._slice(work):
                 self._reading.remove(work)
-                self._begin_answer(work)
+                self._ready.append(work)
+                if self._waiting:  # and may have the same beginning
+                    work.keep()
         except Exception as error:
             self._fail(work, error)
+
+    def _begin(self, work: Work) -> None:
+        """Begin to read a prompt; where nothing decodes, in one batch with others that wait and are about as short."""
+        together, room = [work], self._max_batch - len(self._reading) - len(self._ready)
+        for other in sorted(self._waiting, key=Work.urgency, reverse=True) if not len(self._decoder) else []:
+            fits = len(together) < room and sum(each.left for each in [*together, other]) <= BURST_TOKENS
+            if fits and other is not work and all(each.goes_with(other) for each in together):
+                together.append(other)
+        for each in together:
+            self._waiting.remove(each)
+            self._reading.append(each)
+            each.begin(self._pace)
+        if len(together) > 1:
+            read_together(together, self._pace)
 
     def _slice(self, work: Work) -> bool:
         """Read for as long as a slice lasts; returns whether anything is left."""
@@ -233,15 +270,27 @@ class Scheduler:
                 break
         return goes_on
 
-    def _begin_answer(self, work: Work) -> None:
-        first = work.first_step()
-        (token,) = first.tokens
-        goes_on = work.answer(token, first.logprobs)
-        work.keep()
-        if goes_on:
-            self._decoder.insert(work, token, first.cache)
-        else:
-            self._count_finished(work)
+    def _awaits_others(self) -> bool:
+        """Return whether what is read waits for the next prompt, to begin with it; it never waits for a long one."""
+        if len(self._decoder) or (work := self._next_to_read()) is None:
+            return False
+        return sum(ready.new_tokens for ready in self._ready) + work.left <= BURST_TOKENS
+
+    def _begin_answers(self) -> None:
+        """Let what is read join those that decode; one that is alone gets its first token at once."""
+        ready, self._ready = self._ready, []
+        is_alone = len(ready) == 1 and not len(self._decoder)
+        for work in ready:
+            try:
+                goes_on = not is_alone or work.first_step()
+                work.keep()
+                if goes_on:
+                    self._decoder.insert(work)
+                else:
+                    self._count_finished(work)
+            except Exception as error:
+                self._fail(work, error)
+        self._decode()  # newcomers join behind this step, so that their next tokens come with the next one
 
     def _answer(self, decoded: Decoded) -> None:
         """Hand over a token; when its answer ends, keep what its cache holds."""
@@ -259,8 +308,8 @@ class Scheduler:
         """End a request wherever it is, and keep what was read."""
         if work in self._waiting:
             self._waiting.remove(work)
-        elif work in self._reading:
-            self._reading.remove(work)
+        elif reading := next((works for works in (self._reading, self._ready) if work in works), None):
+            reading.remove(work)
             work.stop_reading()
         else:
             work.keep(*(self._decoder.remove(work) or (None, None)))
@@ -274,7 +323,7 @@ class Scheduler:
         work.ticket.put(error)
 
     def _fail_all(self, error: BaseException) -> None:
-        for work in [*self._waiting, *self._reading, *self._decoder]:
+        for work in self._at_work():
             self._fail(work, error)
 
     def _count_finished(self, work: Work) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -13,6 +14,9 @@ from .app import create_app
 from .service import Service
 
 BACKLOG = 128
+SWITCH_SECONDS = 0.0005
+"""How long the thread that builds MLX's graphs keeps Python's lock while events wait to be sent; Python's own 5 ms are
+waited for several times a request."""
 AFTER_GRACE_SECONDS = 5
 """How long what was told of the end may take to be sent."""
 
@@ -68,6 +72,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         await super().startup(sockets)
         self._ready()
 

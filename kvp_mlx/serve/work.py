@@ -6,17 +6,19 @@ from typing import Literal
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
 from ..engine.calibration import auto_min_tokens
 from ..engine.clock import FirstStep, time_first_token
-from ..engine.context import Context
+from ..engine.context import Context, reading_together
 from ..engine.decode import LogitsProcessor, processed
 from ..engine.dial import QUALITIES, Dial
 from ..engine.pace import Pace, Steps
 from ..engine.prefill import PrefillTimes
 from ..engine.prompt import allowed_tokens
 from ..engine.reply import StopTexts
+from ..engine.speculative import Drafting, Speculation, speculate
 from ..errors import KVPError
 from ..models.families import Cache
 from .choosing import processors_of, sampler_of
@@ -32,7 +34,7 @@ class Work:
     Attributes:
         ticket: where its events go.
         ids: the prompt.
-        context: what is read of it, from ``begin`` on.
+        tokens: what its answer goes on from: the prompt, and what of the answer was chosen already.
         sampler: chooses its tokens.
         processors: change its logits before.
         max_tokens: what the context window allows of what was asked.
@@ -53,7 +55,10 @@ class Work:
         self.processors: list[LogitsProcessor] = processors_of(request.sampling, len(self.ids))
         if grammar is not None:
             self.processors.append(grammar)
-        self.context: Context | None = None
+        self.tokens = self.ids
+        self._context: Context | None = None
+        self._first: FirstStep | None = None
+        self._speculation: Speculation | None = None
         self.left = len(self.ids) - (prefixes.shared(self.ids[:-1], request.dial) if request.reuse else 0)
         self._detokenizer = model.text_tokenizer.detokenizer
         self._stops = StopTexts(request.stop)
@@ -68,18 +73,23 @@ class Work:
     def begin(self, pace: Pace) -> None:
         """Take what is known of the prompt, and get ready to read the rest."""
         self._started, request = time.perf_counter(), self.ticket.request
-        self.context = self._prefixes.take(self.ids[:-1], request.dial) if request.reuse else Context(self._model)
-        self._cached = len(self.context.tokens)
-        self.dial = self._settled(request.dial, self.context)
-        self._reading = self._steps(self.context, pace)
-        self._note_progress()
+        context = self._prefixes.take(self.ids[:-1], request.dial) if request.reuse else Context(self._model)
+        self._context, self._cached = context, len(context.tokens)
+        dial = replace(request.dial, path="full") if context.is_quantised else request.dial
+        self.dial = self._settled(dial, self._cached)
+        self._reading = self._steps(context, pace)
+        self.note_progress(0)
 
-    def _settled(self, dial: Dial, context: Context) -> Dial:
+    @property
+    def context(self) -> Context:
+        """What is read of it; there from ``begin`` on."""
+        assert self._context is not None
+        return self._context
+
+    def _settled(self, dial: Dial, cached: int) -> Dial:
         if dial.path != "full":
             dial = replace(dial, exact_head=max(dial.exact_head, self.ticket.request.stable_tokens))
-        if context.is_quantised:
-            dial = replace(dial, path="full")
-        return dial.settled(self._model.config, len(self.ids), self._cached, auto_min_tokens(self._model))
+        return dial.settled(self._model.config, len(self.ids), cached, auto_min_tokens(self._model))
 
     def _steps(self, context: Context, pace: Pace) -> Steps[None]:
         """Read the prompt; where a cache cannot be cut later, what other turns may begin with is kept on the way."""
@@ -87,42 +97,81 @@ class Work:
         if not context.is_plain and self._cached < stable:
             yield from context.reading(self.ids[: stable + 1], QUALITIES["exact"], pace=pace, times=self._times)
             self._hold(context.copy(stable))
+        before = len(context.tokens) - self._cached
         yield from context.reading(
-            self.ids, self.dial, pace=pace, times=self._times, progress=lambda done, to_do: self._note_progress()
+            self.ids,
+            self.dial,
+            pace=pace,
+            times=self._times,
+            progress=lambda done, _: self.note_progress(before + done),
         )
         if not context.is_plain:
             self._hold(context.copy(len(context.tokens)))
 
-    def _note_progress(self) -> None:
-        assert self.context is not None
-        done, elapsed = self.context.position, 1e3 * (time.perf_counter() - self._started)
+    def note_progress(self, done: int) -> None:
+        """Tell how many tokens are read, besides those that were known."""
+        elapsed = 1e3 * (time.perf_counter() - self._started)
+        done = min(self._cached + done, len(self.ids) - 1)
         self.left = len(self.ids) - done
         self.ticket.put(Progress(len(self.ids), self._cached, done, elapsed))
+
+    def goes_with(self, other: "Work") -> bool:
+        """Return whether one batch should read two prompts: in full, about as long, with little new in common."""
+        known, *others = (len(work.ids) - work.left for work in (self, other))
+        dials = [work._settled(work.ticket.request.dial, known) for work in (self, other)]
+        if [known] != others or any(dial.path != "full" for dial in dials):
+            return False
+        common = common_prefix_len(self.ids, other.ids) - known
+        return 1 < self.left / 2 <= other.left <= 2 * self.left and common <= self.left / 4
 
     def advance(self, pace: Pace) -> bool:
         """Read one slice; returns whether anything of the prompt is left but its last token."""
         return pace.advance(self._reading)
 
-    def first_step(self) -> FirstStep:
-        """Read the last token of the prompt and choose the first one of the answer."""
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens its answer may still have."""
+        return self.max_tokens - self._generated
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens of the prompt were not known before."""
+        return len(self.ids) - self._cached
+
+    def first_step(self) -> bool:
+        """Read the last token of the prompt and hand over the first one of the answer; returns whether it goes on."""
         context = self.context
-        assert context is not None
-        first = time_first_token(
+        self._first = time_first_token(
             lambda _: (self._model.base, context.lend()),
             self.ids[-1:],
             sampler=self.sampler,
             process=processed(self.ids, self.processors),
         )
-        now = time.perf_counter()
-        self._queue_ms = 1e3 * (self._started - self.ticket.submitted)
-        self._ttft_ms = 1e3 * (now - self._started)
         context.take_back(context.cache, self.ids)
-        self._exact = len(self.ids) if context.exact_tokens == len(self.ids) else context.exact_tokens
-        return first
+        (token,) = self._first.tokens
+        self.tokens = [*self.ids, token]
+        return self.answer(token, self._first.logprobs)
+
+    def speculation(self, drafting: Drafting) -> Speculation | None:
+        """Return what decodes the rest of its answer with drafts, on its context.
+
+        None where that does not begin with its first token, follows a schema (which cannot take back what a draft
+        proposed), or has none (see ``speculate``).
+        """
+        if self._first is None or self._grammar is not None:
+            return None
+        how = {"sampler": self.sampler, "logits_processors": self.processors}
+        self._speculation = speculate(self.context, self.ids, self._first, drafting, max_tokens=self.max_tokens, **how)
+        return self._speculation
+
+    def grown_to(self, answer: list[int], unread: int = 0) -> None:
+        """Note what of its answer was chosen, and that its context holds that but for the last ``unread`` tokens."""
+        self.tokens = self.ids + answer
+        self.context.grown_to(self.tokens[: len(self.tokens) - unread])
 
     def stop_reading(self) -> None:
         """End the reading where it is; what was read exactly is kept."""
-        if self.context is not None:
+        if self._context is not None:
             self._reading.close()
             self.keep()
 
@@ -133,7 +182,6 @@ class Work:
             cache: a copy of the context's that was extended meanwhile.
             tokens: what it holds.
         """
-        assert self.context is not None
         kept = self.context.copy(len(self.context.tokens))
         if cache is not None and tokens is not None:
             kept.take_back(cache, tokens)
@@ -143,6 +191,17 @@ class Work:
         request = self.ticket.request
         if request.reuse:
             self._prefixes.put(context, request.dial, request.stable_tokens)
+
+    def share(self, reading: Steps[None]) -> None:
+        """Be read by what reads others as well; whoever stops leaves it to them."""
+
+        def shared() -> Steps[None]:
+            while next(reading, self) is not self:
+                yield
+            if len(self.context.tokens) < len(self.ids) - 1:
+                raise KVPError("reading prompts together failed; see the error of another request.")
+
+        self._reading = shared()
 
     # Answering
 
@@ -154,6 +213,8 @@ class Work:
         """
         if self._grammar is not None and self._grammar.error:
             raise KVPError(f"the JSON schema could not be followed to its end: {self._grammar.error}.")
+        if not self._generated:
+            self._note_first_token()
         self._generated += 1
         reason = self._reason(token)
         if token not in self._model.text_tokenizer.eos_token_ids:
@@ -168,6 +229,12 @@ class Work:
             self.ticket.put(Finished(reason, self.usage(), self._stops.found))
             self.ticket.put(None)
         return reason is None
+
+    def _note_first_token(self) -> None:
+        self._queue_ms = 1e3 * (self._started - self.ticket.submitted)
+        self._ttft_ms = 1e3 * (time.perf_counter() - self._started)
+        exact = self.context.exact_tokens
+        self._exact = len(self.ids) if exact == len(self.context.tokens) else exact
 
     def _reason(self, token: int) -> Literal["stop", "length"] | None:
         if token in self._model.text_tokenizer.eos_token_ids or (
@@ -191,7 +258,7 @@ class Work:
 
     def usage(self) -> Usage:
         """Return what the request took."""
-        prompt = len(self.ids)
+        prompt, drafts = len(self.ids), self._speculation
         return Usage(
             path=self.dial.path,
             prompt_tokens=prompt,
@@ -202,4 +269,23 @@ class Work:
             completion_tokens=self._generated,
             queue_ms=self._queue_ms,
             ttft_ms=self._ttft_ms,
+            drafted_tokens=drafts.drafted_tokens if drafts else 0,
+            accepted_tokens=drafts.accepted_tokens if drafts else 0,
         )
+
+
+def read_together(works: list[Work], pace: Pace) -> None:
+    """Let one batch read the prompts of works that have begun, of those that know as much as the first."""
+    known = works[0].context
+    works = [work for work in works if work.dial.path == "full" and len(work.context.tokens) == len(known.tokens)]
+    if len(works) < 2 or not known.is_plain:
+        return
+
+    def note(done: int, _: int) -> None:
+        for work in works:
+            work.note_progress(done)
+
+    contexts, prompts = [work.context for work in works], [work.ids for work in works]
+    reading = reading_together(contexts, prompts, progress=note, pace=pace)
+    for work in works:
+        work.share(reading)

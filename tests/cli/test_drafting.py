@@ -1,4 +1,4 @@
-"""``--draft`` of ``kvp generate`` and ``kvp chat``."""
+"""``--draft`` of ``kvp generate``, ``kvp chat`` and ``kvp serve``."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_generate_tells_what_the_draft_proposed(twin: Path, kvp: Kvp) -> None:
 
 
 def test_a_prefix_is_refused_in_one_line(fitted: Path, kvp: Kvp) -> None:
-    for command in (("generate", "--raw", "one two"), ("chat",)):
+    for command in (("generate", "--raw", "one two"), ("chat",), ("serve", "--port", 0)):
         result = kvp(*command, "--model", fitted, "--draft", "auxiliary")
         assert (result.code, "the auxiliary cannot draft" in result.err) == (2, True)
     assert kvp("generate", "--raw", "one", "--model", fitted, "--draft", "auto", "--max-tokens", 2).code == 0

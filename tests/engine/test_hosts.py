@@ -87,12 +87,16 @@ def test_the_first_host_alone_talks_and_chooses(
     own = ("generate", "--model", bundles["pruned"], "--prompt-file", prompt, "--raw", "--prefill", "kvp", "--json")
     command = (*own, "--temperature", 1, "--seed", 7, "--repetition-penalty", 1.2, "--max-tokens", 16, "--stop", "zz")
     alone = kvp(*command).json()
-    with Ring(tmp_path, "-m", "kvp_mlx", *command) as ring:
+    with Ring(tmp_path, "-m", "kvp_mlx", *command, "--draft", "auto") as ring:
         code, out, err = ring.outcome()
         assert (code, err) == (0, "")
         assert ring.outcome(1) == (0, "", "")
     assert json.loads(out)["tokens"] == alone["tokens"]
     assert json.loads(out)["prefill"] == "kvp"
+    assert json.loads(out)["draft"] is None
+    with Ring(tmp_path, "-m", "kvp_mlx", *command, "--draft", "auxiliary") as ring:
+        code, _, err = ring.outcome()
+    assert (code, "the base is spread over several hosts" in err) == (2, True)
 
 
 def test_a_chat_goes_on_over_turns(bundles: dict[str, Path], tmp_path: Path, kvp: Kvp) -> None:

@@ -14,12 +14,14 @@ from support.directories import write_random
 from support.scheduling import FULL, ask, plain, read, replies, scheduler_of
 from support.tiny import chat_tokenizer, estimating, llama, paired, prefixed, small_llama, token_ids
 
+from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.bundle.loading import KVPModel, load_any
 from kvp_mlx.engine.context import Context
-from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.dial import Dial, dial_of
 from kvp_mlx.engine.pace import Pace, Steps
 from kvp_mlx.engine.reply import reply
 from kvp_mlx.errors import InputError, KVPError
+from kvp_mlx.serve import work as work_module
 from kvp_mlx.serve.decoding import OneByOne
 from kvp_mlx.serve.requests import GenerationRequest, Progress, Sampling, Token
 from kvp_mlx.serve.scheduler import QueueFullError, Scheduler, Ticket
@@ -149,6 +151,86 @@ def test_decoding_waits_for_one_slice_at_most(model: KVPModel, monkeypatch: pyte
     between = "".join(name[1] for name in order).split("t")  # step: t, slice: l
     assert max(map(len, between[1:-1])) == 1
     assert sum(map(len, between)) > 12
+
+
+@pytest.mark.parametrize("dial", [FULL, KVP], ids=["full", "kvp"])
+@pytest.mark.parametrize("longest", [90, 1500])
+def test_short_prompts_that_wait_together_begin_together(
+    model: KVPModel, dial: Dial, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts(60, 20, longest, 40)
+    with scheduler_of(model) as scheduler:
+        found = replies(*asked_at_once(scheduler, [GenerationRequest(ids, dial, 8) for ids in asked], monkeypatch))
+    steps = scheduler.statistics()["steps"]
+    assert [each.tokens for each in found] == [alone(model, ids, dial) for ids in asked]
+    first_ms = [each.usage.queue_ms + each.usage.ttft_ms for each in found]
+    if longest == 90:
+        assert steps == 9  # one of them joins
+    else:
+        assert max(first_ms[0], first_ms[1], first_ms[3]) < first_ms[2]
+        assert steps > 9
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each batch read that was read."""
+    sizes, read_batch = [], work_module.reading_together
+
+    def noted(contexts: list[Context], *rest: object, **how: object) -> Steps[None]:
+        sizes.append(len(contexts))
+        return read_batch(contexts, *rest, **how)
+
+    monkeypatch.setattr(work_module, "reading_together", noted)
+    return sizes
+
+
+def asked_at_once(scheduler: Scheduler, requests: list[GenerationRequest], patch: pytest.MonkeyPatch) -> list[Ticket]:
+    arrived, receive = threading.Event(), scheduler._receive
+    patch.setattr(scheduler, "_receive", lambda: (arrived.wait(), receive()))
+    tickets = [scheduler.submit(request) for request in requests]
+    arrived.set()
+    return tickets
+
+
+def test_prompts_about_as_long_are_read_in_one_batch(
+    model: KVPModel, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, same = prompts(40, 50)
+    asked = [[*head, *ids] for ids in prompts(60, 70, 90, 12)] + [same, same]
+    with scheduler_of(model) as scheduler:
+        ask(scheduler, [*head, 1])
+        found = replies(*asked_at_once(scheduler, [GenerationRequest(ids, FULL, 8) for ids in asked], monkeypatch))
+    assert batches == [3]
+    assert [each.tokens for each in found] == [plain(model.base, ids) for ids in asked]
+    cached = [each.usage.cached_tokens for each in found]
+    assert cached[:4] == [40, 40, 40, 40]
+    assert sorted(cached[4:]) == [0, 49]  # the same prompt is read once
+    assert all(each.progress[-1].processed == len(ids) - 1 for each, ids in zip(found, asked, strict=True))
+
+
+def test_one_of_a_batch_that_goes_away_or_fails_leaves_the_others(
+    model: KVPModel, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, advance, slices = prompts(60, 70, 80), Pace.advance, []
+    with scheduler_of(model, slice_ms=1e-6) as scheduler:
+        monkeypatch.setattr("kvp_mlx.serve.scheduler.LONE_SLICE_MS", 0.0)
+        tickets: list[Ticket] = []
+
+        def advance_and_cancel(pace: Pace, steps: Steps[None]) -> bool:
+            slices.append(0)
+            if len(slices) == 2:
+                tickets[0].cancel()
+            return advance(pace, steps)
+
+        requests = [GenerationRequest(ids, FULL, 8) for ids in asked]
+        monkeypatch.setattr(Pace, "advance", advance_and_cancel)
+        tickets += asked_at_once(scheduler, requests, monkeypatch)
+        gone, *others = replies(*tickets)
+        monkeypatch.setattr(Pace, "advance", advance)
+        again = ask(scheduler, asked[0])
+    assert batches == [3]
+    assert gone.tokens == []
+    assert [each.tokens for each in [again, *others]] == [plain(model.base, ids) for ids in asked]
 
 
 @pytest.mark.parametrize("dial", [FULL, KVP], ids=["full", "kvp"])
@@ -289,10 +371,15 @@ def test_progress_tells_how_far_a_prompt_is_read(model: KVPModel) -> None:
     (ids,) = prompts(600)
     with scheduler_of(model) as scheduler:
         ask(scheduler, ids[:100])
-        found = ask(scheduler, ids, KVP)
+        predicted = ask(scheduler, ids, KVP)
+        found = ask(scheduler, ids)
     assert {(each.total, each.cached) for each in found.progress} == {(600, 100)}
     assert [each.processed for each in found.progress] == [100, 356, 599]
     assert isinstance(found.events[0], Progress)
+    done = [each.processed for each in predicted.progress]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (100, 599)
+    assert 100 < done[1] < 356  # the base reads some of it again
 
 
 def test_only_so_many_wait_and_what_cannot_be_answered_is_refused(model: KVPModel) -> None:
@@ -390,3 +477,21 @@ def test_models_whose_caches_cannot_be_cut(kind: str, base_dir, tmp_path) -> Non
     assert longer.tokens == plain(model.base, [*asked[0], *again.tokens, 5])
     assert edited.tokens == plain(model.base, [*asked[0][:12], 5, 6, 7])
     assert [each.usage.cached_tokens for each in (again, longer, edited)] == [89, 98, 10]
+
+
+def test_what_one_measured_dial_predicted_is_not_given_to_the_next(model: KVPModel) -> None:
+    measured = [
+        MeasuredDial(quality="balanced", from_tokens=length, exact_head=head, exact_tail=2, recompute=0.1)
+        for length, head in ((0, 9), (120, 12))
+    ]
+    config = model.config.model_copy(update={"dials": tuple(measured)})
+    (ids,), auto = prompts(180), dial_of("balanced", path="kvp")
+    with scheduler_of(replace(model, config=config)) as scheduler:
+        scheduler._prefixes._refining = lambda: iter(())  # so that what was predicted stays so
+        turns = [ask(scheduler, ids[:length], auto, 1) for length in (90, 110, 130, 170)]
+        fast = ask(scheduler, ids[:100], dial_of("fast"), 1)
+        plain_one = ask(scheduler, ids[:100], Dial("kvp", 9, 2, 0.1), 1)
+    assert [turn.usage.exact_tokens for turn in turns] == [9, 9, 12, 12]
+    assert [turn.usage.cached_tokens for turn in turns] == [0, 90, 9, 130]  # 9: exact, whoever reads it
+    assert (fast.usage.cached_tokens, plain_one.usage.cached_tokens) == (12, 99)  # another's, and the same by number
+    assert turns[0].tokens == alone(model, ids[:90], Dial("kvp", 9, 2, 0.1), 1)

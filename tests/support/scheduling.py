@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +49,7 @@ class Reply:
 
 @contextlib.contextmanager
 def scheduler_of(
-    model: KVPModel, *, slice_ms: float = 50.0, cache_bytes: int = 10**9, cache_dir: Path | None = None, **options: int
+    model: KVPModel, *, slice_ms: float = 50.0, cache_bytes: int = 10**9, cache_dir: Path | None = None, **options: Any
 ) -> Iterator[Scheduler]:
     scheduler = Scheduler(model, slice_ms=slice_ms, cache_bytes=cache_bytes, cache_dir=cache_dir, **options)
     try:
