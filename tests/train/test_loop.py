@@ -289,7 +289,7 @@ def test_phases_are_told_where_there_is_no_terminal(
 
     monkeypatch.setattr("kvp_mlx.cli.output.progress_lines", at_once)
     monkeypatch.setattr("kvp_mlx.cli.training.progress_lines", at_once)
-    common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 128)
+    common = ("train", base_dir, "--layers", 1, "--data", texts, "--window", 64, "--right", 16, "--fit-tokens", 16)
     outcome = kvp(*common, "--tokens", 64 * 40, "--learning-rate", 5e-3, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     for phase in ("closed form, tokens", "validation, documents", "saving the best so far, windows", "training"):
