@@ -105,7 +105,8 @@ class Shelf:
         self._jobs.put(lambda: self._remove(place))
 
     def _lose(self, place: Path) -> None:
-        log.warning("a saved conversation is damaged or of another version; it is removed")
+        if self.holds(place):  # and not on its way out
+            log.warning("a saved conversation is damaged or of another version; it is removed")
         self.remove(place)
 
     def _sweep(self) -> None:
@@ -132,8 +133,8 @@ class Shelf:
             self._remove(replaced)
 
     def _remove(self, place: Path) -> None:
+        self._sizes.pop(place, None)  # first, so that nobody thinks it damaged meanwhile
         shutil.rmtree(place, ignore_errors=True)
-        self._sizes.pop(place, None)
 
 
 def dial_from(saved: dict[str, Any] | None) -> Dial | None:

@@ -100,7 +100,8 @@ class TrainOptions:
             InputError: see ``Weights.settled``.
         """
         maps = [block.weight for block in model.predictor.maps.values()]
-        size = mx.sqrt(sum(mx.square(weight).sum() for weight in maps) / sum(weight.size for weight in maps)).item()
+        squares, count = sum(mx.square(weight).sum() for weight in maps), sum(weight.size for weight in maps)
+        size = cast(float, mx.sqrt(squares / max(count, 1)).item())
         rate = self.learning_rate or RELATIVE_RATE * size or RELATIVE_RATE
         return replace(self, weights=self.weights.settled(model), learning_rate=rate)
 

@@ -89,7 +89,7 @@ def test_the_first_host_alone_talks_and_chooses(
     alone = kvp(*command).json()
     with Ring(tmp_path, "-m", "kvp_mlx", *command, "--draft", "auto") as ring:
         code, out, err = ring.outcome()
-        assert (code, err) == (0, "")
+        assert (code, "kvp:" in err) == (0, False)
         assert ring.outcome(1) == (0, "", "")
     assert json.loads(out)["tokens"] == alone["tokens"]
     assert json.loads(out)["prefill"] == "kvp"
@@ -123,7 +123,7 @@ def test_a_host_that_is_killed_ends_the_other(bundles: dict[str, Path], tmp_path
         code, _, err = ring.outcome(1 - gone)
     assert time.monotonic() - start < GONE_SECONDS
     assert code == 1
-    assert err.splitlines()[-1] == f"kvp: {hosts_file.gone(f'host {gone}')}"
+    assert f"kvp: {hosts_file.gone(f'host {gone}')}" in err
 
 
 def test_a_fit_that_loses_a_host_writes_nothing(base_dir: Path, texts: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_two_hosts_fit_what_one_does(base_dir: Path, texts: Path, tmp_path: Path
     alone = kvp(*command, tmp_path / "alone").json()
     with Ring(tmp_path, "-m", "kvp_mlx", *command, tmp_path / "both") as ring:
         code, out, err = ring.outcome()
-        assert (code, err) == (0, "")
+        assert (code, "kvp:" in err) == (0, False)
         assert ring.outcome(1) == (0, "", "")
     assert json.loads(out)["tokens"] == alone["tokens"] == 1000
     one, two = (load(str(tmp_path / name)) for name in ("alone", "both"))

@@ -21,6 +21,7 @@ from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import base_prefill
 from kvp_mlx.engine.saved_caches import read_saved
 from kvp_mlx.serve.prefixes import Prefixes
+from kvp_mlx.serve.shelf import Shelf
 
 KVP = Dial("kvp", 5, 0)
 BYTES_PER_TOKEN = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head_dim, fp32
@@ -272,6 +273,19 @@ def test_damaged_and_other_models_conversations_are_passed_over(model: KVPModel,
     with scheduler_of(model, cache_dir=tmp_path) as scheduler:
         found = ask(scheduler, ids)
     assert (found.usage.cached_tokens, found.tokens) == (0, answer.tokens)
+
+
+def test_only_what_is_damaged_is_said_to_be(model: KVPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf(model, tmp_path, limit_bytes=2**30)
+    places = [shelf.write(read(model, ids_of(60, seed)), None, replacing=None) for seed in range(2)]
+    shelf.remove(places[0])
+    while shelf.is_writing:
+        time.sleep(0.01)
+    assert shelf.load(places[0]) is None
+    assert "damaged" not in caplog.text
+    (places[1] / "cache.safetensors").write_bytes(b"")
+    assert shelf.load(places[1]) is None
+    assert "damaged" in caplog.text
 
 
 SERVING = """

@@ -68,7 +68,7 @@ MEMORY: dict[str, tuple[Callable[[], KVPModel], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_estimate_is_near_the_peak(name: str) -> None:
     make, changes = MEMORY[name]
-    options = TrainOptions(minutes=None, tokens=1, **({"window": 256} | changes))
+    options = TrainOptions(minutes=None, tokens=1, learning_rate=1e-3, **({"window": 256} | changes))
     model = make()
     mx.eval(model.base.parameters(), model.auxiliary.parameters(), model.predictor.parameters())
     trained = Trained(model, options)
