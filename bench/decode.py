@@ -12,10 +12,9 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from ..arms.arm import Reading
 from ..bundle.loading import KVPModel
-from ..device.machine import describe_machine
 from ..errors import InputError
 from ..models.families import Cache
-from .document import FORMAT
+from .document import heading
 from .precision import precision_name
 from .ttft import Sweep, fresh_prompt, quartiles
 
@@ -68,11 +67,7 @@ def measure_decode(
             }
             for arm, values in tps.items()
         ]
-    return {
-        "format": FORMAT,
-        "machine": describe_machine(),
-        "model": name,
-        "precision": precision_name(model),
+    return heading(name, precision_name(model)) | {
         "rounds": sweep.rounds,
         "rows": rows,
     }

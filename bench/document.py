@@ -5,12 +5,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
+from ..device.machine import describe_machine
 from ..errors import InputError
 from ..files import read_json
 
 FORMAT = 2
 """Since 2, ``full`` is full prefill as this package runs it, and ``mlx-lm`` is mlx-lm's own."""
 ARMS_OF_FORMAT_1 = {"full": "mlx-lm", "full-ours": "full"}
+
+
+def heading(model: str, precision: str, **rates: float) -> dict[str, Any]:
+    """Return what every measurement's document begins with: format, machine (with its ``rates``), what was measured."""
+    return {"format": FORMAT, "machine": describe_machine() | rates, "model": model, "precision": precision}
 
 
 def read_result(path: Path, command: str = "ttft") -> dict[str, Any]:

@@ -10,14 +10,13 @@ from typing import Any
 from ..arms.arm import Arm
 from ..arms.kinds import kvp_dial
 from ..bundle.loading import KVPModel
-from ..device.machine import describe_machine
 from ..engine.context import FULL, Context
 from ..engine.dial import Dial
 from ..engine.prompt import encode
 from ..engine.reply import reply
 from ..engine.speculative import Drafting
 from ..errors import InputError
-from .document import FORMAT
+from .document import heading
 from .precision import precision_name
 from .ttft import Sweep, fresh_prompt, quartiles
 
@@ -90,11 +89,7 @@ def measure_drafts(
             | _row(replies[arm, who], replies[arm, "none"], drafting.tokens)
             for arm, who in ways
         ]
-    return {
-        "format": FORMAT,
-        "machine": describe_machine(),
-        "model": name,
-        "precision": precision_name(model),
+    return heading(name, precision_name(model)) | {
         "rounds": sweep.rounds,
         "new_tokens": new_tokens,
         "draft_tokens": drafting.tokens,

@@ -5,10 +5,9 @@ from typing import Any
 
 from ..arms.arm import Arm
 from ..bundle.loading import KVPModel
-from ..device.machine import describe_machine
 from ..errors import InputError
 from .capacity import activation_bytes, cache_bytes, weight_bytes
-from .document import FORMAT
+from .document import heading
 from .precision import precision_name
 from .ttft import Samples, Sweep, check_sweep, fresh_batch, measure_once, open_engines
 
@@ -49,11 +48,7 @@ def measure_memory(
             rows.append(memory_row(model, arm, length, sweep, samples.above_weights_bytes))
             progress(len(rows), total)
     base = weight_bytes([model.base])
-    return {
-        "format": FORMAT,
-        "machine": describe_machine(),
-        "model": name,
-        "precision": precision_name(model),
+    return heading(name, precision_name(model)) | {
         "prefill_step_size": sweep.step_size,
         "predictor_and_auxiliary_bytes": weight_bytes([model.base, model.auxiliary, model.predictor]) - base,
         "rows": rows,

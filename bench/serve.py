@@ -24,10 +24,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
 from ..bundle.loading import KVPModel
-from ..device.machine import describe_machine
 from ..engine.prompt import render
 from ..errors import InputError, KVPError
-from .document import FORMAT
+from .document import heading
 from .precision import precision_name
 from .ttft import fresh_prompt, quartiles
 
@@ -205,11 +204,7 @@ def measure_serving(
                     found[arm].append(ask_once(subject, sweep, servers[arm], arm, tokens, clients, number))
                 progress(next(steps), total)
             rows += rows_of({arm: rounds[1:] for arm, rounds in found.items()}, tokens, clients, sweep)
-    return {
-        "format": FORMAT,
-        "machine": describe_machine(),
-        "model": subject.name,
-        "precision": subject.precision,
+    return heading(subject.name, subject.precision) | {
         "rounds": sweep.rounds,
         "quality": sweep.quality,
         "rows": rows,

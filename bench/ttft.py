@@ -17,10 +17,10 @@ from ..arms.arm import Arm, Engine
 from ..arms.clock import first_token
 from ..arms.work import full_work, predictor_work
 from ..bundle.loading import KVPModel
-from ..device.machine import copy_bytes_per_s, describe_machine, matmul_flops_per_s
+from ..device.machine import copy_bytes_per_s, matmul_flops_per_s
 from ..errors import InputError
 from ..models.loading import compute_dtype
-from .document import FORMAT
+from .document import heading
 from .precision import precision_name
 
 Engines = dict[str, Engine]
@@ -99,11 +99,7 @@ def measure_ttft(
         "matmul_gflops": ceilings.matmul_flops_per_s / 1e9,
         "copy_gb_per_s": ceilings.copy_bytes_per_s / 1e9,
     }
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "machine": describe_machine() | measured_ceilings,
-        "model": name,
-        "precision": precision_name(model),
+    document = heading(name, precision_name(model), **measured_ceilings) | {
         "rounds": sweep.rounds,
         "prefill_step_size": sweep.step_size,
         "hosts": model.hosts.size if model.hosts else 1,

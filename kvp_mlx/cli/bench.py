@@ -1,17 +1,12 @@
 """``kvp bench``."""
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ..arms.kinds import parse_arms
 from ..bench.calibrate import calibrate_auto
-from ..bench.capacity import require_memory
 from ..bench.compare import compare_results
 from ..bench.decode import measure_decode
 from ..bench.drafts import measure_drafts
@@ -19,7 +14,6 @@ from ..bench.flops import flops_table
 from ..bench.hosts import Cluster, hosts_table
 from ..bench.memory import measure_memory
 from ..bench.plot import draw_ttft, read_drawable
-from ..bench.precision import bundle_for_bench, preset_for_bench
 from ..bench.report import (
     CALIBRATION,
     COMPARE,
@@ -35,10 +29,9 @@ from ..bench.report import (
 )
 from ..bench.serve import ARMS as SERVE_ARMS
 from ..bench.serve import ServeSweep, check_serve_sweep, measure_serving, write_subject
-from ..bench.ttft import Sweep, measure_ttft
-from ..bundle.loading import KVPModel, load_any
-from ..device.hosts import is_launched, launched_rank
-from ..device.streams import default_step_size
+from ..bench.ttft import measure_ttft
+from ..bundle.loading import load_any
+from ..device.hosts import launched_rank
 from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError, KVPError
 from ..files import check_writable, remove_unfinished, scratch_directory
@@ -46,13 +39,11 @@ from .device import DeviceOption, use_device
 from .options import (
     DEFAULT_EXACT_TAIL,
     DEFAULT_MODEL,
-    DEMO_DOCUMENT,
     AllowMismatch,
     AnyModel,
     Arms,
     DraftOption,
     DraftTokens,
-    Dtype,
     DtypeOption,
     ExactTail,
     Json,
@@ -67,33 +58,15 @@ from .options import (
     open_model,
     parse_numbers,
 )
-from .output import clean_stdout, print_json, progress_bar, progress_lines, say, say_written, show_table
+from .output import clean_stdout, print_json, progress_bar, say, say_written, show_table
 from .screen import leaving_on_ctrl_c
-
-RANDOM_PROMPT_TOKENS = 10_000
+from .subject import Subject, demo_ids, load_subject, make_sweep, parse_lengths, require_default_model
 
 app = typer.Typer(help="Measure time to first token, decoding speed and memory.", rich_markup_mode=None)
 
 Preset = Annotated[str | None, typer.Option("--preset", help="A published OpenELM pair, random weights and prompts.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")]
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: a bundle, or a published pair, and in which precision."""
-
-    model: str
-    preset: str | None
-    dtype: Dtype | None
-    q_bits: int | None
-    base: str | None
-    allow_base_mismatch: bool
-
-    @property
-    def name(self) -> str:
-        """How the user called it."""
-        return self.preset or self.model
 
 
 @app.callback()
@@ -288,37 +261,21 @@ def flops(
         if base is None or hosts is None or link is None or preset:
             raise InputError("--base, --hosts and --link go together, without --preset; give all three.")
         result = hosts_table(base, prompt_tokens, batch_size, layers, Cluster(hosts, link, latency, tflops))
-        report_hosts(result, out, json)
+        title = f"{result['base']}, {batch_size} x {prompt_tokens} tokens"
+        report(result, HOSTS, title, out, json, note=assumed(result))
         return
     result = flops_table(preset or [], prompt_tokens, batch_size)
-    if out is not None:
-        write_result(out, result, FLOPS)
-        say_written(out)
-    if json:
-        print_json(result)
-    else:
-        show_table(
-            *table_of(f"Work up to the first token, {batch_size} x {prompt_tokens} tokens", FLOPS, result["rows"])
-        )
+    report(result, FLOPS, f"Work up to the first token, {batch_size} x {prompt_tokens} tokens", out, json)
 
 
-def report_hosts(result: Result, out: Path | None, json: bool) -> None:
-    """Write and print the arithmetic of several hosts, with what it assumes."""
-    if out is not None:
-        write_result(out, result, HOSTS)
-        say_written(out)
-    if json:
-        print_json(result)
-        return
+def assumed(result: Result) -> str:
+    """Return what the arithmetic of several hosts takes for granted."""
     told = result["assumptions"]
-    title = f"{result['base']}, {result['batch_size']} x {result['prompt_tokens']} tokens"
-    show_table(*table_of(title, HOSTS, result["rows"]))
-    say(
+    return (
         f"Assumed: {told['tflops']:g} TFLOP/s a host, links of {told['link_gbps']:g} Gbit/s each way in a ring, "
         f"{told['latency_us']:g} us an all-reduce, {told['sums_per_layer']} of these a layer and chunk of "
         f"{told['chunk_tokens']} tokens, {told['dtype_bytes']} bytes a value, nothing overlapped; kvp: a prefix of "
-        f"{result['prefix_layers']} of {result['base_layers']} layers, nothing recomputed.",
-        style="",
+        f"{result['prefix_layers']} of {result['base_layers']} layers, nothing recomputed."
     )
 
 
@@ -381,76 +338,24 @@ def plot(
     say_written(out)
 
 
-def make_sweep(prompt_tokens: str, batch_size: int, arms: str, rounds: int, step_size: int | None) -> Sweep:
-    """Return what the options of a measurement ask for.
-
-    Raises:
-        InputError: prompt lengths or arms that are none.
-    """
-    lengths = parse_lengths(prompt_tokens)
-    return Sweep(lengths, batch_size, parse_arms(arms), rounds, step_size or default_step_size())
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Parse prompt lengths such as ``128,512``.
-
-    Raises:
-        InputError: anything but whole numbers from 2 up and commas.
-    """
-    lengths = parse_numbers(text, "--prompt-tokens")
-    if min(lengths) < 2:
-        raise InputError(f"prompts have 2 tokens or more, not {min(lengths)}; change --prompt-tokens.")
-    return lengths
-
-
-def require_default_model(sweep: Sweep, subject: Subject) -> None:
-    """Refuse to time an engine on the default model's file beside other models.
-
-    Raises:
-        InputError: that is asked for.
-    """
-    foreign = [arm.name for arm in sweep.arms if arm.kind.is_foreign]
-    if foreign and subject.name != DEFAULT_MODEL:
-        raise InputError(
-            f"the arm {foreign[0]} reads the default model's file; leave out that arm, or take {DEFAULT_MODEL}."
-        )
-
-
-def load_subject(subject: Subject, sweep: Sweep) -> tuple[KVPModel, list[int]]:
-    """Load or build what is measured, and the text of the prompts, unless the run would not fit into memory.
-
-    Raises:
-        InputError: too little memory, or ``--q-bits`` other than 4 or 8.
-    """
-    if subject.q_bits not in (None, 4, 8):
-        raise InputError(f"--q-bits is 4 or 8, not {subject.q_bits}.")
-    size = {"prompt_tokens": max(sweep.prompt_tokens), "batch": sweep.batch_size, "step_size": sweep.step_size}
-    dtype, q_bits = None if subject.dtype is None else subject.dtype.value, subject.q_bits
-    if subject.preset is not None:
-        if is_launched():
-            raise InputError("a published pair runs on one host; leave out --preset.")
-        with progress_lines(f"building {subject.preset}"):
-            loaded = preset_for_bench(subject.preset, dtype, q_bits, **size)
-        return loaded, random.Random(0).choices(range(loaded.base.args.vocab_size), k=RANDOM_PROMPT_TOKENS)
-    how = {"base_name": subject.base, "allow_base_mismatch": subject.allow_base_mismatch}
-    loaded = open_model(subject.model, partial(bundle_for_bench, dtype=dtype, q_bits=q_bits), **how)
-    require_memory(loaded, **size, loaded=True)
-    return loaded, demo_ids(loaded)
-
-
-def demo_ids(loaded: KVPModel) -> list[int]:
-    """Return the shipped document as token ids."""
-    return loaded.text_tokenizer.encode(DEMO_DOCUMENT.read_text(encoding="utf-8"))
-
-
-def report(result: Result, columns: dict[str, Callable[[Any], str]], title: str, out: Path | None, json: bool) -> None:
-    """Write the result to ``out``, and print it as JSON or as a table."""
+def report(
+    result: Result,
+    columns: dict[str, Callable[[Any], str]],
+    title: str,
+    out: Path | None,
+    json: bool,
+    note: str = "",
+) -> None:
+    """Write the result to ``out``, and print it as JSON or as a table, which tells the machine of what was measured."""
     if out is not None:
         write_result(out, result, columns)
         say_written(out)
     if json:
         print_json(result)
         return
-    machine = result["machine"]
-    where = f"{machine['chip']} ({machine['cores']} cores, {machine['device']})"
-    show_table(*table_of(f"{title}: {result['model']}, {result['precision']}, {where}", columns, result["rows"]))
+    if machine := result.get("machine"):
+        where = f"{machine['chip']} ({machine['cores']} cores, {machine['device']})"
+        title = f"{title}: {result['model']}, {result['precision']}, {where}"
+    show_table(*table_of(title, columns, result["rows"]))
+    if note:
+        say(note, style="")

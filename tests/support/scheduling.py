@@ -10,9 +10,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
+from support.tiny import chat_tokenizer, estimating, llama, prefixed, token_ids
 
 from kvp_mlx.bundle.loading import KVPModel
+from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.reply import reply
 from kvp_mlx.serve.requests import Event, Finished, GenerationRequest, Progress, Token, Usage
 from kvp_mlx.serve.scheduler import Scheduler, Ticket
 
@@ -80,3 +83,24 @@ def ask(scheduler: Scheduler, ids: Sequence[int], dial: Dial = FULL, max_tokens:
 def plain(network: nn.Module, ids: Sequence[int], max_tokens: int = 8) -> list[int]:
     """Return mlx-lm's own answer at temperature 0."""
     return [int(token) for token, _ in generate_step(mx.array(list(ids)), network, max_tokens=max_tokens)]
+
+
+def endless(model: KVPModel) -> KVPModel:
+    model.text_tokenizer._eos_token_ids.clear()
+    return model
+
+
+def recomputing() -> KVPModel:
+    """A prefix bundle that recomputes, whose answers never end by themselves."""
+    bundle, _ = prefixed(llama(), 1, tokenizer=chat_tokenizer())
+    bundle = endless(estimating(bundle))
+    mx.eval(bundle.predictor.parameters())
+    return bundle
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    return [token_ids(length, seed=number)[0].tolist() for number, length in enumerate(lengths)]
+
+
+def alone(model: KVPModel, ids: list[int], dial: Dial, max_tokens: int = 8) -> list[int]:
+    return [piece.token for piece in reply(Context(model), ids, dial, max_tokens=max_tokens)]
