@@ -197,22 +197,22 @@ def check_quantisation(config: dict[str, Any], where: Path) -> None:
 
 
 def check_ropes(config: dict[str, Any], where: Path) -> None:
-    """Refuse RoPE parameters that are infinite or no number (Python's JSON reads these).
+    """Refuse RoPE parameters that are infinite or no number (Python's JSON reads these), and bases and factors below 0.
 
     Raises:
         BundleError: such a one, anywhere in them.
     """
-    found = [
-        (key, part.get(key)) for part in (config, text_config(config)) for key in ("rope_scaling", "rope_parameters")
-    ]
+    found = [(key, value) for part in (config, text_config(config)) for key, value in part.items() if "rope" in key]
     while found:
         name, value = found.pop()
         if isinstance(value, dict):
             found += [(f"{name}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, list):
             found += [(name, inner) for inner in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise BundleError(f"{where}/config.json: {name} is {str(value)!r}; get the model again.")
+        elif type(value) in (int, float):
+            is_scale = name.endswith(("theta", "freq", "base", "constant", "factor"))
+            if not math.isfinite(value) or (is_scale and value <= 0):
+                raise BundleError(f"{where}/config.json: {name} is {str(value)!r}; get the model again.")
 
 
 def check_arguments(arguments: Any, where: Path) -> None:

@@ -79,6 +79,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "width as text": (lambda d: config(d, hidden_size="64"), "hidden_size is '64'"),
     "negative width": (lambda d: config(d, hidden_size=-64), "hidden_size is '-64'"),
     "theta as text": (lambda d: config(d, rope_theta="10000"), "rope_theta is '10000'"),
+    "theta below 0": (lambda d: config(d, rope_theta=-1), "rope_theta is '-1'"),
+    "theta 0": (lambda d: config(d, rope_theta=0.0), "rope_theta is '0.0'"),
+    "theta below 0 among the parameters": (
+        lambda d: config(d, rope_parameters={"rope_type": "default", "rope_theta": -5.0}),
+        "rope_parameters.rope_theta is '-5.0'",
+    ),
+    "factor 0": (lambda d: config(d, rope_scaling={"type": "linear", "factor": 0}), "rope_scaling.factor is '0'"),
     "theta infinite": (lambda d: config(d, rope_theta=float("inf")), "rope_theta is 'inf'"),
     "RoPE stretched to infinity": (
         lambda d: config(d, rope_scaling={"type": "linear", "factor": float("inf")}),
