@@ -7,12 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..device.hosts import gone, joined, launched_rank
+from ..device.hosts import LOST, gone, joined, launched_rank
 from ..errors import InputError
 
-COMMANDS = (["generate"], ["chat"], ["fit"], ["train"], ["bench", "ttft"])
-LOST = ("[ring]", "[jaccl]", "[nccl]")
-"""How mlx's errors begin where a connection to another host breaks."""
+COMMANDS = (["generate"], ["chat"], ["serve"], ["fit"], ["train"], ["bench", "ttft"])
 
 
 def join(arguments: Sequence[str]) -> None:

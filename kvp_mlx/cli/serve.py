@@ -1,13 +1,20 @@
 """``kvp serve``."""
 
 import logging
+import os
+import signal
+import stat
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ..bundle.loading import load_any
+from ..bundle.loading import KVPModel, load_any
+from ..device.hosts import Hosts, joined
 from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError
 from .options import (
@@ -21,9 +28,10 @@ from .options import (
     open_model,
     say_reading,
 )
-from .output import show
+from .output import say, show
 
 try:
+    from ..serve.hosts import Follower, LeadingScheduler
     from ..serve.scheduler import Scheduler
     from ..serve.security import is_loopback
     from ..serve.server import Server, listen, url_of
@@ -34,6 +42,8 @@ except ImportError as error:
 REQUESTS, CLIENTS = "Many requests", "Who may ask"
 """Headings of the help."""
 GIB, MIB = 2**30, 2**20
+OWN_SIGNAL_SECONDS = 0.5
+"""In which a signal that another host heard arrives here by itself, as Ctrl-C does."""
 
 
 def serve(
@@ -117,15 +127,27 @@ def serve(
     )
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="kvp: %(message)s", level=level, stream=sys.stderr, force=True)
+    hosts, cache_bytes = joined(), int(cache_gib * GIB)
+    if hosts is not None and cache_dir is not None:
+        raise InputError("--cache-dir keeps whole caches, of which each of several hosts has a part; leave it out.")
+
+    def opened() -> KVPModel:
+        return open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
+
+    if hosts is not None and hosts.rank:
+        follower = Follower(opened(), hosts, max_batch=max_batch, cache_bytes=cache_bytes)
+        pass_on_signals(hosts)
+        follower.follow()
+        return
     with listen(host, port) as listening:
-        loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
+        loaded = opened()
         say_reading(loaded, model)
-        scheduler = Scheduler(
+        scheduler = scheduler_for(
             loaded,
             max_batch=max_batch,
             queue_limit=queue,
             slice_ms=prefill_slice_ms,
-            cache_bytes=int(cache_gib * GIB),
+            cache_bytes=cache_bytes,
             cache_dir=cache_dir,
             drafting=Drafting(draft, draft_tokens),
         )
@@ -135,7 +157,48 @@ def serve(
             show(f"serving {service.name} at {url_of(listening)}")
             sys.stdout.flush()
 
-        Server(service, say_ready, is_verbose=verbose).run(sockets=[listening])
+        server = Server(service, say_ready, is_verbose=verbose)
+        if hosts is not None:
+            end_with(hosts, lambda: server.should_exit)
+        server.run(sockets=[listening])
+        if hosts is not None and hosts.has_lost:
+            raise SystemExit(1)  # it was said which one
+
+
+def scheduler_for(model: KVPModel, **how: Any) -> Scheduler:
+    """Return what runs a model, on one host or as the first of several."""
+    if model.hosts is None:
+        return Scheduler(model, **how)
+    say(f"{model.hosts.size} hosts answer: without drafts, and predicted context stays as it is between requests.")
+    return LeadingScheduler(model, model.hosts, **how)
+
+
+def pass_on_signals(hosts: Hosts) -> None:
+    """Let the first host end all in its own way where this one is to end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: hosts.ask_to_end())
+
+
+def end_with(hosts: Hosts, is_ending: Callable[[], bool]) -> None:
+    """End as after SIGTERM where another host is to end, or where ``mlx.launch`` is gone, which holds stdin open."""
+
+    def wait_for_hosts() -> None:
+        while hosts.hear() is not None:
+            end()
+
+    def wait_for_launcher() -> None:
+        while os.read(0, 4096):
+            continue
+        end()
+
+    def end() -> None:
+        time.sleep(OWN_SIGNAL_SECONDS)
+        if not is_ending():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait_for_hosts, daemon=True).start()
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=wait_for_launcher, daemon=True).start()
 
 
 def served_name(model: str) -> str:

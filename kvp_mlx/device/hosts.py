@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,8 @@ from ..files import read_json, remove_unfinished
 LAUNCHED = "MLX_RANK"
 ADDRESSES = ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP")
 """Variables in which ``mlx.launch`` names the first host, where there is no MLX_HOSTFILE."""
+LOST = ("[ring]", "[jaccl]", "[nccl]")
+"""How mlx's errors begin where a connection to another host breaks."""
 JOINING_SECONDS = 30.0
 GRACE_SECONDS = 1.0
 """In which a host may end by itself, in an orderly way, after another one is gone."""
@@ -66,11 +68,14 @@ class Hosts:
         group: mlx's.
         rank: this host's number; host 0 talks to the user.
         size: how many there are.
+        has_lost: whether another one ended before its work was done.
     """
 
     def __init__(self, group: Any):
         self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.has_lost = False
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._last_choice: mx.array | None = None
         self._is_leaving = threading.Event()
         self._is_told = threading.Event()
         self._lines = self._connected()
@@ -99,10 +104,17 @@ class Hosts:
         return mx.distributed.all_max(x, group=self.group)
 
     def first_choice(self, sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-        """Return a sampler that chooses on every host what ``sampler`` chooses on the first."""
+        """Return a sampler that chooses on every host what ``sampler`` chooses on the first.
+
+        Choices wait for one another: those of a batch would else be exchanged in any order.
+        """
 
         def choose(logprobs: mx.array) -> mx.array:
-            return mx.distributed.all_sum(sampler(logprobs) * (self.rank == 0), group=self.group)
+            own = sampler(logprobs) * (self.rank == 0)
+            if self._last_choice is not None:
+                own = mx.depends(own, self._last_choice)
+            self._last_choice = mx.distributed.all_sum(own, group=self.group)
+            return self._last_choice
 
         return choose
 
@@ -148,6 +160,19 @@ class Hosts:
         """Return whether it is said why another host ended, after a moment in which the news may be on its way."""
         return self._is_told.wait(GRACE_SECONDS / 2)
 
+    def ask_to_end(self) -> None:
+        """Ask the first host, from another one, to end all of them in its own way; it hears that."""
+        self._send({"ask": "end"})
+
+    def end(self, error: Exception) -> NoReturn:
+        """End this host at once, from any thread, where it cannot go on; the others do as well, since it is gone."""
+        is_lost = str(error).startswith(LOST)
+        if not (is_lost and self.is_told()):
+            line = gone("another host") if is_lost else f"{type(error).__name__}: {error}"
+            os.write(2, f"kvp: {' '.join(line.split())}\n".encode())
+        remove_unfinished()
+        os._exit(1)
+
     def _send(self, message: dict[str, Any] | None) -> None:
         for line in self._lines.values():
             with contextlib.suppress(OSError):  # it is gone, as the listening thread hears too
@@ -165,6 +190,7 @@ class Hosts:
         if message is None:
             self._messages.put(None)
             return
+        self.has_lost = True
         if not self._is_told.is_set() and not self._is_leaving.is_set():
             os.write(2, f"kvp: {gone(f'host {number}')}\n".encode())
             self._is_told.set()
@@ -215,8 +241,9 @@ def first_address() -> str:
 
 
 def _kept_alive(line: socket.socket) -> socket.socket:
-    """Let the system find out within 8 seconds that the machine at the other end is gone."""
+    """Send small messages at once, and find out within 8 seconds that the machine at the other end is gone."""
     line.settimeout(None)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
     for option, value in ((idle, 2), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):

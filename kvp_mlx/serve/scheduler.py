@@ -5,7 +5,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Answers requests, several at a time; everything but ``submit``, ``statistics`` and ``close`` is its thread's.
+    """Answers requests, several at a time; everything but its public methods is its thread's.
 
     Args:
         model: the bundle; it needs a tokeniser.
@@ -66,6 +67,7 @@ class Scheduler:
         self._grammars = Grammars(model.text_tokenizer)
         self._inbox: queue.SimpleQueue[tuple[Ticket, Grammar | None]] = queue.SimpleQueue()
         self._arrived = threading.Event()
+        self._expected = 0  # requests that are being prepared
         self._lock = threading.Lock()
         self._mean_seconds = 1.0  # that a request takes, its queue left out
         self._deadline: float | None = None  # of the work that is there when the scheduler closes
@@ -83,6 +85,18 @@ class Scheduler:
 
     def _new_decoder(self) -> Decoder:
         return decoder_for(self._model, self._max_batch, self._drafting, self._slice_ms)
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Let idle work rest while a request is being prepared, or it waits for a step; on any thread."""
+        with self._lock:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._expected -= 1
+            self._arrived.set()
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Queue a request; may be called from any thread.
@@ -185,7 +199,7 @@ class Scheduler:
         steps = self._idle_work()
         try:
             while not self._arrived.is_set():
-                self._arrived.wait(next(steps, None))
+                self._arrived.wait(None if self._expected else next(steps, None))
         except Exception:
             log.exception("idle work failed")
             self._arrived.wait()
@@ -204,10 +218,13 @@ class Scheduler:
         while not self._inbox.empty():
             ticket, grammar = self._inbox.get()
             try:
-                self._waiting.append(Work(ticket, self._model, grammar, self._prefixes))
+                self._waiting.append(self._new_work(ticket, grammar))
             except Exception as error:
                 self._counts["failed"] += 1
                 ticket.put(error)
+
+    def _new_work(self, ticket: Ticket, grammar: Grammar | None) -> Work:
+        return Work(ticket, self._model, grammar, self._prefixes)
 
     def _turn(self) -> None:
         """Drop what was cancelled, decode one step, read one slice."""
@@ -260,7 +277,10 @@ class Scheduler:
             self._reading.append(each)
             each.begin(self._pace)
         if len(together) > 1:
-            read_together(together, self._pace)
+            self._read_together(together)
+
+    def _read_together(self, works: list[Work]) -> None:
+        read_together(works, self._pace)
 
     def _slice(self, work: Work) -> bool:
         """Read for as long as a slice lasts; returns whether anything is left."""

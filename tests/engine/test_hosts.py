@@ -171,7 +171,7 @@ def test_architectures_that_cannot_be_spread_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (("serve",), "'kvp serve' runs on one machine; mlx.launch starts generate, chat, "),
+        (("demo",), "'kvp demo' runs on one machine; mlx.launch starts generate, chat, serve, "),
         (("generate", "--prompt-file", "-"), "stdin cannot be read to its end; name a file."),
         (("bench", "ttft", "--preset", "openelm-1_1b-kvp-lp-0_25"), "a published pair runs on one host"),
     ],
