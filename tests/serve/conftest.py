@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from support.chat_models import write_tool_model
 from support.serving import serving
@@ -26,3 +27,10 @@ def twin(directory: Path) -> KVPModel:
 def server(directory: Path) -> Iterator[tuple[str, Service]]:
     with serving(directory) as served:
         yield served
+
+
+@pytest.fixture(scope="module")
+def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
+    """The openai package's; files of other APIs define their own."""
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        yield client

@@ -2,73 +2,22 @@
 
 import asyncio
 import itertools
-import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import mlx.core as mx
 import numpy as np
 import openai
-import pydantic
 import pytest
 from mlx_lm.generate import generate_step
 from support.chat_models import write_tool_model
+from support.openai_chat import HARBOUR, ask
 from support.serving import serving
 
-from kvp_mlx.bundle.loading import KVPModel, load_any
+from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.serve.service import Service
-
-HARBOUR = [{"role": "system", "content": "Keep the light."}, {"role": "user", "content": "Who climbs the stairs?"}]
-LOOK = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Looks out.",
-        "parameters": {
-            "type": "object",
-            "properties": {"at": {"enum": ["sea", "town"]}, "far": {"$ref": "#/$defs/Far"}},
-            "required": ["at", "far"],
-            "additionalProperties": False,
-            "$defs": {"Far": {"type": "boolean"}},
-        },
-    },
-}
-TRIM = {"type": "function", "function": {"name": "trim", "parameters": {"type": "object", "maxProperties": 0}}}
-
-
-class Weather(pydantic.BaseModel):
-    waves: bool
-    wind: bool
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory):
-    return write_tool_model(tmp_path_factory.mktemp("serve") / "model")
-
-
-@pytest.fixture(scope="module")
-def twin(directory) -> KVPModel:
-    """The same model for this thread, to know what has to come out."""
-    return load_any(str(directory))
-
-
-@pytest.fixture(scope="module")
-def server(directory) -> Iterator[tuple[str, Service]]:
-    with serving(directory) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0, timeout=60) as client:
-        yield client
-
-
-def ask(client: openai.OpenAI, messages: list = HARBOUR, **options: Any) -> Any:
-    return client.chat.completions.create(model="tiny", messages=messages, **{"max_tokens": 12} | options)
 
 
 def steps(model: KVPModel, messages: list, count: int = 12, **changes: Any) -> list[tuple[int, mx.array]]:
@@ -222,79 +171,6 @@ def test_logprobs_whole_and_streamed(client: openai.OpenAI, twin: KVPModel) -> N
     assert ask(client, asked).choices[0].logprobs is None
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_named_function_is_called(client: openai.OpenAI, stream: bool) -> None:
-    choice = {"type": "function", "function": {"name": "look"}}
-    options: dict[str, Any] = {"tools": [TRIM, LOOK], "tool_choice": choice, "max_tokens": 200}
-    if stream:
-        with client.chat.completions.stream(model="tiny", messages=HARBOUR, **options) as events:
-            answer = events.get_final_completion()
-    else:
-        answer = ask(client, **options)
-    message = answer.choices[0].message
-    assert answer.choices[0].finish_reason == "tool_calls"
-    assert message.content is None
-    (call,) = message.tool_calls
-    assert (call.type, call.function.name) == ("function", "look")
-    arguments = json.loads(call.function.arguments)
-    assert arguments["at"] in ("sea", "town")
-    assert isinstance(arguments["far"], bool)
-    history = [*HARBOUR, message.model_dump(exclude_none=True)]
-    history.append({"role": "tool", "tool_call_id": call.id, "content": [{"type": "text", "text": "high waves"}]})
-    after = ask(client, history, tools=[TRIM, LOOK])
-    assert after.usage.prompt_tokens > ask(client, tools=[TRIM, LOOK]).usage.prompt_tokens + 20
-
-
-def test_some_function_is_called_where_one_is_required(client: openai.OpenAI) -> None:
-    for seed in range(4):
-        answer = ask(client, tools=[TRIM, LOOK], tool_choice="required", max_tokens=200, temperature=1.0, seed=seed)
-        (call,) = answer.choices[0].message.tool_calls
-        assert call.function.name in ("look", "trim")
-        if call.function.name == "trim":
-            assert json.loads(call.function.arguments) == {}
-
-
-def test_a_stream_shows_life_while_a_call_is_written(client: openai.OpenAI) -> None:
-    chunks = list(ask(client, tools=[LOOK], tool_choice="required", max_tokens=200, stream=True))
-    assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) == 1
-    assert len(chunks) > 10
-
-
-def test_a_call_that_is_cut_off_is_told_as_text(client: openai.OpenAI) -> None:
-    (choice,) = ask(client, tools=[LOOK], tool_choice="required", max_tokens=4).choices
-    assert choice.finish_reason == "length"
-    assert choice.message.tool_calls is None
-    assert choice.message.content
-
-
-def test_answers_by_a_schema(client: openai.OpenAI) -> None:
-    parsed = client.chat.completions.parse(
-        model="tiny", messages=HARBOUR, response_format=Weather, max_tokens=100, temperature=1.0, seed=1
-    )
-    assert isinstance(parsed.choices[0].message.parsed, Weather)
-    assert parsed.choices[0].finish_reason == "stop"
-    both = ask(
-        client,
-        tools=[LOOK],
-        response_format={"type": "json_schema", "json_schema": {"name": "w", "schema": Weather.model_json_schema()}},
-        max_tokens=200,
-    )
-    message = both.choices[0].message
-    assert message.tool_calls or Weather.model_validate_json(message.content)
-
-
-def test_json_objects(client: openai.OpenAI) -> None:
-    content = ask(client, response_format={"type": "json_object"}, max_tokens=20).choices[0].message.content
-    assert content.lstrip().startswith("{")
-    assert (
-        "".join(
-            chunk.choices[0].delta.content or ""
-            for chunk in ask(client, response_format={"type": "json_object"}, max_tokens=20, stream=True)
-        )
-        == content
-    )
-
-
 def test_progress_as_llama_server_tells_it(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "the keeper climbs the stairs " * 30}]
     chunks = list(ask(client, messages, stream=True, max_tokens=2, extra_body={"return_progress": True}))
@@ -441,15 +317,3 @@ def test_bad_bodies_are_refused_in_openais_shape(server: tuple[str, Service], bo
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     assert len(error["message"]) < 600
-
-
-def test_the_default_model_answers_and_calls() -> None:
-    with serving("smollm2-135m") as (url, _):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-        question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-        assert "Paris" in ask(client, question, max_tokens=20).choices[0].message.content
-        messages = [{"role": "user", "content": "Look at the sea, please."}]
-        (call,) = (
-            ask(client, messages, tools=[LOOK], tool_choice="required", max_tokens=60).choices[0].message.tool_calls
-        )
-        assert json.loads(call.function.arguments)["at"] == "sea"

@@ -22,12 +22,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serv
         yield served
 
 
-@pytest.fixture(scope="module")
-def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0, timeout=60) as client:
-        yield client
-
-
 def complete(client: openai.OpenAI, prompt: Any = TEXT, **options: Any) -> Any:
     return client.completions.create(model="tiny", prompt=prompt, **options)
 
