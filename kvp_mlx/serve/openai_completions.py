@@ -51,9 +51,10 @@ async def completions(service: Service, request: Request) -> Response:
     if body.echo and body.logprobs is not None:
         raise APIError(400, "logprobs: the prompt's own are not served; leave out echo or logprobs.", param="logprobs")
     dial = dial_for(service, body.model, body.kvp, has_tools=False)
-    prompts = await run_in_threadpool(prompts_of, service, body)
     tokenizer = service.model.text_tokenizer
-    tickets = submitted(service, [each for ids in prompts for each in _requests(service, body, dial, ids)])
+    with service.scheduler.expecting():
+        prompts = await run_in_threadpool(prompts_of, service, body)
+        tickets = submitted(service, [each for ids in prompts for each in _requests(service, body, dial, ids)])
     echoes = [str(tokenizer.decode(ids)) if body.echo else "" for ids in prompts for _ in range(body.choices)]
     answers = [Completion(number, tokenizer, echo) for number, echo in enumerate(echoes)]
     return await Answers(service, body, KIND, tickets, answers).response(request)

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from ..engine.controls import encode_apart, set_apart
+from ..engine.dial import Dial
 from ..engine.prompt import Message
 from .conversations import Prompt, Tool, prompt_of
 from .dials import KVPField, dial_for
@@ -94,28 +95,30 @@ class Turn:
     async def submit_all(self, service: Service, samplings: Sequence[Sampling]) -> list["Answer"]:
         """Queue the turn several times over, all or none; see ``submit``."""
         dial = dial_for(service, self.model, self.kvp, has_tools=bool(self.tools or self.schema))
-        prompt, grammar = await self.prompt(service), self.grammar
-        vocabulary, tokenizer = service.model.base.args.vocab_size, service.model.text_tokenizer
-        requests = [
-            GenerationRequest(
-                ids=prompt.ids,
-                dial=dial,
-                max_tokens=self.max_tokens,
-                sampling=sampling if 0 < sampling.top_k < vocabulary else replace(sampling, top_k=0),
-                stop=self.stop,
-                top_logprobs=self.top_logprobs,
-                grammar=grammar,
-                stable_tokens=prompt.stable_tokens,
-                reuse=self.reuse,
-            )
-            for sampling in samplings
-        ]
+        grammar, tokenizer = self.grammar, service.model.text_tokenizer
+        with service.scheduler.expecting():
+            prompt = await self.prompt(service)
+            tickets = submitted(service, [self._request(service, prompt, dial, each) for each in samplings])
 
         def output() -> Output:
             is_call = grammar is not None and bool(self.tools)
             return Output(tokenizer, prompt.ids, self.tools, is_call=is_call, parallel=self.parallel)
 
-        return [Answer(ticket, output(), len(prompt.ids)) for ticket in submitted(service, requests)]
+        return [Answer(ticket, output(), len(prompt.ids)) for ticket in tickets]
+
+    def _request(self, service: Service, prompt: Prompt, dial: Dial, sampling: Sampling) -> GenerationRequest:
+        vocabulary = service.model.base.args.vocab_size
+        return GenerationRequest(
+            ids=prompt.ids,
+            dial=dial,
+            max_tokens=self.max_tokens,
+            sampling=sampling if 0 < sampling.top_k < vocabulary else replace(sampling, top_k=0),
+            stop=self.stop,
+            top_logprobs=self.top_logprobs,
+            grammar=self.grammar,
+            stable_tokens=prompt.stable_tokens,
+            reuse=self.reuse,
+        )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import mlx.core as mx
@@ -331,6 +331,34 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: KVPModel) -> None:
         ask(scheduler, short)
         assert scheduler.statistics()["reading"] == 1
         slow.cancel()
+
+
+def test_idle_work_rests_while_a_request_is_being_prepared(model: KVPModel) -> None:
+    steps: list[float] = []
+
+    def idle_work() -> Iterator[float]:
+        while True:
+            steps.append(time.monotonic())
+            yield 0.001
+
+    def wait_for_more() -> None:
+        before, end = len(steps), time.monotonic() + 10
+        while len(steps) < before + 3:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    (ids,) = prompts(20)
+    with scheduler_of(model) as scheduler:
+        scheduler._prefixes.idle_work = idle_work
+        ask(scheduler, ids)
+        wait_for_more()
+        with scheduler.expecting(), scheduler.expecting():
+            time.sleep(0.05)  # a step may be under way
+            before = len(steps)
+            time.sleep(0.05)
+            assert len(steps) == before
+            ask(scheduler, ids)
+        wait_for_more()
 
 
 def test_what_fails_is_told_and_the_next_request_is_answered(model: KVPModel, monkeypatch: pytest.MonkeyPatch) -> None:
