@@ -73,6 +73,7 @@ SERVE: Columns = {
     "tokens": number("prompt_tokens"),
     "clients": number("clients"),
     "arm": lambda row: row["arm"],
+    "path": lambda row: " ".join(row["paths"]) or "-",
     "TTFT ms": lambda row: f"{row['ttft_ms']['median']:.0f}",
     "(q1-q3)": _quartiles("ttft_ms", ".0f"),
     "engine": _median("engine_ms", ".0f"),

@@ -31,7 +31,7 @@ from .precision import precision_name
 from .ttft import fresh_prompt, quartiles
 
 MLX_LM: Final = "mlx-lm-server"
-ARMS: Final = ("kvp", "full", MLX_LM)
+ARMS: Final = ("auto", "full", MLX_LM)
 MLX_LM_SERVER: Final = "import kvp_mlx; from mlx_lm.server import main; main()"
 """``mlx_lm.server`` behind the fast BLAS that importing this package loads first; on Linux it is 30 times slower
 without."""
@@ -46,10 +46,10 @@ class ServeSweep:
     Attributes:
         prompt_tokens: lengths of the prompts whose first token is timed; the shortest is used with several clients.
         clients: how many ask at once where tokens per second are counted.
-        arms: of ``ARMS``; ``kvp`` and ``full`` are paths of our server.
+        arms: of ``ARMS``; ``auto`` and ``full`` are paths of our server, ``auto`` that of a client who names none.
         rounds: measured; one more is run first and discarded.
         new_tokens: of the answers that are counted.
-        quality: the dial of the arm ``kvp``.
+        quality: of the arm ``auto``.
     """
 
     prompt_tokens: list[int]
@@ -86,10 +86,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Reply:
-    """One streamed answer, by the client's clock; ``engine_ms`` is the server's own, where it tells it."""
+    """One streamed answer, by the client's clock.
+
+    ``engine_ms`` is the clock of ``kvp generate``, from the token ids to the first token, and ``path`` how the prompt
+    was read, where the server tells it.
+    """
 
     ttft_ms: float
     engine_ms: float | None
+    path: str | None
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
@@ -136,9 +141,10 @@ class Server:
                 usage = event.get("usage") or usage
         if first is None or usage is None:
             raise KVPError("a server's answer ended early; see what it needs with 'kvp serve --verbose'.")
-        engine_ms = usage.get("kvp", {}).get("ttft_ms")
+        told, ttft_ms = usage.get("kvp", {}), 1e3 * (first - start)
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-        return Reply(1e3 * (first - start), engine_ms, usage["prompt_tokens"], cached, usage["completion_tokens"])
+        counts = usage["prompt_tokens"], cached, usage["completion_tokens"]
+        return Reply(ttft_ms, told.get("ttft_ms"), told.get("path"), *counts)
 
 
 def _tells(choice: dict[str, Any]) -> bool:
@@ -167,12 +173,12 @@ def check_serve_sweep(sweep: ServeSweep, model: KVPModel) -> None:
     """Refuse what cannot be run.
 
     Raises:
-        InputError: an unknown arm, no predictor for ``kvp``, or prompts and answers that do not fit the context window.
+        InputError: an unknown arm, no predictor for ``auto``, or prompts and answers beyond the context window.
     """
     if unknown := [arm for arm in sweep.arms if arm not in ARMS]:
         raise InputError(f"there is no arm {unknown[0]} here; choose among {', '.join(ARMS)}.")
-    if "kvp" in sweep.arms and not model.config.has_predictor:
-        raise InputError("this model has no predictor; leave the arm kvp out.")
+    if "auto" in sweep.arms and not model.config.has_predictor:
+        raise InputError("this model has no predictor; leave the arm auto out.")
     longest, window = max(sweep.prompt_tokens) + sweep.new_tokens, model.context_length
     if window is not None and longest >= window:
         raise InputError(f"{longest} tokens of prompt and answer do not fit the context window of {window}.")
@@ -232,7 +238,7 @@ def ask_once(
     ``full`` and mlx-lm's server, which share no cache, get the same prompts, so their answers have the same lengths.
     """
     count, kvp = clients or 1, kvp_field(arm, sweep.quality)
-    first = number + (max(sweep.clients) if arm == "kvp" else 0)
+    first = number + (max(sweep.clients) if arm == "auto" else 0)
     messages = [subject.message(tokens, first + client) for client in range(count)]
     max_tokens = FIRST_TOKENS if clients is None else sweep.new_tokens
     with server.at_work(), ThreadPoolExecutor(count) as pool:
@@ -243,24 +249,30 @@ def ask_once(
 
 def kvp_field(arm: str, quality: str) -> dict[str, str] | None:
     """Return what tells our server which path to take."""
-    fields = {"kvp": {"path": "kvp", "quality": quality}, "full": {"path": "full"}}
+    fields = {"auto": {"quality": quality}, "full": {"path": "full"}}
     return fields.get(arm)
 
 
 def rows_of(found: dict[str, list[Round]], tokens: int, clients: int | None, sweep: ServeSweep) -> list[dict[str, Any]]:
-    """Return the arms' rows; ``clients`` None: first tokens alone."""
+    """Return the arms' rows; ``clients`` None: first tokens alone.
+
+    ``http_ms`` is all that a client who asks alone waits beyond the engine's clock: connection, body, template and
+    tokeniser, the hand-over between threads, and the way back. Of several, most would be waiting for each other.
+    """
     rows: list[dict[str, Any]] = []
     for arm, rounds in found.items():
         replies = [reply for each in rounds for reply in each.replies]
         timed = [(reply.ttft_ms, reply.engine_ms) for reply in replies if reply.engine_ms is not None]
+        is_alone = clients in (None, 1)
         row: dict[str, Any] = {
             "arm": arm,
+            "paths": sorted({reply.path for reply in replies if reply.path is not None}),
             "prompt_tokens": tokens,
             "read_tokens": statistics.median(reply.prompt_tokens - reply.cached_tokens for reply in replies),
             "clients": clients or 1,
             "ttft_ms": quartiles([reply.ttft_ms for reply in replies]),
             "engine_ms": quartiles([engine for _, engine in timed]) if timed else None,
-            "http_ms": quartiles([whole - engine for whole, engine in timed]) if timed else None,
+            "http_ms": quartiles([whole - engine for whole, engine in timed]) if timed and is_alone else None,
             "new_tokens": None if clients is None else sweep.new_tokens,
             "tps": None if clients is None else quartiles([each.tokens_per_second for each in rounds]),
         }

@@ -206,7 +206,7 @@ def serve(
     clients: Annotated[str, typer.Option("--clients", help="Who ask at once, comma-separated.")] = "1,4,8",
     arms: Annotated[str, typer.Option("--arms", help=f"Of {', '.join(SERVE_ARMS)}.")] = ",".join(SERVE_ARMS),
     quality: Annotated[
-        Literal["fast", "balanced", "exact"], typer.Option("--quality", help="Of the arm kvp.")
+        Literal["fast", "balanced", "exact"], typer.Option("--quality", help="Of the arm auto.")
     ] = "balanced",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answers that are counted.")] = 64,
     rounds: Rounds = 5,

@@ -7,7 +7,7 @@ import pytest
 from conftest import Kvp
 from kvp_mlx.bench.serve import ARMS
 
-SHORT = ("--prompt-tokens", "40,90", "--clients", "2", "--new-tokens", 5, "--rounds", 2)
+SHORT = ("--prompt-tokens", "40,150", "--clients", "2", "--new-tokens", 5, "--rounds", 2)
 
 
 @pytest.mark.long
@@ -20,16 +20,19 @@ def test_rows_of_both_servers(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
     assert {"chip", "mlx_lm"} <= result["machine"].keys()
     assert (result["precision"], result["quality"]) == ("float32", "balanced")
     places = [(row["prompt_tokens"], row["clients"], row["arm"]) for row in result["rows"]]
-    assert places == [(tokens, clients, arm) for tokens, clients in ((40, 1), (90, 1), (40, 2)) for arm in ARMS]
+    assert places == [(tokens, clients, arm) for tokens, clients in ((40, 1), (150, 1), (40, 2)) for arm in ARMS]
     for row in result["rows"]:
         assert (
             row["prompt_tokens"] - 12 < row["read_tokens"] < row["prompt_tokens"] + 8
         )  # the template's first ones are known
         assert len(row["ttft_ms"]["samples"]) == 2 * row["clients"]
         is_ours = row["arm"] != "mlx-lm-server"
-        assert (row["engine_ms"] is not None) == (row["http_ms"] is not None) == is_ours
+        assert (row["engine_ms"] is not None) == is_ours
+        assert (row["http_ms"] is not None) == (is_ours and row["clients"] == 1)
         if is_ours:
             assert 0 < row["engine_ms"]["median"] < row["ttft_ms"]["median"]
+        is_long = row["prompt_tokens"] == 150
+        assert row["paths"] == {"auto": ["kvp" if is_long else "full"], "full": ["full"]}.get(row["arm"], [])
         assert (row["tps"] is not None) == (row["clients"] == 2)
         assert row["tps"] is None or row["tps"]["median"] > 0
     one, two = result["rows"][1:3]
