@@ -90,6 +90,7 @@ def _requests(service: Service, body: CompletionBody, dial: Dial, ids: list[int]
             stop=body.stops,
             top_logprobs=body.logprobs,
             reuse=body.cache_prompt is not False,
+            goes_on=True,
         )
         for choice in range(body.choices)
     ]

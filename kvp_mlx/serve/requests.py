@@ -49,6 +49,7 @@ class GenerationRequest:
             and tools); they are read exactly and kept.
         reuse: whether to begin with what is held of the prompt, and to hold what is read; without, a request is
             answered on an empty cache of its own (the page's race).
+        goes_on: whether the answer goes on from the prompt's text, so that a space at its beginning stays.
     """
 
     ids: list[int]
@@ -60,6 +61,7 @@ class GenerationRequest:
     grammar: str | None = None
     stable_tokens: int = 0
     reuse: bool = True
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)

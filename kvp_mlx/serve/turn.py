@@ -118,6 +118,7 @@ class Turn:
             grammar=self.grammar,
             stable_tokens=prompt.stable_tokens,
             reuse=self.reuse,
+            goes_on=bool(self.prefill),
         )
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
@@ -60,7 +61,7 @@ class Work:
         self._first: FirstStep | None = None
         self._speculation: Speculation | None = None
         self.left = len(self.ids) - (prefixes.shared(self.ids[:-1], request.dial) if request.reuse else 0)
-        self._detokenizer = model.text_tokenizer.detokenizer
+        self._detokenizer = detokenizer_of(model.text_tokenizer, goes_on=request.goes_on)
         self._stops = StopTexts(request.stop)
         self._times, self._generated = PrefillTimes(), 0
 
@@ -272,6 +273,15 @@ class Work:
             drafted_tokens=drafts.drafted_tokens if drafts else 0,
             accepted_tokens=drafts.accepted_tokens if drafts else 0,
         )
+
+
+def detokenizer_of(tokenizer: TokenizerWrapper, *, goes_on: bool) -> StreamingDetokenizer:
+    """Return what makes text of an answer's tokens; where that goes on from other text, a space in front stays."""
+    detokenizer: StreamingDetokenizer = tokenizer.detokenizer
+    for token in tokenizer.encode("a", add_special_tokens=False) if goes_on else []:
+        detokenizer.add_token(token)
+    detokenizer.offset = len(detokenizer.text)
+    return detokenizer
 
 
 def read_together(works: list[Work], pace: Pace) -> None:

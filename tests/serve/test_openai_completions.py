@@ -38,6 +38,14 @@ def test_text_goes_on_without_a_template(client: openai.OpenAI, server: tuple[st
     assert whole.total_tokens <= 128
 
 
+def test_the_space_in_front_of_the_next_word_stays(client: openai.OpenAI, server: tuple[str, Service]) -> None:
+    tokenizer = server[1].model.text_tokenizer
+    word = next(token for token in encode_text(tokenizer, TEXT) if token_text(tokenizer, token).startswith(" "))
+    told: dict[str, Any] = {"max_tokens": 2, "logit_bias": {str(word): 100}}
+    assert complete(client, **told).choices[0].text == 2 * token_text(tokenizer, word)
+    assert complete(client, **told, echo=True).choices[0].text == TEXT + 2 * token_text(tokenizer, word)
+
+
 def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     *pieces, last = complete(client, stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].text for chunk in pieces) == complete(client).choices[0].text
