@@ -56,8 +56,13 @@ def create_app(service: Service) -> Starlette:
 
 async def _refused(request: Request, error: Exception) -> Response:
     """Return what is told of an unknown route or a wrong method."""
-    is_anthropic = "anthropic-version" in request.headers
-    return error_response(as_api_error(error), request.url.path, is_anthropic=is_anthropic)
+    is_anthropic, told = "anthropic-version" in request.headers, as_api_error(error)
+    if told.status == 404:
+        paths = [route.path for route in request.app.routes if route.path.startswith("/v1") and "{" not in route.path]
+        told.message = f"there is no such route here; there are {', '.join(paths)}."
+    elif told.status == 405:
+        told.message = f"this route takes {told.headers['Allow']} and no other method."
+    return error_response(told, request.url.path, is_anthropic=is_anthropic)
 
 
 def plain_routes(service: Service) -> list[Route]:

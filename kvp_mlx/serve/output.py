@@ -39,6 +39,11 @@ class ToolCall:
 Part = Text | Reasoning | ToolCall
 PARTS: dict[str, type[Text] | type[Reasoning]] = {"normal": Text, "reasoning": Reasoning}
 """By state of mlx-lm's machine; what is written in others (but ``tool``) is the format's own and shown to nobody."""
+ON_OTHERS = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"),
+    *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentRequired", "dependentSchemas"),
+}
+"""What in a JSON schema may have a say in properties that are not among its ``properties``."""
 
 
 class Output:
@@ -157,13 +162,32 @@ def call_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
             "type": "object",
             "properties": {
                 "name": {"const": tool["function"]["name"]},
-                "arguments": _moved(tool["function"].get("parameters") or {"type": "object"}, "/properties/arguments"),
+                "arguments": _moved(
+                    _closed(tool["function"].get("parameters") or {"type": "object"}), "/properties/arguments"
+                ),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
         for tool in tools
     ]
+
+
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have no properties but those it names, where it says nothing of others.
+
+    Small models that may add arguments of their own do so without end.
+    """
+    if not isinstance(schema, dict) or schema.keys() & ON_OTHERS:
+        return schema
+    closed, properties, required = dict(schema), schema.get("properties"), schema.get("required", [])
+    if "items" in schema:
+        closed["items"] = _closed(schema["items"])
+    if isinstance(properties, dict):
+        closed["properties"] = {name: _closed(child) for name, child in properties.items()}
+        names_all = isinstance(required, list) and {*map(str, required)} <= properties.keys()
+        closed["additionalProperties"] = not names_all
+    return closed
 
 
 def any_of(schemas: Sequence[dict[str, Any]]) -> str:

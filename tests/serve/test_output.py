@@ -174,6 +174,26 @@ def test_a_whole_answer_in_json_may_be_a_call() -> None:
         assert told(text) == [("Text", text)]
 
 
+def test_a_call_has_no_arguments_but_those_that_its_schema_names() -> None:
+    def arguments(parameters: dict | None) -> dict:
+        (schema,) = call_schemas([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+        return schema["properties"]["arguments"]
+
+    place = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    told = arguments({"type": "object", "properties": {"place": place, "all": {"type": "array", "items": place}}})
+    shut = place | {"additionalProperties": False}
+    assert told == {
+        "type": "object",
+        "properties": {"place": shut, "all": {"type": "array", "items": shut}},
+        "additionalProperties": False,
+    }
+    assert arguments(None) == {"type": "object"}
+    for more in ({"additionalProperties": {}}, {"patternProperties": {"x": {}}}, {"allOf": [place]}):
+        assert arguments(place | more) == place | more
+    for required in (["city", "other"], 1, None):
+        assert arguments(place | {"required": required})["additionalProperties"] is True
+
+
 def test_references_follow_a_schema_to_its_place() -> None:
     parameters = {"properties": {"n": {"$ref": "#/$defs/N"}, "all": {"$ref": "#"}}, "$defs": {"N": {"type": "integer"}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}

@@ -53,6 +53,11 @@ def test_what_is_not_there(method: str, path: str, status: int, kind: str, versi
     assert (reply.json().get("type") == "error") == (version is not None or path.startswith("/v1/messages"))
 
 
+def test_who_finds_no_route_is_told_which_there_are(url: str) -> None:
+    assert "/v1/chat/completions" in ask(url, "POST", "/v1/embeddings", HELLO).json()["error"]["message"]
+    assert "POST" in ask(url, "GET", "/v1/messages").json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "host",
     ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "a@localhost", "localhost/x", "", "["],
