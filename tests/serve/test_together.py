@@ -1,6 +1,7 @@
 """Prompts that wait together: they are read in one batch where that can be, and their answers begin together."""
 
 import threading
+import time
 
 import pytest
 from support.scheduling import FULL, alone, ask, plain, prompts, recomputing, replies, scheduler_of
@@ -74,6 +75,21 @@ def test_prompts_about_as_long_are_read_in_one_batch(
     assert cached[:4] == [40, 40, 40, 40]
     assert sorted(cached[4:]) == [0, 49]  # the same prompt is read once
     assert all(each.progress[-1].processed == len(ids) - 1 for each, ids in zip(found, asked, strict=True))
+
+
+def test_a_short_prompt_waits_for_those_that_are_being_prepared(
+    model: KVPModel, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvp_mlx.serve.scheduler.PREPARED_SECONDS", 10.0)
+    asked, tickets = prompts(60, 70, 80), []
+    with scheduler_of(model) as scheduler:
+        with scheduler.expecting():
+            for ids in asked:
+                tickets.append(scheduler.submit(GenerationRequest(ids, FULL, 8)))
+                time.sleep(0.02)
+        found = replies(*tickets)
+    assert batches == [3]
+    assert [each.tokens for each in found] == [plain(model.base, ids) for ids in asked]
 
 
 def test_one_of_a_batch_that_goes_away_or_fails_leaves_the_others(
