@@ -79,7 +79,8 @@ def _invalid(error: ValidationError) -> APIError:
     """Return what is wrong with a body; of a union's choices the one that came furthest."""
     deepest = max(error.errors(include_url=False, include_context=False, include_input=False), key=_depth)
     place = ".".join(str(part)[:100] for part in deepest["loc"] if not CHOICE.search(str(part)))
-    return APIError(400, f"{place}: {deepest['msg']}" if place else deepest["msg"], param=place or None)
+    message = deepest["msg"].removeprefix("Value error, ")
+    return APIError(400, f"{place}: {message}" if place else message, param=place or None)
 
 
 def _depth(problem: Any) -> int:
