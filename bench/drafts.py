@@ -14,7 +14,7 @@ from ..engine.context import FULL, Context
 from ..engine.dial import Dial
 from ..engine.prompt import encode
 from ..engine.reply import reply
-from ..engine.speculative import Drafting
+from ..engine.speculative import Draft, Drafting
 from ..errors import InputError
 from .document import heading
 from .precision import precision_name
@@ -26,15 +26,27 @@ TASKS = {
     "quotation": "Repeat the text above, word for word.",
 }
 """What follows the text of a prompt, by kind of task."""
+WAYS: dict[Draft, tuple[Draft, ...]] = {
+    "none": ("none",),
+    "auxiliary": ("none", "auxiliary"),
+    "auto": ("none", "auxiliary", "auto"),
+}
+"""What is compared where a draft is asked for: ``auto`` has to come near the better of the other two."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One reply: seconds from its first token to its last, whether the draft had each, and how many it proposed."""
+    """One reply.
+
+    Attributes:
+        seconds: from its first token to its last.
+        from_draft: whether the draft had each.
+        drafted: how many the draft had proposed when each came.
+    """
 
     seconds: float
     from_draft: list[bool]
-    drafted_tokens: int
+    drafted: list[int]
 
     @property
     def tps(self) -> float:
@@ -73,8 +85,8 @@ def measure_drafts(
     steps, total = itertools.count(1), len(sweep.prompt_tokens) * len(TASKS) * (sweep.rounds + 1)
     rows: list[dict[str, Any]] = []
     for length, (task, question) in itertools.product(sweep.prompt_tokens, TASKS.items()):
-        ways = list(itertools.product(dials, dict.fromkeys(["none", drafting.who])))
-        replies: dict[tuple[str, str], list[Decoded]] = {way: [] for way in ways}
+        ways = list(itertools.product(dials, WAYS[drafting.who]))
+        replies: dict[tuple[str, Draft], list[Decoded]] = {way: [] for way in ways}
         for round_number in range(sweep.rounds + 1):
             text = model.text_tokenizer.decode(fresh_prompt(text_ids, length, round_number))
             is_raw = model.text_tokenizer.chat_template is None
@@ -115,7 +127,8 @@ def decoded(model: KVPModel, ids: list[int], dial: Dial, **how: Any) -> Decoded:
     start = time.perf_counter()
     others = list(pieces)
     seconds = time.perf_counter() - start
-    return Decoded(seconds, [piece.from_draft for piece in (first, *others)], (others or [first])[-1].drafted_tokens)
+    all_of_it = (first, *others)
+    return Decoded(seconds, [piece.from_draft for piece in all_of_it], [piece.drafted_tokens for piece in all_of_it])
 
 
 def _row(replies: list[Decoded], plain: list[Decoded], tokens: int) -> dict[str, Any]:
@@ -126,18 +139,25 @@ def _row(replies: list[Decoded], plain: list[Decoded], tokens: int) -> dict[str,
     return {
         "tps": tps,
         "ratio": tps["median"] / statistics.median(one.tps for one in plain) if plain else None,
-        "drafted_tokens": sum(one.drafted_tokens for one in replies),
+        "drafted_tokens": sum(one.drafted[-1] for one in replies),
         "acceptance": acceptance(replies, tokens),
     }
 
 
 def acceptance(replies: list[Decoded], tokens: int) -> list[float] | None:
-    """Return for each position in a draft of ``tokens`` the share of drafts that were right up to there."""
-    rounds = sum(-(-one.drafted_tokens // tokens) for one in replies)
-    accepted = [0] * tokens
+    """Return for each position in a draft of ``tokens`` the share of drafts so long that were right up to there."""
+    proposed, accepted = [0] * tokens, [0] * tokens
     for one in replies:
-        position = 0
-        for from_draft in one.from_draft[1:]:
-            accepted[position] += from_draft
-            position = (position + 1) % tokens if from_draft else 0
-    return [count / rounds for count in accepted] if rounds else None
+        position, before = 0, 0
+        for from_draft, drafted in zip(one.from_draft, one.drafted, strict=True):
+            if drafted > before:  # a round begins
+                position = 0
+            for place in range(drafted - before):
+                proposed[place] += 1
+            before = drafted
+            if from_draft:
+                accepted[position] += 1
+                position += 1
+    if not any(proposed):
+        return None
+    return [right / max(count, 1) for right, count in zip(accepted, proposed, strict=True)]

@@ -32,10 +32,12 @@ from .prefill import base_prefill, reading_prompt
 Draft = Literal["none", "auxiliary", "auto"]
 """Who drafts; ``auto`` leaves drafting out, or off, where it does not pay."""
 DRAFT_TOKENS = 3
-TIMED_TOKENS = 5
+TIMED_TOKENS = 3
 """Decoded without a draft, after one more, to learn what a token costs so."""
-MAX_LOSS_TOKENS = 4.0
-"""``auto`` gives drafting up when it has lost the time of so many plain tokens since it was last ahead."""
+TRIAL_ROUNDS = 3
+"""In which ``auto`` drafts one token each: a wrong one costs less, and is as telling."""
+FIRST_CREDIT_TOKENS, MAX_CREDIT_TOKENS = 1.5, 4.0
+"""``auto`` gives drafting up when it has lost the time of so many plain tokens: few at first, more when it has won."""
 
 Step = tuple[int, mx.array, bool]
 """A token, the base's log-probabilities (vocab,), and whether the draft had proposed it."""
@@ -189,7 +191,8 @@ class Speculation:
 
     def steps(self) -> Steps:
         """Yield the tokens after the first one; where this was closed, ``end`` or ``leave_off`` comes next."""
-        with closing(self._measured() if self._drafting.who == "auto" else self._drafted()) as steps:
+        is_auto = self._drafting.who == "auto"
+        with closing(self._measured() if is_auto else self._drafted(self._drafting.tokens)) as steps:
             for step in steps:
                 self.generated.append(step[0])
                 self.accepted_tokens += step[2]
@@ -209,18 +212,12 @@ class Speculation:
     def _measured(self) -> Steps:
         """Decode without a draft, for its pace; then with, for as long as that is faster; then without again."""
         with closing(self._plain()) as plain:
-            token_s = yield from _pace(plain)
-        with closing(self._drafted()) as drafted:
-            balance_s, is_warm, start = 0.0, False, 0.0
-            for step in drafted:
-                if is_warm:
-                    balance_s = min(0.0, balance_s + token_s - (time.perf_counter() - start))
-                yield step
-                if not step[2]:  # the last of its round
-                    is_warm = True
-                    if balance_s < -MAX_LOSS_TOKENS * token_s:
-                        break
-                start = time.perf_counter()
+            credit = Credit((yield from _pace(plain)))
+        tokens = self._drafting.tokens
+        for drafted_tokens, rounds in ((1, TRIAL_ROUNDS), (tokens, None)) if tokens > 1 else ((1, None),):
+            if not credit.is_spent:
+                with closing(self._drafted(drafted_tokens)) as drafted:
+                    yield from credit.spend(drafted, rounds)
         yield from self._plain()
 
     def _plain(self) -> Steps:
@@ -236,8 +233,8 @@ class Speculation:
         for token, logprobs in steps:
             yield int(token), logprobs, False
 
-    def _drafted(self) -> Steps:
-        """Decode with drafts; the auxiliary reads first what it has not read."""
+    def _drafted(self, tokens: int) -> Steps:
+        """Decode with drafts of so many tokens; the auxiliary reads first what it has not read."""
         self._rewind()
         finish(self.catching_up())
         context, model = self._context, self._context.model
@@ -246,7 +243,7 @@ class Speculation:
             Announced(model.base, self._announce),
             Announced(model.auxiliary, self._announce_draft),
             prompt_cache=[*context.cache, *context.auxiliary_cache],
-            num_draft_tokens=self._drafting.tokens,
+            num_draft_tokens=tokens,
             **self._options(),
         )
         try:
@@ -303,6 +300,45 @@ def _pace(steps: Steps) -> Generator[Step, None, float]:
         seconds.append(time.perf_counter() - start)
         yield step
     return statistics.median(seconds)
+
+
+class Credit:
+    """What drafting may still lose, counted in tokens as they are decoded without.
+
+    Args:
+        token_s: seconds that one takes.
+    """
+
+    def __init__(self, token_s: float):
+        self._token_s, self._tokens, self._is_warm = token_s, FIRST_CREDIT_TOKENS, False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether drafting has lost too much."""
+        return self._tokens < 0
+
+    def spend(self, steps: Steps, rounds: int | None) -> Steps:
+        """Yield the tokens of so many rounds, or of fewer where the credit is spent.
+
+        The very first round is on the house: what runs for the first time is slow. The others are taken to last as long
+        as they mostly do, since a busy machine's pauses say nothing of drafts.
+        """
+        seconds: list[float] = []
+        tokens, round_s, start = 0, 0.0, time.perf_counter()
+        for step in steps:
+            round_s += time.perf_counter() - start
+            tokens += 1
+            yield step
+            if not step[2]:  # the last of its round
+                if self._is_warm:
+                    seconds.append(round_s)
+                    won = tokens - statistics.median(seconds) / self._token_s
+                    self._tokens = min(MAX_CREDIT_TOKENS, self._tokens + won)
+                self._is_warm = True
+                if self.is_spent or (rounds := None if rounds is None else rounds - 1) == 0:
+                    return
+                tokens, round_s = 0, 0.0
+            start = time.perf_counter()
 
 
 class Announced:

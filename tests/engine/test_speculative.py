@@ -24,7 +24,7 @@ from kvp_mlx.engine.clock import Chooser
 from kvp_mlx.engine.context import FULL, Context
 from kvp_mlx.engine.conversation import Conversation
 from kvp_mlx.engine.dial import Dial
-from kvp_mlx.engine.reply import first_token_on, reply
+from kvp_mlx.engine.reply import Piece, first_token_on, reply
 from kvp_mlx.engine.speculative import Drafting, speculate
 from kvp_mlx.errors import InputError
 
@@ -210,25 +210,55 @@ def test_the_auxiliary_catches_up_with_what_it_has_not_read() -> None:
     assert piece.drafted_tokens > 0
 
 
-def test_auto_drafts_as_long_as_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, clock = bundle(), prompt(1), [0.0]
-    costs = {id(model.base): 1.0, id(model.auxiliary): 0.05}
-    run = type(model.base).__call__
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[KVPModel, float, str], tuple[float, list[Piece]]]:
+    """Return what takes a reply of 60 tokens; its time after the first one, in steps of the base, and its pieces."""
+    clock, costs = [0.0], {}
+    run = type(llama()).__call__
 
-    def costly(self: nn.Module, *inputs: Any, **options: Any) -> mx.array:
-        clock[0] += costs[id(self)]
-        return run(self, *inputs, **options)
+    def costly(self: nn.Module, ids: mx.array, **options: Any) -> mx.array:
+        clock[0] += costs[id(self)] * (1 + 0.1 * (ids.shape[1] - 1))
+        return run(self, ids, **options)
 
-    monkeypatch.setattr(type(model.base), "__call__", costly)
-    monkeypatch.setattr("kvp_mlx.engine.speculative.time.perf_counter", lambda: clock[0])
-    how = {"draft": "auto", "max_tokens": 60}
-    cheap = list(reply(Context(model), ids, FULL, **how))
-    costs[id(model.auxiliary)] = 0.9
-    dear = list(reply(Context(model), ids, FULL, **how))
+    monkeypatch.setattr(type(llama()), "__call__", costly)
+
+    def tick() -> float:
+        clock[0] += 1e-6  # mlx-lm divides by what has passed
+        return clock[0]
+
+    monkeypatch.setattr("kvp_mlx.engine.speculative.time.perf_counter", tick)
+
+    def taken(model: KVPModel, auxiliary: float, draft: str) -> tuple[float, list[Piece]]:
+        costs.update({id(model.base): 1.0, id(model.auxiliary): auxiliary})
+        pieces = reply(Context(model), prompt(1), FULL, draft=draft, max_tokens=60)
+        found, start = [next(pieces)], clock[0]
+        found += pieces
+        return clock[0] - start, found
+
+    return taken
+
+
+def test_auto_drafts_as_long_as_it_pays(costs: Callable) -> None:
+    _, cheap = costs(bundle(), 0.05, "auto")
+    _, dear = costs(bundle(), 0.9, "auto")
     assert [piece.token for piece in cheap] == [piece.token for piece in dear]
     assert cheap[-1].drafted_tokens > 60 > dear[-1].drafted_tokens > 0
     assert not any(piece.from_draft for piece in dear[30:])
     assert any(piece.from_draft for piece in cheap[40:])
+
+
+@pytest.mark.parametrize(("noise", "cost"), [(5.0, 0.05), (5.0, 0.5), (5.0, 0.9), (0.02, 0.9)])
+def test_auto_loses_little_where_drafts_do_not_pay(noise: float, cost: float, costs: Callable) -> None:
+    plain, drafted, auto = (costs(bundle(noise=noise), cost, draft)[0] for draft in ("none", "auxiliary", "auto"))
+    assert drafted > plain
+    assert auto < plain + 6
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.25])
+def test_auto_gains_most_of_it_where_they_pay(cost: float, costs: Callable) -> None:
+    plain, drafted, auto = (costs(bundle(noise=0.0), cost, draft)[0] for draft in ("none", "auxiliary", "auto"))
+    assert drafted < 0.7 * plain
+    assert auto < drafted + 6
 
 
 def test_auto_has_the_auxiliary_read_no_more_than_the_answer_may_have() -> None:
