@@ -1,6 +1,7 @@
 """The time that a long prompt takes on several hosts, by arithmetic: what is computed, and what travels."""
 
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ class Cluster:
     chunk_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        for name, value in asdict(self).items():
-            if not 0 < value < float("inf"):
-                raise InputError(f"{name.replace('_', ' ')} must be positive, not {value}.")
+        """Check what the command line does not."""
+        for option, value in (("--link", self.link_gbps), ("--tflops", self.tflops)):
+            if not 0 < value < inf:
+                raise InputError(f"{option} must be a number above 0, not {value:g}.")
+        if not 0 <= self.latency_us < inf:
+            raise InputError(f"--latency must be a number from 0 up, not {self.latency_us:g}.")
 
 
 def hosts_table(base: Path, prompt_tokens: int, batch: int, layers: int | None, cluster: Cluster) -> dict[str, Any]:

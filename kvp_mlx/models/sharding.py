@@ -1,5 +1,7 @@
 """Tensor parallelism: a model's heads and FFN columns spread over hosts, by mlx-lm's own ``shard``."""
 
+from math import gcd
+
 import mlx.nn as nn
 
 from ..device.hosts import Hosts
@@ -31,10 +33,16 @@ def check_shardable(model: nn.Module, hosts: int) -> None:
         raise UnsupportedModelError(f"mlx-lm does not spread models of architecture '{name}' over hosts; use one host.")
     if others := sorted({kind.title for kind in kinds_of(model) if not isinstance(kind, Attention)}):
         raise UnsupportedModelError(f"layers of {' and '.join(others)} are not spread over hosts; use one host.")
-    for layer in range(len(model.layers)):
-        mixer = mixer_of(model, layer)
-        for count, what in ((kv_heads(mixer), "key/value heads"), (query_heads(mixer), "query heads")):
-            if count % hosts:
-                able = " or ".join(str(number) for number in range(1, count + 1) if count % number == 0)
-                told = f"{count} {what} of layer {layer} cannot be spread evenly over {hosts} hosts"
-                raise InputError(f"{told}; use {able}.")
+    counts = [
+        (count, f"{count} {what} of layer {layer}")
+        for layer in range(len(model.layers))
+        for count, what in (
+            (kv_heads(mixer_of(model, layer)), "key/value heads"),
+            (query_heads(mixer_of(model, layer)), "query heads"),
+        )
+    ]
+    if uneven := next((told for count, told in counts if count % hosts), None):
+        common = gcd(*(count for count, _ in counts))
+        *others, last = [str(number) for number in range(1, common + 1) if common % number == 0]
+        able = f"{', '.join(others)} or {last}" if others else "one"
+        raise InputError(f"{uneven} cannot be spread evenly over {hosts} hosts; use {able}.")

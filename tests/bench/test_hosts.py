@@ -67,13 +67,23 @@ def test_the_table_names_what_it_assumes(config: Path, kvp: Kvp) -> None:
     [
         (("--hosts", 3, "--link", 40), "4 key/value heads of layer 0 cannot be spread evenly over 3 hosts"),
         (("--hosts", 2), "--base, --hosts and --link go together"),
-        (("--hosts", 2, "--link", 0), "link gbps must be positive"),
+        (("--hosts", 2, "--link", 0), "--link must be a number above 0, not 0"),
+        (("--hosts", 2, "--link", "inf"), "--link must be a number above 0, not inf"),
+        (("--hosts", 2, "--link", 1, "--tflops", "nan"), "--tflops must be a number above 0, not nan"),
+        (("--hosts", 2, "--link", 1, "--latency", -1), "--latency must be a number from 0 up, not -1"),
         (("--hosts", 2, "--link", 40, "--layers", 8), "--layers must lie between 1 and 7"),
     ],
 )
 def test_refuses_what_makes_no_sense(options: tuple, named: str, config: Path, kvp: Kvp) -> None:
     outcome = kvp("bench", "flops", "--base", config, *options)
     assert (outcome.code, named in outcome.err) == (2, True), outcome.err
+
+
+def test_sums_that_take_no_time_but_the_link_s(config: Path, kvp: Kvp) -> None:
+    own = ("--hosts", 2, "--link", LINK, "--latency", 0, "--prompt-tokens", 2, "--json")
+    for row in kvp("bench", "flops", "--base", config, *own).json()["rows"]:
+        values = 2 * HIDDEN * (LAYERS + (LAYERS - 1 if row["arm"] == "full" else LAYERS // 2))
+        assert row["exchange_s"] == pytest.approx((row["hosts"] - 1) * 8 * 2 * values / (LINK * 1e9))
 
 
 SHAPES = {  # of Llama 3.1

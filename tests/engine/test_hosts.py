@@ -5,11 +5,13 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.nn as nn
 import pytest
 from conftest import Kvp
+from mlx_lm import convert
 from support.directories import prose, write_llama
 from support.ring import Ring
-from support.ring_answers import ARMS, NEW_TOKENS, PROMPT_TOKENS, answers
+from support.ring_answers import ARMS, NEW_TOKENS, PACKED, PROMPT_TOKENS, answers, stay_packed
 from support.tiny import llama, openelm
 
 from kvp_mlx.arms.kinds import parse_arm
@@ -55,6 +57,35 @@ def test_two_hosts_answer_as_one_does(bundles: dict[str, Path], found: dict[str,
         model = load(str(place))
         for arm in ARMS:
             assert found[f"{place} {arm}"]["tokens"] == answers(model, arm), (place, arm)
+
+
+@pytest.fixture(scope="module")
+def quantised(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Bundles of bases in 4 and 8 bits, whose input features are two groups of 32 or more on each host."""
+    folder, places = tmp_path_factory.mktemp("quantised"), []
+    write_llama(folder / "base", intermediate_size=128)
+    for bits, kind in ((4, {"layers": 1}), (8, {"prune": 0.5})):
+        convert(str(folder / "base"), str(folder / f"base-{bits}"), quantize=True, q_bits=bits, q_group_size=32)
+        places.append(folder / f"bundle-{bits}")
+        fit_bundle(str(folder / f"base-{bits}"), [str(texts)], places[-1], FitOptions(tokens=256, window=64, **kind))
+    return places
+
+
+@pytest.mark.parametrize("packed", [(), (PACKED,)])
+def test_a_quantised_base_is_spread_as_well(
+    packed: tuple[str, ...], quantised: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CPUs run it, in fp32, and packed, as GPUs do."""
+    with Ring(tmp_path, "-m", "support.ring_answers", *packed, *quantised) as ring:
+        code, out, err = ring.outcome()
+        assert (code, err) == (0, "")
+    if packed:
+        stay_packed(monkeypatch.setattr)
+    for place in quantised:
+        model = load(str(place))
+        assert any(isinstance(part, nn.QuantizedLinear) for part in model.base.modules()) == bool(packed)
+        for arm in ARMS:
+            assert json.loads(out)[f"{place} {arm}"]["tokens"] == answers(model, arm), (place, arm)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux counts")
@@ -164,8 +195,12 @@ def test_uneven_heads_are_refused_once(base_dir: Path, tmp_path: Path) -> None:
 def test_architectures_that_cannot_be_spread_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="architecture 'openelm' over hosts"):
         check_shardable(openelm(), 2)
-    with pytest.raises(InputError, match="8 query heads of layer 0"):
+    with pytest.raises(InputError, match=r"8 query heads of layer 0 .* over 3 hosts; use 1 or 2\."):
         check_shardable(llama(num_key_value_heads=6, num_attention_heads=8), 3)
+    uneven = llama(num_key_value_heads=4, num_attention_heads=8)
+    uneven.layers[2].self_attn.n_kv_heads = 3
+    with pytest.raises(InputError, match=r"3 key/value heads of layer 2 .* over 2 hosts; use one\."):
+        check_shardable(uneven, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""What a bundle answers, as one of several hosts; run as ``python -m support.ring_answers MODEL...``."""
+"""What a bundle answers, as one of several hosts; run as ``python -m support.ring_answers [--packed] MODEL...``."""
 
 import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import kvp_mlx  # noqa: F401 - first: it puts the fast BLAS in front
 
@@ -14,7 +15,10 @@ from kvp_mlx.arms.clock import first_token
 from kvp_mlx.arms.kinds import parse_arm
 from kvp_mlx.bundle.loading import KVPModel, load
 from kvp_mlx.device.hosts import joined
+from kvp_mlx.models import loading
 
+PACKED = "--packed"
+"""Let quantised weights stay so, as GPUs do."""
 ARMS = ("full", "kvp", "kvp-8-0.3")
 PROMPT_TOKENS, STEP_SIZE, NEW_TOKENS = 90, 32, 12
 ACKNOWLEDGED = slice(120, 128)
@@ -47,11 +51,18 @@ def sent_bytes() -> int:
     return total
 
 
+def stay_packed(patch: Callable[[object, str, object], None] = setattr) -> None:
+    """Leave out that CPUs dequantise what they load."""
+    patch(loading, "dequantize_model", lambda model: model)
+
+
 def main(names: list[str]) -> None:
     """Print the answers of each model by each arm, and what full prefill and prediction sent."""
     hosts = joined()
+    if PACKED in names:
+        stay_packed()
     found = {}
-    for name in names:
+    for name in (name for name in names if name != PACKED):
         model = load(name, hosts=hosts)
         for arm in ARMS:
             before = sent_bytes()
