@@ -81,7 +81,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
 def takes_requests(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health").is_success
-    except httpx.ConnectError:
+    except httpx.TransportError:  # refused, or reset where it had been taken just before
         return False
 
 
