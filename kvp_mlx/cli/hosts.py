@@ -11,6 +11,8 @@ from ..device.hosts import LOST, gone, joined, launched_rank
 from ..errors import InputError
 
 COMMANDS = (["generate"], ["chat"], ["serve"], ["fit"], ["train"], ["bench", "ttft"])
+SAME_ERROR_SECONDS = 5.0
+"""In which the first host finds the same wrong: it may be slower, and would be ended by this one's end."""
 
 
 def join(arguments: Sequence[str]) -> None:
@@ -43,5 +45,5 @@ def line_of(message: str, error: BaseException | None, code: int) -> str | None:
         return None if hosts is None or hosts.is_told() else gone("another host")
     if not (rank := launched_rank()):
         return message
-    is_common = code == 2 and (hosts is None or hosts.is_told())  # bad input, which the first host has seen too
+    is_common = code == 2 and (hosts is None or hosts.is_told(SAME_ERROR_SECONDS))  # bad input, also for the first host
     return None if is_common else f"host {rank}: {message}"

@@ -156,9 +156,9 @@ class Hosts:
         self._is_leaving.set()
         self._send(None if has_finished else {})
 
-    def is_told(self) -> bool:
-        """Return whether it is said why another host ended, after a moment in which the news may be on its way."""
-        return self._is_told.wait(GRACE_SECONDS / 2)
+    def is_told(self, seconds: float = GRACE_SECONDS / 2) -> bool:
+        """Return whether it is said why another host ended, after a while in which the news may be on its way."""
+        return self._is_told.wait(seconds)
 
     def ask_to_end(self) -> None:
         """Ask the first host, from another one, to end all of them in its own way; it hears that."""

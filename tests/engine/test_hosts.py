@@ -192,6 +192,17 @@ def test_uneven_heads_are_refused_once(base_dir: Path, tmp_path: Path) -> None:
         assert [ring.outcome(rank) for rank in (1, 2)] == [(2, "", "")] * 2
 
 
+def test_bad_usage_is_told_by_a_first_host_that_is_slower(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time; from kvp_mlx.cli.main import main; from kvp_mlx.device.hosts import joined; joined();"
+        "time.sleep(2.5 * (os.environ['MLX_RANK'] == '0')); sys.argv[1:] = ['generate', '--quality', 'superb']; main()"
+    )
+    with Ring(tmp_path, "-c", program) as ring:
+        code, out, err = ring.outcome()
+        assert (code, out, "Invalid value for '--quality'" in err) == (2, "", True)
+        assert ring.outcome(1) == (2, "", "")
+
+
 def test_architectures_that_cannot_be_spread_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="architecture 'openelm' over hosts"):
         check_shardable(openelm(), 2)

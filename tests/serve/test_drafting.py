@@ -155,7 +155,7 @@ def test_another_may_join_at_any_step(dial: str, choice: str) -> None:
             same(one, other)
         assert found[1].usage.drafted_tokens == 0
         drafted.append(found[0].usage.drafted_tokens)
-    assert drafted[0] == 0 < drafted[3]
+    assert drafted[0] < drafted[3]  # it waits for a step or two until it is read
 
 
 def test_another_may_join_while_the_auxiliary_catches_up() -> None:
