@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.nn as nn
 import pytest
@@ -18,7 +19,7 @@ from kvp_mlx.arms.kinds import parse_arm
 from kvp_mlx.bundle.loading import load
 from kvp_mlx.device import hosts as hosts_file
 from kvp_mlx.errors import InputError, UnsupportedModelError
-from kvp_mlx.models.sharding import check_shardable
+from kvp_mlx.models.sharding import check_shardable, shard
 from kvp_mlx.train.fit import FitOptions, fit_bundle
 
 GONE_SECONDS = 10
@@ -212,6 +213,18 @@ def test_architectures_that_cannot_be_spread_are_refused_by_name() -> None:
     uneven.layers[2].self_attn.n_kv_heads = 3
     with pytest.raises(InputError, match=r"3 key/value heads of layer 2 .* over 2 hosts; use one\."):
         check_shardable(uneven, 2)
+
+
+def test_groups_of_weights_that_hosts_cannot_share_are_refused_by_name() -> None:
+    """Packed weights are cut between groups alone."""
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    even, uneven = (llama(intermediate_size=features) for features in (128, 96))
+    for model in (even, uneven):
+        nn.quantize(model, group_size=32, bits=4)
+    shard(even, SimpleNamespace(size=2, group=group))
+    assert even.layers[0].mlp.down_proj.scales.shape == (64, 2)
+    with pytest.raises(InputError, match=r"2 hosts cannot share this model evenly .*group size 32"):
+        shard(uneven, SimpleNamespace(size=2, group=group))
 
 
 @pytest.mark.parametrize(
