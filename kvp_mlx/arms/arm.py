@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
+from ..engine.clock import Ready
 from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import PrefillTimes
 from ..errors import InputError
@@ -27,12 +28,14 @@ class Reading:
         dial: of the arms that predict.
         step_size: tokens per chunk (None: ``default_step_size()``).
         seed: of the arm ``random``.
+        with_last: read the last token with the others where that saves a step (see ``engine.prefill.filling``).
         times: filled with what each part took.
     """
 
     dial: Dial = PREDICT
     step_size: int | None = None
     seed: int = 0
+    with_last: bool = False
     times: PrefillTimes = field(default_factory=PrefillTimes)
 
 
@@ -44,7 +47,7 @@ class Kind:
         form: how its names look.
         help: what it does, in a line.
         read: reads all of a prompt ``(B, N)`` but its last token; returns the model that decodes and its evaluated
-            cache. None: an engine of its own does the whole prompt.
+            cache, or what else ``Ready`` has. None: an engine of its own does the whole prompt.
         work: FLOPs and weight bytes of the first token, given a prompt's length and a batch size.
         networks: the mlx-lm models whose caches it fills, the one that decodes last.
         numbers: how many follow the name, each a share of the prompt, above 0 and up to 1.
@@ -58,7 +61,7 @@ class Kind:
 
     form: str
     help: str
-    read: Callable[[KVPModel, Numbers, mx.array, Reading], tuple[nn.Module, Cache]] | None
+    read: Callable[[KVPModel, Numbers, mx.array, Reading], tuple[nn.Module, Cache] | Ready] | None
     work: Callable[[KVPModel, Numbers, int, int], Work]
     networks: Callable[[KVPModel, Numbers], Sequence[nn.Module]]
     numbers: int = 0
@@ -92,13 +95,18 @@ class Arm:
         Raises:
             InputError: an arm that is an engine of its own, or see ``check``.
         """
+        network, cache, _ = self.get_ready(model, ids, reading or Reading())
+        return network, cache
+
+    def get_ready(self, model: KVPModel, ids: mx.array, reading: Reading) -> Ready:
+        """Do what ``read`` does, but for the last token as well if ``reading`` says so."""
         self.check(model)
         if self.kind.read is None:
             raise InputError(f"the arm {self.name} can only be timed ('kvp bench ttft'); leave it out here.")
         if ids.shape[1] == 1:  # nothing comes before the last token
             network = self.networks(model)[-1]
-            return network, make_prompt_cache(network)
-        return self.kind.read(model, self.numbers, ids, reading or Reading())
+            return Ready(network, make_prompt_cache(network))
+        return Ready(*self.kind.read(model, self.numbers, ids, reading))
 
     def check(self, model: KVPModel) -> None:
         """Refuse to leave tokens out where later ones build on all, or on those next to them.

@@ -3,14 +3,12 @@
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..bundle.loading import KVPModel
 from ..device.streams import default_step_size
-from ..engine.clock import FirstToken, time_engine, time_first_token
+from ..engine.clock import FirstToken, Ready, time_engine, time_first_token
 from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import PrefillTimes
-from ..models.families import Cache
 from .arm import Arm, Engine, Reading
 
 
@@ -43,8 +41,8 @@ def first_token(
         opened, size = engine or arm.kind.engine(ids.shape[1]), step_size or default_step_size()
         return time_engine(lambda: opened(model, ids, size), model.base)
 
-    def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
-        return arm.read(model, ids, Reading(dial, step_size, seed, times))
+    def read(times: PrefillTimes) -> Ready:
+        return arm.get_ready(model, ids, Reading(dial, step_size, seed, with_last=True, times=times))
 
     last: Any = ids[:, -1].tolist()
     return time_first_token(read, last)

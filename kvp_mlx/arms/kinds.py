@@ -3,14 +3,17 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
+from ..engine.auxiliary import auxiliary_cache_for
+from ..engine.clock import Ready
 from ..engine.dial import PREDICT, Dial
-from ..engine.prefill import auxiliary_cache_for, base_prefill, fill
+from ..engine.prefill import base_prefill, fill
 from ..errors import InputError
 from ..models.families import Cache
 from ..models.pruning import retained_layers
@@ -50,13 +53,14 @@ def with_dial(arm: Arm, dial: Dial) -> Arm:
     return replace(arm, numbers=(chosen.exact_tail, dial.recompute if chosen.recompute is None else chosen.recompute))
 
 
-def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading) -> tuple[nn.Module, Cache]:
+def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading) -> Ready:
     """Predict, and let the base read what the dial leaves to it."""
     dial = kvp_dial(numbers, reading.dial).settled(model.config, ids.shape[1], 0, 0)
     cache = make_prompt_cache(model.base)
-    report = {"prefill_step_size": reading.step_size, "times": reading.times}
-    fill(model, ids, cache, auxiliary_cache_for(model, cache), dial, **report)
-    return model.base, cache
+    report: dict[str, Any] = {"prefill_step_size": reading.step_size, "times": reading.times}
+    auxiliary_cache = auxiliary_cache_for(model, cache)
+    output = fill(model, ids, cache, auxiliary_cache, dial, with_last=reading.with_last, **report)
+    return Ready(model.base, cache, output)
 
 
 def kvp_arm_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Work:

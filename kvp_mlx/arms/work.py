@@ -62,7 +62,7 @@ def recompute_work(model: KVPModel, tokens: int, batch: int, share: float, exact
     work = Work()
     for span in (lower, upper):
         work += span_work(model, span, own + (span.tokens - last) * (before + 1) / 2, batch)
-    if is_asked(lower.tokens, last, asking):
+    if is_asked(settings_of(model), lower.tokens, last):
         pairs = asking * (tokens - asking + (asking + 1) / 2)
         work += span_work(model, lower._replace(tokens=asking), pairs, batch)
     return work

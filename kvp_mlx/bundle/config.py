@@ -101,7 +101,9 @@ class RecomputeConfig(_Part):
 
     Attributes:
         share: of a prompt's tokens, on average over the layers that are predicted.
-        asking_tokens: tokens at the prompt's end that the base reads first, to see what they attend to.
+        asking_tokens: tokens at the prompt's end that are looked at, to see what they attend to.
+        asks: who looks: the predicted layers, through which the base reads these tokens first, or the layer behind an
+            exact prefix, whose queries and keys are there in any case.
         attention_weight: of the logarithm of that attention beside the estimated deviation.
         attention_reach: tokens after an attended one that count as attended too: an answer goes on from where the
             question points to.
@@ -111,6 +113,7 @@ class RecomputeConfig(_Part):
 
     share: float = Field(default=0.0, ge=0, le=1)
     asking_tokens: PositiveInt = 16
+    asks: Literal["base", "prefix"] = "base"
     attention_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     attention_reach: NonNegativeInt = 12
     lower_layers: float = Field(default=2 / 3, gt=0, le=1)
@@ -164,6 +167,13 @@ class BundleConfig(_Part):
     training: dict[str, Any] = {}
     measured: dict[str, Any] = {}
     sha256: dict[Literal["predictor.safetensors", "adapter.safetensors"], str] = {}
+
+    @model_validator(mode="after")
+    def _prefix_that_can_ask(self) -> "BundleConfig":
+        is_exact = self.auxiliary.kind == "prefix" and self.auxiliary.adapter_rank is None
+        if self.recompute is not None and self.recompute.asks == "prefix" and not is_exact:
+            raise ValueError("recompute: an exact prefix alone can ask (asks: prefix)")
+        return self
 
     @model_validator(mode="after")
     def _dials_that_can_be_followed(self) -> "BundleConfig":

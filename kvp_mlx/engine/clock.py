@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
 
 from ..models.families import Cache
+from ..models.sections import output_head
 from .prefill import PrefillTimes
 
 Chooser = Callable[[mx.array], mx.array]
@@ -50,8 +51,22 @@ def greedy(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
 
 
+class Ready(NamedTuple):
+    """A prompt that was read, up to its last token or with it.
+
+    Attributes:
+        network: the model that decodes.
+        cache: its evaluated cache.
+        output: what its layers make of the last token ``(B, 1, hidden)``, normed, where the cache holds that as well.
+    """
+
+    network: nn.Module
+    cache: Cache
+    output: mx.array | None = None
+
+
 def time_first_token(
-    read: Callable[[PrefillTimes], tuple[nn.Module, Cache]],
+    read: Callable[[PrefillTimes], Ready],
     last: list[int],
     *,
     sampler: Chooser = greedy,
@@ -60,17 +75,17 @@ def time_first_token(
     """Read a prompt and take its first token, on the clock.
 
     Args:
-        read: reads all of a prompt (or of B prompts) but the last token, filling in what each part took; returns the
-            model that decodes and its evaluated cache.
+        read: reads a prompt (or B prompts), filling in what each part took.
         last: the last token of each sequence.
         sampler: from log-probabilities to tokens.
         process: what becomes of the logits before that.
     """
     times, start = PrefillTimes(), time.perf_counter()
-    network, cache = read(times)
+    network, cache, output = read(times)
     step_start = time.perf_counter()
     with mx.stream(generation_stream):
-        logits = process(network(mx.array(last)[:, None], cache=cache)[:, -1])  # (B, 1, vocab) -> (B, vocab)
+        raw = network(mx.array(last)[:, None], cache=cache) if output is None else output_head(network, output)
+        logits = process(raw[:, -1])  # (B, 1, vocab) -> (B, vocab)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         tokens: Any = sampler(logprobs).tolist()
     end = time.perf_counter()

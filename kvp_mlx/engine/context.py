@@ -21,9 +21,10 @@ from ..errors import InputError
 from ..models.entries import held_positions
 from ..models.families import Cache, LayerCache, is_listed, kinds_of
 from ..models.sections import run_layers, section
+from .auxiliary import auxiliary_cache_for
 from .dial import Dial
 from .pace import Pace, Steps, finish
-from .prefill import PrefillTimes, Progress, auxiliary_cache_for, base_prefilling, catch_up_auxiliary, filling
+from .prefill import PrefillTimes, Progress, base_prefilling, catch_up_auxiliary, exact_end, filling, read_ahead
 
 REFINE_CHUNK_TOKENS = 64
 """Measured (docs/chat.md): as quick as full prefill within 4 %, and no layer of it takes 50 ms at 2,048 tokens."""
@@ -197,20 +198,21 @@ class Context:
         kept = sum(layer.nbytes for snapshot in self._snapshots for part in snapshot for layer in part.layers.values())
         return own + kept + (self._exact.nbytes if self._exact else 0)
 
-    def read(self, ids: list[int], dial: Dial, **report: Any) -> None:
+    def read(self, ids: list[int], dial: Dial, **how: Any) -> mx.array | None:
         """Bring the caches up to the last of ``ids``; what they hold stays. See ``reading``."""
-        finish(self.reading(ids, dial, **report))
+        return finish(self.reading(ids, dial, **how))
 
     def reading(
         self,
         ids: list[int],
         dial: Dial,
         *,
+        with_last: bool = False,
         times: PrefillTimes | None = None,
         step_size: int | None = None,
         progress: Progress | None = None,
         pace: Pace | None = None,
-    ) -> Steps[None]:
+    ) -> Steps[mx.array | None]:
         """Do what ``read`` does, with pauses in which nothing else may use the context.
 
         Closing the iterator at a pause leaves a valid context, which holds what was read exactly until then; or what it
@@ -219,15 +221,17 @@ class Context:
         Args:
             ids: token ids that begin with ``tokens``.
             dial: settled, so that its path is ``full`` or ``kvp``.
+            with_last: see ``filling``, as for what is returned.
             times: filled with what each part took.
             step_size: tokens per chunk (default: ``default_step_size()``).
             progress: called with (tokens done, tokens to do) after every chunk; it may raise to stop the reading.
             pace: how often to pause between two chunks.
         """
         end, is_predicted = len(ids) - 1, dial.path == "kvp"
-        exact = max(len(self.tokens), min(dial.exact_head, end) if is_predicted else end)
         held = len(self.tokens)
+        exact, ahead = exact_end(dial, held, end), read_ahead(self.model, dial, held, end)
         before = None if self.is_plain or not held else self._snapshot()
+        output = None
 
         def note(done: int, to_do: int) -> None:
             self._uncounted_tokens = held + done
@@ -237,16 +241,20 @@ class Context:
         report: dict[str, Any] = {"prefill_step_size": step_size, "times": times, "progress": note, "pace": pace}
         try:
             if self.model.config.has_predictor:
-                yield from filling(self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, **report)
+                filling_steps = filling(
+                    self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, with_last=with_last, **report
+                )
+                output = yield from filling_steps
             elif held < end:
                 yield from base_prefilling(self.model, mx.array([ids[held:end]]), self.cache, **report)
             self._uncounted_tokens = end
+            return output
         except BaseException as error:
             pauses_between_layers = is_listed(self.model.base)
             if not self.is_plain and (pauses_between_layers or not isinstance(error, GeneratorExit)):
                 self._restore(before)  # nobody knows how far each layer came
             elif is_predicted:  # what was predicted still lacks what the base would have read of it
-                self.keep(exact)
+                self.keep(ahead)
             raise
         finally:
             self.grown_to(ids, exact if is_predicted else len(ids))

@@ -6,7 +6,7 @@ the prompt is mlx-lm's own.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -17,12 +17,16 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from ..bundle.loading import KVPModel
 from ..device.streams import chunks, default_step_size, parts, release_buffers, side_by_side
 from ..errors import InputError
-from ..models.entries import append_raw, held_positions, room_for
+from ..models.entries import held_positions, room_for
 from ..models.families import Cache, fixed_kinds, is_listed
-from ..models.sections import RawLayer, run_layers, section
+from ..models.sections import run_layers, section
+from .auxiliary import ReadPart, auxiliary_cache_for, read_layers, reading_parts, state_of, write_predicted
 from .dial import PREDICT, Dial
 from .pace import Pace, Steps, finish, groups
-from .recompute import repairing, spans, work_of
+from .recompute import attention_of_prefix, repairing, settings_of, spans, work_of
+
+MOST_JOINED_TOKENS = 64
+"""Of an exact head, that are read with what is recomputed; a longer one is read ahead, and kept when cut short."""
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -57,61 +61,6 @@ class Tally:
         self.done += work
         if self.progress:
             self.progress(self.tokens * self.done // self.work, self.tokens)
-
-
-@dataclass
-class AuxiliaryReading:
-    """A part of a prompt on its way through the auxiliary: ``x`` is what the next layer takes."""
-
-    x: mx.array
-    captured: dict[int, RawLayer] = field(default_factory=dict)
-
-    def run(self, model: KVPModel, cache: Cache, layers: slice) -> None:
-        """Run some of the auxiliary's layers, listening to the predictor's sources; lazy."""
-        numbers = [number for number in model.predictor.sources if layers.start <= number < layers.stop]
-        view = section(model.auxiliary, layers.start, layers.stop)
-        self.x, captured = run_layers(view, self.x, cache[layers], [number - layers.start for number in numbers])
-        self.captured |= {number: captured[number - layers.start] for number in numbers}
-
-    def inputs(self, model: KVPModel, cache: Cache) -> dict[str, mx.array]:
-        """Return the predictor's inputs when all layers have run; an exact prefix listens to one layer more."""
-        if model.has_exact_prefix:
-            end = read_layers(model)
-            _, last = run_layers(section(model.auxiliary, end, end + 1), self.x, cache[end:], [0])
-            return model.predictor.inputs(self.captured | {end: last[0]})
-        return model.predictor.inputs(self.captured)
-
-
-def read_layers(model: KVPModel) -> int:
-    """Return how many of the auxiliary's layers are run to their end."""
-    return model.config.auxiliary.layers if model.has_exact_prefix else len(model.auxiliary.layers)
-
-
-def auxiliary_prefill(model: KVPModel, ids: mx.array, cache: Cache) -> tuple[dict[str, mx.array], mx.array]:
-    """Let the auxiliary read ``ids`` (B, T) on top of its ``cache``; lazy.
-
-    Returns the predictor's inputs, and what the base goes on with where it reads a token itself: an exact prefix's
-    residual stream (B, T, hidden), else the ids. No logits, final norm, last attention output or last FFN are
-    computed.
-    """
-    reading = AuxiliaryReading(ids)
-    reading.run(model, cache, slice(0, read_layers(model)))
-    return reading.inputs(model, cache), reading.x if model.has_exact_prefix else ids
-
-
-def write_predicted(model: KVPModel, inputs: dict[str, mx.array], cache: Cache, following: int | None = None) -> None:
-    """Predict what feeds the base's ``cache`` and append what its layers make of it; lazy.
-
-    ``following`` are the prompt's tokens after these (see ``Predictor``).
-    """
-    if inputs:
-        tokens = next(iter(inputs.values())).shape[1]
-        append_raw(model.base, model.predictor(inputs, following), cache, tokens)
-
-
-def auxiliary_cache_for(model: KVPModel, cache: Cache) -> Cache:
-    """Return the cache the auxiliary fills: the base's own first layers for a prefix, else a fresh one."""
-    return cache[: len(model.auxiliary.layers)] if model.is_prefix else make_prompt_cache(model.auxiliary)
 
 
 def predict_base_cache(
@@ -149,13 +98,14 @@ def predicting(
     cache: Cache,
     auxiliary_cache: Cache,
     *,
+    exact_head: int = 0,
     exact_tail: int = 0,
     recompute: float | None = None,
     prefill_step_size: int | None = None,
     times: PrefillTimes | None = None,
     progress: Progress | None = None,
     pace: Pace | None = None,
-) -> Steps[None]:
+) -> Steps[mx.array | None]:
     """Do what ``predict_base_cache`` does, with pauses.
 
     Args:
@@ -163,12 +113,18 @@ def predicting(
         ids: token ids ``(B, T)``.
         cache: the base's cache, extended in place.
         auxiliary_cache: the auxiliary's, at the same offset.
+        exact_head: the base reads this many of the first tokens itself; only where it reads on top of a prediction
+            (``reads_on_top``).
         exact_tail: the base reads this many of the last tokens itself, on top of the prediction of the others.
         recompute: the share of the other tokens that it also reads itself (default: the bundle's).
         prefill_step_size: tokens per chunk (default: ``default_step_size()``); bounds the activations' memory.
         times: filled with what each part took.
         progress: called with (tokens done, tokens in all) after every chunk; what the base reads itself is part of it.
         pace: pause between groups of layers, too, and not only between chunks.
+
+    Returns:
+        What the base's last layer makes of the newest token ``(B, 1, hidden)``, normed and lazy, where the base reads
+        it on top of the prediction.
 
     Raises:
         InputError: the auxiliary has not read what the base's cache holds, a negative exact tail, a share that the
@@ -181,21 +137,22 @@ def predicting(
         dial, end = PREDICT, max(0, tokens - exact_tail)
         ids, rest = ids[:, :end], ids[:, end:]
     share = dial.share(model.config)
-    is_repaired = bool(model.predictor.blocks) and (share > 0 or dial.exact_tail > 0)
+    is_repaired = reads_on_top(model, share, dial.exact_tail)
     _check_caches(cache, auxiliary_cache, is_repaired)
-    layers, tail = read_layers(model), min(dial.exact_tail, tokens)
-    repair = work_of(spans(model, share, tokens, tail)) if is_repaired else 0
+    layers, tail = read_layers(model), min(dial.exact_tail, tokens - exact_head)
+    repair = work_of(spans(model, share, tokens, tail, exact_head)) if is_repaired else 0
     tally = Tally(progress, tokens, tokens * layers + repair)
-    below: list[mx.array] = []
+    read: list[ReadPart] = []
     deviations: list[mx.array] = []
+    output = None
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
         for chunk, done in chunks(ids, prefill_step_size):
             chunk_steps = predicting_chunk(
                 model, chunk, ids.shape[1] - done, ids.size, cache, auxiliary_cache, times, share > 0, pace
             )
-            outputs, estimates = yield from chunk_steps
+            chunk_parts, estimates = yield from chunk_steps
             if is_repaired:
-                below += outputs
+                read += chunk_parts
                 deviations += estimates
             release_buffers()
             tally.add(chunk.shape[1] * layers)
@@ -203,9 +160,15 @@ def predicting(
         if is_repaired:
             size = prefill_step_size or default_step_size()
             estimated = mx.concatenate(deviations, axis=1) if deviations else None
-            x = mx.concatenate(below, axis=1)
-            steps = repairing(model, x, estimated, cache, share, tail, size, pace, tally.add)
-            times.recomputed_tokens += yield from _timed(steps, times, "recompute_ms")
+            x = mx.concatenate([part.below for part in read], axis=1)
+            attention = None
+            if share > 0 and settings_of(model).asks == "prefix":
+                hidden = mx.concatenate([part.hidden for part in read if part.hidden is not None], axis=1)
+                attention = attention_of_prefix(model, hidden, cache)
+            steps = repairing(model, x, estimated, cache, share, tail, size, pace, tally.add, exact_head, attention)
+            recomputed, outputs = yield from _timed(steps, times, "recompute_ms")
+            times.recomputed_tokens += recomputed - exact_head
+            output = None if outputs is None else outputs[:, -1:]
     readers = [(model.base, cache)] + ([] if model.is_prefix else [(model.auxiliary, auxiliary_cache)])
     for reader, own in readers if rest.size else []:
         reading = reading_prompt(reader, rest, own, prefill_step_size=prefill_step_size, pace=pace)
@@ -213,6 +176,12 @@ def predicting(
     if rest.size:
         times.recomputed_tokens += rest.shape[1]
         tally.add(rest.shape[1] * layers)
+    return output
+
+
+def reads_on_top(model: KVPModel, share: float, exact_tail: int) -> bool:
+    """Return whether the base replaces predicted entries by its own, given a share to recompute and an exact tail."""
+    return bool(model.predictor.blocks) and not fixed_kinds(model.base) and (share > 0 or exact_tail > 0)
 
 
 def _check_fixed(kinds: list[str], recompute: float | None) -> None:
@@ -261,57 +230,25 @@ def predicting_chunk(
     times: PrefillTimes,
     is_estimated: bool,
     pace: Pace | None,
-) -> Steps[tuple[list[mx.array], list[mx.array]]]:
+) -> Steps[tuple[list[ReadPart], list[mx.array]]]:
     """Read a chunk (B, T), part by part, and append its prediction to the base's ``cache``, evaluated.
 
-    Returns of each part what ``repairing`` takes: what the base goes on from, and with ``is_estimated`` the estimated
-    deviations. ``following`` are the prompt's tokens after the chunk; ``rows`` are all that it has, for
-    ``side_by_side``.
+    Returns its parts, and with ``is_estimated`` the estimated deviations of each. ``following`` are the prompt's tokens
+    after the chunk; ``rows`` are all that it has, for ``side_by_side``.
     """
-    readings = yield from _timed(
-        _reading_parts(model, chunk, rows, auxiliary_cache, pace), times, "auxiliary_prefill_ms"
-    )
+    reading = reading_parts(model, chunk, rows, auxiliary_cache, pace)
+    read = yield from _timed(reading, times, "auxiliary_prefill_ms")
     start, deviations, following = time.perf_counter(), [], following + chunk.shape[1]
     with side_by_side(rows):
-        for stream, reading, below in readings:
-            following -= below.shape[1]
-            with mx.stream(stream):
-                write_predicted(model, reading, cache, following)
+        for part in read:
+            following -= part.below.shape[1]
+            with mx.stream(part.stream):
+                write_predicted(model, part.inputs, cache, following)
                 if is_estimated and model.predictor.blocks:
-                    deviations.append(model.predictor.deviations(reading))
-        mx.eval(_state(cache), deviations)
+                    deviations.append(model.predictor.deviations(part.inputs))
+        mx.eval(state_of(cache), deviations)
     times.predict_ms += 1e3 * (time.perf_counter() - start)
-    return [below for _, _, below in readings], deviations
-
-
-def _reading_parts(
-    model: KVPModel, chunk: mx.array, rows: int, cache: Cache, pace: Pace | None
-) -> Steps[list[tuple[Any, dict[str, mx.array], mx.array]]]:
-    """Let the auxiliary read a chunk; returns, evaluated, what ``predicting_chunk`` takes of each part.
-
-    That is its stream, the predictor's inputs, and what the base goes on from.
-    """
-    layers = read_layers(model)
-    started: list[tuple[Any, mx.array, AuxiliaryReading]] = []
-    for group in groups(pace, layers, chunk.size):
-        with side_by_side(rows) as streams:
-            started = started or [(stream, part, AuxiliaryReading(part)) for stream, part in parts(chunk, streams)]
-            for stream, _, reading in started:
-                with mx.stream(stream):
-                    reading.run(model, cache, group)
-            if group.stop < layers:
-                mx.eval(_state(cache[group]), [reading.x for _, _, reading in started])
-        if group.stop < layers:
-            yield
-    readings = []
-    with side_by_side(rows):
-        for stream, part, reading in started:
-            with mx.stream(stream):
-                inputs = reading.inputs(model, cache)
-            readings.append((stream, inputs, reading.x if model.has_exact_prefix else part))
-        mx.eval(_state(cache), [reading[1:] for reading in readings])
-    yield
-    return readings
+    return read, deviations
 
 
 def catch_up_auxiliary(model: KVPModel, ids: mx.array, auxiliary_cache: Cache) -> None:
@@ -362,7 +299,7 @@ def reading_prompt(
                 else:
                     with mx.stream(generation_stream):
                         model(chunk[:, cut], cache=cache)
-                    mx.eval(_state(cache))
+                    mx.eval(state_of(cache))
                 release_buffers()
                 if progress:
                     progress(done - chunk.shape[1] + cut.stop, ids.shape[1])
@@ -381,7 +318,7 @@ def _reading_chunk(model: nn.Module, chunk: mx.array, rows: int, cache: Cache, p
             for stream, x in started:
                 with mx.stream(stream):
                     outputs.append((stream, run_layers(view, x, cache[group])[0]))
-            mx.eval(_state(cache[group]), [] if is_last else [x for _, x in outputs])
+            mx.eval(state_of(cache[group]), [] if is_last else [x for _, x in outputs])
         started = outputs
         if not is_last:
             yield
@@ -393,10 +330,25 @@ def fill(
     cache: Cache,
     auxiliary_cache: Cache,
     dial: Dial,
-    **report: Any,
-) -> None:
+    **how: Any,
+) -> mx.array | None:
     """Bring caches that hold the beginning of prompts up to the last token, as a settled dial says; see ``filling``."""
-    finish(filling(model, ids, cache, auxiliary_cache, dial, **report))
+    return finish(filling(model, ids, cache, auxiliary_cache, dial, **how))
+
+
+def exact_end(dial: Dial, held: int, end: int) -> int:
+    """Return up to where a prompt of ``end`` tokens, of which ``held`` are known, is read exactly, the tail aside."""
+    return max(held, min(dial.exact_head, end) if dial.path == "kvp" else end)
+
+
+def read_ahead(model: KVPModel, dial: Dial, held: int, end: int) -> int:
+    """Return up to where the base reads a prompt before anything is predicted: the exact head, if that is long.
+
+    A short one is read with what is recomputed, which saves a pass over the base's weights.
+    """
+    exact = exact_end(dial, held, end)
+    is_joined = exact - held <= MOST_JOINED_TOKENS and exact < end
+    return held if is_joined and reads_on_top(model, dial.share(model.config), dial.exact_tail) else exact
 
 
 def filling(
@@ -406,10 +358,12 @@ def filling(
     auxiliary_cache: Cache,
     dial: Dial,
     *,
+    with_last: bool = False,
     pace: Pace | None = None,
     progress: Progress | None = None,
-    **report: Any,
-) -> Steps[None]:
+    times: PrefillTimes | None = None,
+    prefill_step_size: int | None = None,
+) -> Steps[mx.array | None]:
     """Do what ``fill`` does, with pauses.
 
     Args:
@@ -418,26 +372,45 @@ def filling(
         cache: the base's cache, extended in place to N-1 positions.
         auxiliary_cache: the auxiliary's; it may have read less than the base's cache holds.
         dial: its path is ``full`` or ``kvp``.
+        with_last: where the base reads on top of a prediction, let it read the last token with the exact tail, which
+            saves a pass over its weights; the caches then hold N positions.
         pace: see ``predicting``.
         progress: see ``predicting``; of all that the caches do not hold yet.
-        report: ``prefill_step_size`` and ``times``, as in ``predicting``.
+        times: see ``predicting``.
+        prefill_step_size: see ``predicting``.
+
+    Returns:
+        What the base's last layer makes of the last token ``(B, 1, hidden)``, normed and lazy, if that was read.
     """
     end, held = ids.shape[1] - 1, held_positions(cache) or 0
+    times = times or PrefillTimes()
+    report: dict[str, Any] = {"pace": pace, "times": times, "prefill_step_size": prefill_step_size}
 
     def since(start: int) -> Progress | None:
-        return progress and (lambda done, _: progress(start - held + done, end - held))
+        return progress and (lambda done, _: progress(min(start + done, end) - held, end - held))
 
-    exact = max(held, min(dial.exact_head, end) if dial.path == "kvp" else end)
-    if held < exact:
-        yield from base_prefilling(model, ids[:, held:exact], cache, pace=pace, progress=since(held), **report)
-    if exact < end:
-        lag = held_positions(auxiliary_cache)
-        if lag is not None and lag < exact:
-            yield from reading_prompt(model.auxiliary, ids[:, lag:exact], auxiliary_cache, pace=pace)
-        how: dict[str, Any] = {"exact_tail": min(dial.exact_tail, end - exact), "recompute": dial.recompute}
-        how["progress"] = since(exact)
-        yield from predicting(model, ids[:, exact:end], cache, auxiliary_cache, pace=pace, **how, **report)
-
-
-def _state(cache: Cache) -> list[Any]:
-    return [layer.state for layer in cache]
+    exact = exact_end(dial, held, end)
+    ahead = read_ahead(model, dial, held, end)
+    if held < ahead:
+        yield from base_prefilling(model, ids[:, held:ahead], cache, progress=since(held), **report)
+    if ahead == end:
+        return None
+    lag = held_positions(auxiliary_cache)
+    if lag is not None and lag < ahead:
+        yield from reading_prompt(model.auxiliary, ids[:, lag:ahead], auxiliary_cache, pace=pace)
+    tail = min(dial.exact_tail, end - exact)
+    last = int(with_last and reads_on_top(model, dial.share(model.config), tail))
+    predicting_steps = predicting(
+        model,
+        ids[:, ahead : end + last],
+        cache,
+        auxiliary_cache,
+        exact_head=exact - ahead,
+        exact_tail=tail + last,
+        recompute=dial.recompute,
+        progress=since(ahead),
+        **report,
+    )
+    output = yield from predicting_steps
+    times.recomputed_tokens -= last
+    return output if last else None

@@ -41,17 +41,19 @@ class Span(NamedTuple):
     tokens: int
 
 
-def spans(model: KVPModel, share: float, tokens: int, exact_tail: int) -> list[Span]:
+def spans(model: KVPModel, share: float, tokens: int, exact_tail: int, exact_head: int = 0) -> list[Span]:
     """Return what recomputation reads of ``tokens`` positions, in the lower layers and in the ones above.
 
-    The mean over layers of their tokens is the exact tail and ``share`` of the others.
+    The mean over layers of their tokens is the exact head and tail and ``share`` of the others.
     """
     settings, first, end = settings_of(model), first_layer(model), len(model.base.layers)
     middle = first + max(1, round(settings.lower_layers * (end - first)))
     upper = max(0.0, share - settings.upper_from) / (1 - settings.upper_from)
     lower = (share - (1 - settings.lower_layers) * upper) / settings.lower_layers
-    most, least = (exact_tail + round(part * (tokens - exact_tail)) for part in (lower, upper))
-    return [Span(first, middle, most), Span(middle, end, max(least, min(most, settings.asking_tokens)))]
+    behind = tokens - exact_head
+    most, least = (exact_tail + round(part * (behind - exact_tail)) for part in (lower, upper))
+    least = max(least, min(most, settings.asking_tokens))
+    return [Span(first, middle, exact_head + most), Span(middle, end, exact_head + least)]
 
 
 def work_of(spans: list[Span]) -> int:
@@ -95,8 +97,10 @@ def repairing(
     step_size: int,
     pace: Pace | None = None,
     note: Callable[[int], None] = lambda work: None,
-) -> Steps[int]:
-    """Let the base read the exact tail and a share of the other tokens, and replace their entries.
+    exact_head: int = 0,
+    attention: mx.array | None = None,
+) -> Steps[tuple[int, mx.array | None]]:
+    """Let the base read the exact head and tail and a share of the other tokens, and replace their entries.
 
     The share holds the tokens that ask in any case, and beside these the tokens whose prediction would do most
     harm: the largest deviation, weighed by the attention that the end pays unless few are chosen. See ``spans`` for how
@@ -113,40 +117,60 @@ def repairing(
         step_size: tokens per chunk.
         pace: pause between groups of layers, too, and not only between chunks.
         note: called with the tokens times layers that were read since the last call (see ``work_of``).
+        exact_head: how many of the first of the newest tokens are read in any case.
+        attention: that the end pays to each entry ``(B, S)``, where the prefix has told (see ``RecomputeConfig.asks``).
 
     Returns:
-        How many tokens of each sequence were read, in some layers at least.
+        How many tokens of each sequence were read, in some layers at least, and what the last layer makes of them
+        ``(B, n, hidden)``, normed and lazy.
     """
     (batch, tokens), settings = x.shape[:2], settings_of(model)
-    lower, upper = spans(model, share, tokens, exact_tail)
+    lower, upper = spans(model, share, tokens, exact_tail, exact_head)
     if not lower.tokens:
-        return 0
+        return 0, None
     asking = settings.asking_tokens
-    last = min(lower.tokens, max(exact_tail, asking))
+    last = min(lower.tokens - exact_head, max(exact_tail, asking))
     harm = mx.zeros((batch, tokens)) if deviations is None else deviations
-    if is_asked(lower.tokens, last, asking):
-        looked_at = yield from attention_of_end(model, x[:, -asking:], cache, lower, pace)
-        attention = reached(looked_at, settings.attention_reach)
-        harm = harm + settings.attention_weight * mx.log(attention[:, -tokens:] + 1e-9)
+    if is_asked(settings, lower.tokens - exact_head, last):
+        attention = yield from attention_of_end(model, x[:, -asking:], cache, lower, pace)
+    if attention is not None:
+        seen = reached(attention, settings.attention_reach)
+        harm = harm + settings.attention_weight * mx.log(seen[:, -tokens:] + 1e-9)
     if model.hosts is not None:  # each has looked at its own heads
         with mx.stream(generation_stream):
             harm = model.hosts.largest(harm)
-    harm = mx.where(mx.arange(tokens) < tokens - last, harm, mx.inf)
+    places = mx.arange(tokens)
+    harm = mx.where((places >= exact_head) & (places < tokens - last), harm, mx.inf)
     positions = mx.broadcast_to(mx.arange(cache[0].offset - tokens, cache[0].offset), (batch, tokens))
     for span in (span for span in (lower, upper) if span.first < span.last):
         kept = largest(harm, span.tokens)
         harm, positions = (mx.take_along_axis(numbers, kept, axis=1) for numbers in (harm, positions))
         x = mx.take_along_axis(x, kept if x.ndim == 2 else kept[..., None], axis=1)
         x = yield from recompute_span(model, x, positions, cache, span, step_size, pace, note)
-    return lower.tokens
+    return lower.tokens, x
 
 
-def is_asked(wanted: int, last: int, asking: int) -> bool:
+def attention_of_prefix(model: KVPModel, hidden: mx.array, cache: Cache) -> mx.array:
+    """Return the most attention (B, S) that one of the newest tokens pays to each entry, over the heads of one layer.
+
+    That is the first layer behind an exact prefix: its queries and keys are exact, too.
+
+    Args:
+        model: the bundle.
+        hidden: what its projections read ``(B, T, hidden)``.
+        cache: the base's.
+    """
+    layer, tokens = first_layer(model), min(hidden.shape[1], settings_of(model).asking_tokens)
+    with mx.stream(generation_stream):
+        return last_attention(model.base, layer, hidden, cache[layer], tokens).max(axis=(1, 2))
+
+
+def is_asked(settings: RecomputeConfig, wanted: int, last: int) -> bool:
     """Return whether the base reads the end first, given how many tokens it is to read and how many of them are last.
 
-    That reads ``asking`` tokens, so it is left out where fewer than that are to be chosen.
+    That reads ``asking_tokens``, so it is left out where fewer than that are to be chosen.
     """
-    return wanted - last >= asking
+    return settings.asks == "base" and wanted - last >= settings.asking_tokens
 
 
 def largest(x: mx.array, count: int) -> mx.array:

@@ -5,16 +5,14 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
 from ..device.streams import default_step_size
 from ..errors import InputError
-from ..models.families import Cache
 from .calibration import auto_min_tokens
-from .clock import Chooser, FirstStep, greedy, time_first_token
+from .clock import Chooser, FirstStep, Ready, greedy, time_first_token
 from .context import Context
 from .decode import LogitsProcessor, decode, processed
 from .dial import QUALITIES, Dial, Path, dial_of
@@ -245,11 +243,11 @@ def first_token_on(
         progress: see ``reply``.
     """
 
-    def read(times: PrefillTimes) -> tuple[nn.Module, Cache]:
+    def read(times: PrefillTimes) -> Ready:
         context.remember()
-        context.read(ids, dial, times=times, step_size=step_size, progress=progress)
+        output = context.read(ids, dial, with_last=True, times=times, step_size=step_size, progress=progress)
         context.remember()
-        return context.model.base, context.lend()
+        return Ready(context.model.base, context.lend(), output)
 
     return time_first_token(read, ids[-1:], sampler=sampler or greedy, process=processed(ids, logits_processors))
 

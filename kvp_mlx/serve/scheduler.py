@@ -313,7 +313,7 @@ class Scheduler:
         is_alone = len(ready) == 1 and not len(self._decoder)
         for work in ready:
             try:
-                goes_on = not is_alone or work.first_step()
+                goes_on = not (is_alone or work.is_whole) or work.first_step()
                 work.keep()
                 if goes_on:
                     self._decoder.insert(work)

@@ -11,7 +11,7 @@ from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
 from ..engine.calibration import auto_min_tokens
-from ..engine.clock import FirstStep, time_first_token
+from ..engine.clock import FirstStep, Ready, time_first_token
 from ..engine.context import Context, reading_together
 from ..engine.decode import LogitsProcessor, processed
 from ..engine.dial import QUALITIES, Dial
@@ -59,6 +59,7 @@ class Work:
         self.tokens = self.ids
         self._context: Context | None = None
         self._first: FirstStep | None = None
+        self._output: mx.array | None = None
         self._speculation: Speculation | None = None
         self.left = len(self.ids) - (prefixes.shared(self.ids[:-1], request.dial) if request.reuse else 0)
         self._detokenizer = detokenizer_of(model.text_tokenizer, goes_on=request.goes_on)
@@ -99,9 +100,10 @@ class Work:
             yield from context.reading(self.ids[: stable + 1], QUALITIES["exact"], pace=pace, times=self._times)
             self._hold(context.copy(stable))
         before = len(context.tokens) - self._cached
-        yield from context.reading(
+        self._output = yield from context.reading(
             self.ids,
             self.dial,
+            with_last=True,
             pace=pace,
             times=self._times,
             progress=lambda done, _: self.note_progress(before + done),
@@ -139,11 +141,16 @@ class Work:
         """How many tokens of the prompt were not known before."""
         return len(self.ids) - self._cached
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last token of the prompt is read, too, so that the first of the answer is there to be chosen."""
+        return self._output is not None
+
     def first_step(self) -> bool:
-        """Read the last token of the prompt and hand over the first one of the answer; returns whether it goes on."""
+        """Hand over the first token of the answer, unless ``is_whole`` after a step; returns whether it goes on."""
         context = self.context
         self._first = time_first_token(
-            lambda _: (self._model.base, context.lend()),
+            lambda _: Ready(self._model.base, context.lend(), self._output),
             self.ids[-1:],
             sampler=self.sampler,
             process=processed(self.ids, self.processors),

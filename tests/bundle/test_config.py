@@ -38,6 +38,7 @@ def test_format_1_keeps_its_share_and_gets_the_values_that_were_the_codes(tmp_pa
     assert config.recompute.model_dump() == {
         "share": 0.25,
         "asking_tokens": 16,
+        "asks": "base",
         "attention_weight": 0.5,
         "attention_reach": 12,
         "lower_layers": 2 / 3,

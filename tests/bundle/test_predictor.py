@@ -12,7 +12,7 @@ from support.tiny import FAMILIES, llama, paired, prefixed, token_ids
 
 from kvp_mlx.bundle.layer_map import pruned_layer_map, spread_layer_map
 from kvp_mlx.bundle.predictor import Predictor, plan_blocks
-from kvp_mlx.engine.prefill import auxiliary_prefill
+from kvp_mlx.engine.auxiliary import auxiliary_prefill
 from kvp_mlx.models.kinds import Target
 from kvp_mlx.models.pruning import retained_layers
 from kvp_mlx.models.sections import RawLayer

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
@@ -14,10 +13,9 @@ from support import tiny
 
 import kvp_mlx
 from kvp_mlx.device import streams
-from kvp_mlx.engine import prefill
-from kvp_mlx.engine.clock import greedy, time_first_token
+from kvp_mlx.engine import auxiliary, prefill
+from kvp_mlx.engine.clock import Ready, greedy, time_first_token
 from kvp_mlx.engine.decode import decode
-from kvp_mlx.models.families import Cache
 
 PROMPT = mx.arange(3, 40)
 
@@ -36,8 +34,8 @@ def both(model: kvp_mlx.KVPModel, **options: object) -> tuple[list[tuple], list[
     return ours, pieces(stream_generate(model.base, model.text_tokenizer, PROMPT, **common, **options))
 
 
-def read(model: kvp_mlx.KVPModel) -> Callable[[prefill.PrefillTimes], tuple[nn.Module, Cache]]:
-    return lambda times: (model.base, kvp_mlx.base_prefill(model, PROMPT[None, :-1], prefill_step_size=8))
+def read(model: kvp_mlx.KVPModel) -> Callable[[prefill.PrefillTimes], Ready]:
+    return lambda times: Ready(model.base, kvp_mlx.base_prefill(model, PROMPT[None, :-1], prefill_step_size=8))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def test_parts_side_by_side_change_nothing(batch: int, family: str, monkeypatch:
     monkeypatch.setattr(streams, "openblas_threads", lambda: 3)
     used = []
     plain = streams.parts
-    monkeypatch.setattr(prefill, "parts", lambda *args: used.append(len(plain(*args))) or plain(*args))
+    monkeypatch.setattr(auxiliary, "parts", lambda *args: used.append(len(plain(*args))) or plain(*args))
     bundle, oracle = tiny.prefixed(tiny.FAMILIES[family](), 2)
     ids = tiny.token_ids(29, batch)
     cache = prefill.predict_base_cache(bundle, mx.array(ids), prefill_step_size=10)

@@ -28,12 +28,11 @@ from support.tiny import (
     token_ids,
 )
 
-from kvp_mlx.engine.clock import time_first_token
+from kvp_mlx.engine.auxiliary import auxiliary_cache_for, auxiliary_prefill
+from kvp_mlx.engine.clock import Ready, time_first_token
 from kvp_mlx.engine.decode import decode
 from kvp_mlx.engine.prefill import (
     PrefillTimes,
-    auxiliary_cache_for,
-    auxiliary_prefill,
     base_prefill,
     predict_base_cache,
 )
@@ -178,7 +177,7 @@ def test_the_base_reads_an_exact_tail_on_top_of_the_prediction(name, tail):
     model, oracle = setup(name)
     ids = token_ids(10)
     cache = predict_base_cache(model, mx.array(ids[:, :9]), exact_tail=tail, prefill_step_size=4)
-    step = time_first_token(lambda times: (model.base, cache), ids[0, -1:].tolist())
+    step = time_first_token(lambda times: Ready(model.base, cache), ids[0, -1:].tolist())
     (piece,) = decode(step, chat_tokenizer(), ids[0].tolist(), max_tokens=1)
     expected = oracle.base.forward(ids[:, 9 - tail :], oracle.prefill(ids[:, : 9 - tail])[0])
     logits = expected.logits[0, -1]

@@ -34,7 +34,7 @@ def test_short_prompts_that_wait_together_begin_together(
     assert [each.tokens for each in found] == [alone(model, ids, dial) for ids in asked]
     first_ms = [each.usage.queue_ms + each.usage.ttft_ms for each in found]
     if longest == 90:
-        assert steps == 9  # one of them joins
+        assert steps == (9 if dial is FULL else 8)  # one of them joins; predictions bring their first tokens along
     else:
         assert max(first_ms[0], first_ms[1], first_ms[3]) < first_ms[2]
         assert steps > 9

@@ -10,7 +10,8 @@ from support.tiny import entries_of, llama, paired, prefixed, small_llama, token
 
 from kvp_mlx import load
 from kvp_mlx.bundle.config import RecomputeConfig
-from kvp_mlx.engine.prefill import auxiliary_prefill, base_prefill, predict_base_cache
+from kvp_mlx.engine.auxiliary import auxiliary_prefill
+from kvp_mlx.engine.prefill import base_prefill, predict_base_cache
 from kvp_mlx.train.deviation import PENALTY, deviation, fit_deviation, harm, with_estimator
 from kvp_mlx.train.objectives import predict
 from kvp_mlx.train.teacher import make_batch, read, teach

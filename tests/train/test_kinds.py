@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from support.architectures import CONFIGS, VOCABULARY, bundle, config_of, random_ids, tiny_model
 from support.directories import TEXT, write_random, write_tokenizer
 
-from kvp_mlx.engine.prefill import auxiliary_prefill
+from kvp_mlx.engine.auxiliary import auxiliary_prefill
 from kvp_mlx.models.families import kinds_of, text_model
 from kvp_mlx.models.sections import run_layers
 from kvp_mlx.train.loop import Trained, TrainOptions, make_optimizer, take_step

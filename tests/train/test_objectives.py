@@ -22,7 +22,8 @@ from support.objectives import (
 from support.tiny import estimating, llama, prefixed, token_ids
 
 import kvp_mlx
-from kvp_mlx.engine.prefill import auxiliary_prefill, base_prefill
+from kvp_mlx.engine.auxiliary import auxiliary_prefill
+from kvp_mlx.engine.prefill import base_prefill
 from kvp_mlx.errors import InputError
 from kvp_mlx.train.loop import TrainOptions, split_points
 from kvp_mlx.train.objectives import (
