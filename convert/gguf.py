@@ -32,9 +32,6 @@ from .output import NO_PROGRESS, Precision, Progress, finish_model, output_direc
 from .tokenizer import copy_tokenizer
 from .tokenizer import write_tokenizer as write_any_tokenizer
 
-COPY_ROWS = 256
-COPY_COSINE = 0.98
-
 
 def convert_gguf_file(
     source: Path,
@@ -182,8 +179,6 @@ def plan_tensors(file: GGUFFile, config: dict[str, Any], dense: type) -> dict[st
         place = mlx_name(name, architecture)
         if place is None:  # a table of RoPE factors, which is in the config
             continue
-        if name == "output.weight" and not (is_plain or keeps_blocks) and _is_copy(tensor, file):
-            continue
         heads = 0
         if architecture.interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
@@ -195,18 +190,6 @@ def plan_tensors(file: GGUFFile, config: dict[str, Any], dense: type) -> dict[st
             dtype = PLAIN[tensor.kind] if is_plain else np.float16 if keeps_blocks else dense
             plan[place[0]] = PlannedArray(tensor, None, dtype, heads)
     return plan
-
-
-def _is_copy(output: GGUFTensor, file: GGUFFile) -> bool:
-    """Return whether the output matrix is the embedding, quantised a second time by another type.
-
-    Some conversions store a tied embedding twice. Rows of two such copies differ by their quantisation alone.
-    """
-    embedding = file.tensors["token_embd.weight"]
-    first, second = (read_dense(tensor.head(COPY_ROWS)) for tensor in (output, embedding))
-    with np.errstate(all="ignore"):
-        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-        return bool(((first * second).sum(axis=1) >= COPY_COSINE * norms).all())
 
 
 def read(plan: dict[str, PlannedArray], names: list[str]) -> Iterator[tuple[str, mx.array]]:

@@ -3,7 +3,8 @@
 A predictor's maps were made for one model, not for one file: measured on Qwen2.5-Coder-0.5B (RECIPE.md of its bundle),
 maps fitted on fp16 weights recover as much in 8 and 4 bits. So a bundle keeps a few rows of the weights, and a base
 whose file is another is let in if it has the same arguments, the same vocabulary and, within what rounding to 4 bits
-changes, the same rows.
+changes, the same rows. The output head is left aside: no prompt is read with it, and some files hold a tied one as a
+matrix of its own.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import BundleError
 from .config import ModelMark
 
+HEAD, TIED = "lm_head", "tie_word_embeddings"
 SAMPLED = 32
 """Numbers kept of each weight."""
 MATRIX_TOLERANCE = 0.25
@@ -49,19 +51,23 @@ def check_mark(mark: ModelMark, model: nn.Module, tokenizer: TokenizerWrapper | 
         BundleError: other arguments, vocabulary or weights; says which.
     """
     arguments = _arguments(model)
-    for name in mark.arguments.keys() & arguments.keys():  # a newer mlx-lm may know more
+    for name in mark.arguments.keys() & arguments.keys() - {TIED}:  # a newer mlx-lm may know more
         if mark.arguments[name] != arguments[name]:
             raise _other(f"its config.json says {name} is {arguments[name]}, not {mark.arguments[name]}")
     if _vocabulary(tokenizer) != mark.vocabulary:
         raise _other("its tokeniser has another vocabulary")
-    rows = _rows(model)
-    if {name: len(row) for name, row in rows.items()} != {name: len(row) for name, row in mark.rows.items()}:
+    expected, rows = (_without_head(rows) for rows in (mark.rows, _rows(model)))
+    if {name: len(row) for name, row in rows.items()} != {name: len(row) for name, row in expected.items()}:
         raise _other("its tensors have other names or shapes")
     for kind, tolerance in (("norm", NORM_TOLERANCE), ("matrix", MATRIX_TOLERANCE)):
-        names = [name for name in mark.rows if ("," in name.partition("|")[2]) == (kind == "matrix")]
-        errors = [_relative_error(mark.rows[name], rows[name]) for name in names]
+        names = [name for name in expected if ("," in name.partition("|")[2]) == (kind == "matrix")]
+        errors = [_relative_error(expected[name], rows[name]) for name in names]
         if names and not np.mean(errors) <= tolerance:
             raise _other(f"its weights differ by {np.mean(errors):.0%}, more than rounding would")
+
+
+def _without_head(rows: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    return {name: row for name, row in rows.items() if HEAD not in name.partition("|")[0].split(".")}
 
 
 def _other(difference: str) -> BundleError:

@@ -1,10 +1,12 @@
 """A bundle's base is told from other models, and known again in another precision."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import quantize_model, save_config, save_model
@@ -32,6 +34,20 @@ def test_base_in_another_precision_is_known(
     )
     model = kvp_mlx.load(str(bundle), base_name=str(other))
     assert model.config.base.mark == read_config(bundle).base.mark
+
+
+def test_base_whose_head_is_stored_otherwise_is_known(bundle: Path, base_dir: Path, tmp_path: Path) -> None:
+    """Some files hold a tied embedding a second time, as the head."""
+    other = Path(shutil.copytree(base_dir, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    weights = mx.load(str(other / "model.safetensors"))
+    if is_tied := config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.01
+    else:
+        del weights["lm_head.weight"]
+    mx.save_safetensors(str(other / "model.safetensors"), weights)
+    (other / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": not is_tied}))
+    assert hasattr(kvp_mlx.load(str(bundle), base_name=str(other)).base, "lm_head") is is_tied
 
 
 @pytest.mark.parametrize("options", [("--q-bits", 8), ()])
