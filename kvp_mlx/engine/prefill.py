@@ -347,7 +347,7 @@ def read_ahead(model: KVPModel, dial: Dial, held: int, end: int) -> int:
     A short one is read with what is recomputed, which saves a pass over the base's weights.
     """
     exact = exact_end(dial, held, end)
-    is_joined = exact - held <= MOST_JOINED_TOKENS and exact < end
+    is_joined = dial.exact_head <= MOST_JOINED_TOKENS and exact < end
     return held if is_joined and reads_on_top(model, dial.share(model.config), dial.exact_tail) else exact
 
 

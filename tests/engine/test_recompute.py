@@ -67,9 +67,10 @@ def test_progress_counts_what_the_base_reads_itself(ratio, tail):
 def test_progress_counts_what_is_read_before_and_after_prediction():
     model, _ = repairing("llama prefix")
     context, calls = Context(model), []
-    context.read(token_ids(61)[0].tolist(), Dial("kvp", 20, 9), progress=lambda *call: calls.append(call), step_size=10)
+    how = {"progress": lambda *call: calls.append(call), "step_size": 10}
+    context.read(token_ids(121)[0].tolist(), Dial("kvp", 80, 9), **how)
     done, totals = zip(*calls, strict=True)
-    assert (set(totals), done[:2], done[-1]) == ({60}, (10, 20), 60)
+    assert (set(totals), done[:8], done[-1]) == ({120}, tuple(range(10, 90, 10)), 120)
     assert list(done) == sorted(done)
 
 
