@@ -1,9 +1,9 @@
 """The arithmetic: FLOPs and weight bytes of a first token, by full prefill, by prediction and by token pruning.
 
 Counted: every matmul that is evaluated, attention over the causal half, the predictor, the base's first step.
-Not counted: embedding look-up and output head, norms, softmax; of token pruning the few queries that choose. The last
-layer of a model that only fills a cache contributes its K and V projections (all of a fused projection) and nothing
-else: that is so for mlx-lm's own prefill too, since nothing asks for the rest.
+Not counted: embedding look-up and output head, norms, softmax; the few queries that choose tokens, of pruning or of a
+prefix that is asked. The last layer of a model that only fills a cache contributes its K and V projections (all of a
+fused projection) and nothing else: that is so for mlx-lm's own prefill too, since nothing asks for the rest.
 """
 
 from collections.abc import Sequence

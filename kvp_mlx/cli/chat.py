@@ -20,11 +20,10 @@ from ..engine.saved_caches import (
     DOCUMENT_END,
     cache_place,
     load_cache,
-    load_conversation,
     save_cache,
-    save_conversation,
 )
 from ..engine.speculative import DRAFT_TOKENS
+from ..engine.transcripts import load_conversation, save_conversation
 from ..engine.worker import Emit, StoppedError, Worker
 from ..errors import InputError, KVPError
 from ..files import cache_dir

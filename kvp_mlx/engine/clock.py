@@ -27,7 +27,7 @@ class FirstToken:
         cache: its cache, which holds the whole prompt.
         times: what reading the prompt took, part by part.
         ttft_ms: from the token ids to ``tokens``.
-        first_step_ms: of that, the last prompt token and sampling.
+        first_step_ms: of that, the last prompt token, unless it was read with others, and sampling.
     """
 
     tokens: list[int]

@@ -39,7 +39,7 @@ class Piece:
         recomputed_tokens: how many tokens the base read on top of the prediction, the exact tail included.
         times: what reading the prompt took, part by part.
         ttft_ms: from the token ids to the first token's value on the host.
-        first_step_ms: of that, the last prompt token and sampling.
+        first_step_ms: of that, the last prompt token, unless it was read with others, and sampling.
         generation_tokens: tokens generated so far.
         generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
         from_draft: whether the auxiliary had proposed this token.

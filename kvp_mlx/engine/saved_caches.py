@@ -2,8 +2,7 @@
 
 Each is a directory ``NAME/`` in the user's cache: ``cache.safetensors`` as mlx-lm writes it (``mlx_lm.generate
 --prompt-cache-file`` reads it too) and ``cache.json``, which tells what it holds, of which model, and its SHA-256.
-Directories are renamed into place when they are whole. The transcripts of conversations are small JSON files beside
-them, which no size limit removes.
+Directories are renamed into place when they are whole.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
-from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, sha256_of, write_json
+from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, sha256_of
 from ..models.entries import one_token_cache
 from ..models.families import Cache
 from .context import Context, first_entries
@@ -330,44 +329,6 @@ def _head_name(model: KVPModel, ids: list[int]) -> str:
     return f"head-{digest.hexdigest()[:24]}"
 
 
-def save_conversation(name: str, messages: list[Message], first: int) -> None:
-    """Write a transcript, in place of what may be there, whole or not at all."""
-    record = {"format_version": FORMAT_VERSION, "messages": messages, "first": first}
-    write_json(_transcript(name), record, private=True)
-
-
-def load_conversation(name: str) -> tuple[list[Message], int]:
-    """Return a saved transcript and where its context begins.
-
-    Raises:
-        InputError: nothing of that name.
-        BundleError: it is damaged.
-    """
-    path = _transcript(name)
-    try:
-        data = read_json(path)
-        messages = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in data["messages"]]
-        if data["format_version"] != FORMAT_VERSION:
-            raise ValueError("another version")
-        return messages, range(len(messages) + 1).index(data["first"])
-    except FileNotFoundError as error:
-        known = ", ".join(conversation_names()) or "none yet"
-        raise InputError(f"there is no saved conversation '{name}'; saved: {known}.") from error
-    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"the saved conversation {path} is damaged or of another version; remove it.") from error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("no text")
-    return value
-
-
-def conversation_names() -> list[str]:
-    """Return the names of the saved conversations, sorted."""
-    return sorted(path.stem for path in _transcripts().glob("*.json") if NAME.fullmatch(path.stem))
-
-
 def limit_from_environment() -> int:
     """Return what saved caches may take together, in bytes: ``KVP_CACHE_LIMIT_GB`` or the default.
 
@@ -390,7 +351,7 @@ def cache_place(name: str) -> Path:
     Raises:
         InputError: a name that could not be one.
     """
-    return _caches() / _checked(name)
+    return _caches() / checked_name(name)
 
 
 def directory_bytes(place: Path) -> int:
@@ -449,15 +410,12 @@ def _caches() -> Path:
     return cache_dir() / "prompts"
 
 
-def _transcripts() -> Path:
-    return cache_dir() / "conversations"
+def checked_name(name: str) -> str:
+    """Return a name that may be one.
 
-
-def _transcript(name: str) -> Path:
-    return _transcripts() / f"{_checked(name)}.json"
-
-
-def _checked(name: str) -> str:
+    Raises:
+        InputError: it may not.
+    """
     if not NAME.fullmatch(name):
         raise InputError(f"'{name}' is no name; use letters, digits, '.', '_' and '-'.")
     return name

@@ -17,7 +17,8 @@ from support.terminal import Terminal
 
 import kvp_mlx
 from kvp_mlx.engine.prefill import base_prefill
-from kvp_mlx.engine.saved_caches import load_cache, load_conversation
+from kvp_mlx.engine.saved_caches import load_cache
+from kvp_mlx.engine.transcripts import load_conversation
 
 STEPS = 200
 WARM_UP_STEPS = 60

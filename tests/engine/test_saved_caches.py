@@ -17,6 +17,7 @@ from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, pre
 
 import kvp_mlx
 from kvp_mlx.engine import saved_caches as store
+from kvp_mlx.engine import transcripts
 from kvp_mlx.engine.context import Context, refine
 from kvp_mlx.engine.conversation import Conversation
 from kvp_mlx.engine.dial import Dial
@@ -169,7 +170,7 @@ def test_bad_names(name):
     with pytest.raises(InputError, match="no name"):
         store.cache_place(name)
     with pytest.raises(InputError, match="no name"):
-        store.save_conversation(name, [], 0)
+        transcripts.save_conversation(name, [], 0)
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-1", "nan"])
@@ -181,21 +182,22 @@ def test_bad_limit(text, monkeypatch):
 
 def test_conversations_are_whole_or_named(tmp_path):
     messages = [{"role": "user", "content": "Grüße\n\N{SLIGHTLY SMILING FACE}"}]
-    store.save_conversation("a", messages, 0)
-    assert store.load_conversation("a") == (messages, 0)
+    transcripts.save_conversation("a", messages, 0)
+    assert transcripts.load_conversation("a") == (messages, 0)
     path = tmp_path / "kvp" / "conversations" / "a.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(BundleError, match=r"a\.json is damaged"):
-        store.load_conversation("a")
+        transcripts.load_conversation("a")
     with pytest.raises(InputError, match="saved: a"):
-        store.load_conversation("b")
+        transcripts.load_conversation("b")
 
 
 KILLED = """
 import sys, kvp_mlx
 from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial
-from kvp_mlx.engine.saved_caches import save_cache, save_conversation
+from kvp_mlx.engine.saved_caches import save_cache
+from kvp_mlx.engine.transcripts import save_conversation
 model = kvp_mlx.load(sys.argv[1])
 context = Context(model)
 context.read(list(range(5, 205)), Dial("full", 0, 0))
@@ -222,8 +224,8 @@ def test_a_kill_at_any_moment_leaves_things_readable_or_absent(bundle):
             _, context = store.load_cache(model, "a")
             assert len(context.tokens) == 199
             states.append("cache")
-        if "a" in store.conversation_names():
-            messages, _ = store.load_conversation("a")
+        if "a" in transcripts.conversation_names():
+            messages, _ = transcripts.load_conversation("a")
             assert len(set(messages[0]["content"])) >= 1
             states.append("conversation")
     assert {"cache", "conversation"} <= set(states)
@@ -301,7 +303,7 @@ def test_what_is_saved_is_the_users_alone(place):
     before = os.umask(0o022)
     try:
         store.save_cache(read(model, range(5, 30)), "a", "document", "text")
-        store.save_conversation("a", [{"role": "user", "content": "a secret"}], 0)
+        transcripts.save_conversation("a", [{"role": "user", "content": "a secret"}], 0)
     finally:
         os.umask(before)
     for path in [place, *place.rglob("*"), *(place.parent / "conversations").glob("*")]:
@@ -366,10 +368,10 @@ NO_TRANSCRIPTS += [
 
 @pytest.mark.parametrize("text", NO_TRANSCRIPTS, ids=range(len(NO_TRANSCRIPTS)))
 def test_transcripts_of_other_shapes_are_named(text, tmp_path):
-    store.save_conversation("a", [], 0)
+    transcripts.save_conversation("a", [], 0)
     (tmp_path / "kvp" / "conversations" / "a.json").write_text(text)
     with pytest.raises(BundleError, match=r"a\.json is damaged"):
-        store.load_conversation("a")
+        transcripts.load_conversation("a")
 
 
 @pytest.mark.parametrize("text", ["[" * 99_999, "[]", '{"tokens": "abc"}'])

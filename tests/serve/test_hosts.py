@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +14,7 @@ from support.chat_models import write_tool_model
 from support.directories import prose
 from support.ring import Ring
 from support.serving import serving
+from support.waiting import wait_until
 
 from kvp_mlx.device.hosts import gone
 from kvp_mlx.serve.scheduler import Scheduler
@@ -69,13 +70,6 @@ def ask(url: str, **body: object) -> dict:
 def statistics(url: str) -> dict[str, float]:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def takes_requests(url: str) -> bool:

@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from support.scheduling import FULL, ask, plain, scheduler_of
 from support.tiny import chat_tokenizer, llama, paired, prefixed, small_llama, token_ids
+from support.waiting import wait_until
 
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine.context import Context
@@ -42,13 +42,6 @@ def read(model: KVPModel, ids: list[int], dial: Dial = FULL) -> Context:
     context = Context(model)
     context.read([*ids, 0], dial)
     return context
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def assert_exact(model: KVPModel, context: Context) -> None:

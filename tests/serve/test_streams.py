@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import anthropic
@@ -12,6 +12,7 @@ import httpx
 import pytest
 from support.chat_models import write_tool_model
 from support.serving import serving
+from support.waiting import wait_until
 
 from kvp_mlx.serve.server import listen
 from kvp_mlx.serve.service import Service
@@ -44,13 +45,6 @@ def server(model: Path) -> Iterator[tuple[str, Service]]:
 
 def long(path: str, tokens: int = 90_000, **fields: object) -> dict:
     return {"model": "tiny", LIMITS.get(path, "max_tokens"): tokens, **ROUTES[path], **fields}
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def is_idle(service: Service) -> bool:
