@@ -32,6 +32,9 @@ from .ttft import fresh_prompt, quartiles
 
 MLX_LM: Final = "mlx-lm-server"
 ARMS: Final = ("auto", "full", MLX_LM)
+"""Those that are asked unless others are named."""
+PATHS: Final[dict[str, dict[str, str]]] = {"auto": {}, "kvp": {"path": "kvp"}, "full": {"path": "full"}}
+"""What the arms on our server ask for, beside a quality; ``auto`` is a client who names no path."""
 MLX_LM_SERVER: Final = "import kvp_mlx; from mlx_lm.server import main; main()"
 """``mlx_lm.server`` behind the fast BLAS that importing this package loads first; on Linux it is 30 times slower
 without."""
@@ -46,10 +49,10 @@ class ServeSweep:
     Attributes:
         prompt_tokens: lengths of the prompts whose first token is timed; the shortest is used with several clients.
         clients: how many ask at once where tokens per second are counted.
-        arms: of ``ARMS``; ``auto`` and ``full`` are paths of our server, ``auto`` that of a client who names none.
+        arms: of ``PATHS``, or mlx-lm's server.
         rounds: measured; one more is run first and discarded.
         new_tokens: of the answers that are counted.
-        quality: of the arm ``auto``.
+        quality: of the arms ``auto`` and ``kvp``.
     """
 
     prompt_tokens: list[int]
@@ -173,12 +176,13 @@ def check_serve_sweep(sweep: ServeSweep, model: KVPModel) -> None:
     """Refuse what cannot be run.
 
     Raises:
-        InputError: an unknown arm, no predictor for ``auto``, or prompts and answers beyond the context window.
+        InputError: an unknown arm, no predictor for one, or prompts and answers beyond the context window.
     """
-    if unknown := [arm for arm in sweep.arms if arm not in ARMS]:
-        raise InputError(f"there is no arm {unknown[0]} here; choose among {', '.join(ARMS)}.")
-    if "auto" in sweep.arms and not model.config.has_predictor:
-        raise InputError("this model has no predictor; leave the arm auto out.")
+    if unknown := [arm for arm in sweep.arms if arm not in (*PATHS, MLX_LM)]:
+        raise InputError(f"there is no arm {unknown[0]} here; choose among {', '.join([*PATHS, MLX_LM])}.")
+    predicting = [arm for arm in sweep.arms if arm in PATHS and arm != "full"]
+    if predicting and not model.config.has_predictor:
+        raise InputError(f"this model has no predictor; leave the arm {predicting[0]} out.")
     longest, window = max(sweep.prompt_tokens) + sweep.new_tokens, model.context_length
     if window is not None and longest >= window:
         raise InputError(f"{longest} tokens of prompt and answer do not fit the context window of {window}.")
@@ -200,7 +204,7 @@ def measure_serving(
     tasks: list[tuple[int, int | None]] = [(tokens, None) for tokens in sweep.prompt_tokens]
     tasks += [(min(sweep.prompt_tokens), clients) for clients in sweep.clients]
     steps, total = itertools.count(1), len(tasks) * (sweep.rounds + 1)
-    fresh = itertools.count(step=2 * max(sweep.clients))  # numbers of prompts
+    fresh = itertools.count(step=len(PATHS) * max(sweep.clients))  # numbers of prompts
     rows: list[dict[str, Any]] = []
     with running(subject, sweep.arms) as servers:
         for tokens, clients in tasks:
@@ -238,7 +242,7 @@ def ask_once(
     ``full`` and mlx-lm's server, which share no cache, get the same prompts, so their answers have the same lengths.
     """
     count, kvp = clients or 1, kvp_field(arm, sweep.quality)
-    first = number + (max(sweep.clients) if arm == "auto" else 0)
+    first = number + max(sweep.clients) * {"auto": 1, "kvp": 2}.get(arm, 0)
     messages = [subject.message(tokens, first + client) for client in range(count)]
     max_tokens = FIRST_TOKENS if clients is None else sweep.new_tokens
     with server.at_work(), ThreadPoolExecutor(count) as pool:
@@ -249,8 +253,9 @@ def ask_once(
 
 def kvp_field(arm: str, quality: str) -> dict[str, str] | None:
     """Return what tells our server which path to take."""
-    fields = {"auto": {"quality": quality}, "full": {"path": "full"}}
-    return fields.get(arm)
+    if arm not in PATHS:
+        return None
+    return PATHS[arm] | ({} if arm == "full" else {"quality": quality})
 
 
 def rows_of(found: dict[str, list[Round]], tokens: int, clients: int | None, sweep: ServeSweep) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from ..bench.report import (
     write_result,
 )
 from ..bench.serve import ARMS as SERVE_ARMS
-from ..bench.serve import ServeSweep, check_serve_sweep, measure_serving, write_subject
+from ..bench.serve import MLX_LM, PATHS, ServeSweep, check_serve_sweep, measure_serving, write_subject
 from ..bench.ttft import measure_ttft
 from ..bundle.loading import load_any
 from ..device.hosts import launched_rank
@@ -204,9 +204,9 @@ def serve(
     model: AnyModel = DEFAULT_MODEL,
     prompt_tokens: PromptLengths = "128,1024",
     clients: Annotated[str, typer.Option("--clients", help="Who ask at once, comma-separated.")] = "1,4,8",
-    arms: Annotated[str, typer.Option("--arms", help=f"Of {', '.join(SERVE_ARMS)}.")] = ",".join(SERVE_ARMS),
+    arms: Annotated[str, typer.Option("--arms", help=f"Of {', '.join([*PATHS, MLX_LM])}.")] = ",".join(SERVE_ARMS),
     quality: Annotated[
-        Literal["fast", "balanced", "exact"], typer.Option("--quality", help="Of the arm auto.")
+        Literal["fast", "balanced", "exact"], typer.Option("--quality", help="Of the arms auto and kvp.")
     ] = "balanced",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answers that are counted.")] = 64,
     rounds: Rounds = 5,

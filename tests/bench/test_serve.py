@@ -39,6 +39,15 @@ def test_rows_of_both_servers(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
     assert one["speedup"] == two["ttft_ms"]["median"] / one["ttft_ms"]["median"]
 
 
+def test_an_arm_predicts_short_prompts_too(fitted: Path, kvp: Kvp) -> None:
+    how = ("--prompt-tokens", "90", "--clients", "1", "--new-tokens", 3, "--rounds", 1, "--json")
+    outcome = kvp("bench", "serve", "--model", fitted, "--arms", "kvp,auto", *how)
+    assert outcome.code == 0, outcome.err
+    rows = outcome.json()["rows"]
+    assert [(row["arm"], row["paths"]) for row in rows] == [("kvp", ["kvp"]), ("auto", ["full"])] * 2
+    assert min(row["read_tokens"] for row in rows) > 78  # nobody had asked that before
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
