@@ -22,7 +22,7 @@ from ..evaluate.report import page, read_results
 from ..evaluate.runs import answering_arms
 from ..evaluate.suite import estimate, plan, run_suite
 from ..evaluate.tasks import all_tasks
-from ..evaluate.trade_off import dials, measure_dials, own_directory, soonest, store_dials
+from ..evaluate.trade_off import Followed, dials, measure_dials, own_directory, questions_of, soonest, store_dials
 from ..evaluate.turns import measure_sets, read_conversations, script_sets, yield_times_ms
 from ..files import check_writable, write_json, write_text
 from ..train.recovery import ARMS, RecoveryMeasurement
@@ -30,6 +30,7 @@ from ..train.text import data_files, token_windows
 from .info import dial_rows
 from .options import (
     DEFAULT_MODEL,
+    TEXT_HELP,
     AllowCode,
     AllowMismatch,
     ContinuationTokens,
@@ -136,8 +137,15 @@ def print_recovery(result: dict[str, Any]) -> None:
 
 @app.command()
 def dial(
-    data: TextData,
     model: ModelArgument = DEFAULT_MODEL,
+    data: Annotated[list[str] | None, typer.Option("--data", help=TEXT_HELP)] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of --data, questions about documents, whose answers are scored: JSONL (also .gz) with "
+            "title, context, question and answers; repeatable."
+        ),
+    ] = None,
     prompt_tokens: PromptLengths = "384",
     continuation_tokens: ContinuationTokens = 64,
     heads: Annotated[str, typer.Option(help="Exact heads to try, comma-separated.")] = "0,4,32",
@@ -157,9 +165,9 @@ def dial(
 ) -> None:
     """Measure what exact heads, tails and recomputed shares cost and give.
 
-    Time to the first token and context recovery (1: all that the prompt tells the full model) of each combination;
-    those that nothing beats are marked. Then, by prompt length, what reaches each quality soonest: with --write,
-    --quality means that from then on.
+    Time to the first token and context recovery (1: all that the prompt tells the full model) of each combination, on
+    text or on the answers to questions; those that nothing beats are marked. Then, by prompt length, what reaches each
+    quality soonest: with --write, --quality means that from then on.
     """
     check_writable(out)
     directory = own_directory(model) if write else None
@@ -168,23 +176,32 @@ def dial(
     choices = dials(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"), shares)
     if max(choice.exact_head + choice.exact_tail for choice in choices) > lengths[0] - 2:
         raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
-    data_files(data)  # refused before a model is loaded
+    if bool(data) == bool(questions):
+        raise InputError("give text to go on from with --data, or questions about documents with --questions.")
+    data_files(data or questions or [])  # refused before a model is loaded
     with clean_stdout(json):
         loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
+
+    def documents(length: int) -> list[Followed]:
+        if questions:
+            return questions_of(loaded, questions, length, seed, limit)
+        windows = documents_of(loaded, data or [], length + continuation_tokens, seed, limit)
+        return [(window[:length], window[length:]) for window in windows]
+
     with clean_stdout(json), progress_bar("documents") as progress:
-        sets = [documents_of(loaded, data, length + continuation_tokens, seed, limit) for length in lengths]
+        sets = [documents(length) for length in lengths]
         if min(map(len, sets)) < 2:
-            raise InputError("two documents are the least; give more --data.")
+            raise InputError("two documents of every length are the least; give more data, or other --prompt-tokens.")
         rows: list[dict[str, Any]] = []
-        for documents in sets:
-            rows += measure_dials(loaded, documents, continuation_tokens, choices, progress)
+        for found in sets:
+            rows += measure_dials(loaded, found, choices, progress)
     measured = soonest(rows, {"fast": fast, "balanced": balanced})
     result: dict[str, Any] = {
         "model": model,
         "machine": describe_machine(),
         "documents": min(map(len, sets)),
         "prompt_tokens": lengths[0] if len(lengths) == 1 else lengths,
-        "continuation_tokens": continuation_tokens,
+        "continuation_tokens": None if questions else continuation_tokens,
         "rows": rows,
         "promises": {"fast": fast, "balanced": balanced},
         "dials": [each.model_dump(mode="json") for each in measured],

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from ..bundle.named import DATA, NAMED
 from ..engine.context import Context
 from ..engine.dial import Dial
 from ..engine.prefill import Progress
+from ..engine.prompt import check_window
 from ..engine.reply import first_token_on
 from ..errors import InputError
 from ..models.families import Cache
 from ..train.recovery import recoveries, token_losses
+from .tasks.document import items
+from .tasks.squad import ANSWER
 
 
 def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (None,)) -> list[Dial]:
@@ -27,10 +30,34 @@ def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (
     return [Dial("full", 0, 0), *(Dial("kvp", head, tail, share) for head, tail, share in combinations)]
 
 
+Followed = tuple[list[int], list[int]]
+"""Token ids of a prompt, and of what follows it."""
+
+
+def questions_of(model: KVPModel, places: Sequence[str], tokens: int, seed: int, limit: int) -> list[Followed]:
+    """Return questions about documents, prompts of up to ``tokens`` tokens, each with its first accepted answer.
+
+    Args:
+        model: the bundle.
+        places: records with title, context, question and answers (``tasks.document``).
+        tokens: of a prompt; contexts of one title are joined, as many as it takes.
+        seed: orders them.
+        limit: questions at most.
+
+    Raises:
+        InputError: unusable data, or more tokens than the context window holds.
+    """
+    check_window(model, tokens)
+    tokenizer = model.text_tokenizer
+    return [
+        (ANSWER.encode(model, item), tokenizer.encode(f" {item.answers[0]}", add_special_tokens=False))
+        for item in islice(items(places, tokenizer, [tokens], seed), limit)
+    ]
+
+
 def measure_dials(
     model: KVPModel,
-    windows: list[list[int]],
-    continuation_tokens: int,
+    documents: Sequence[Followed],
     choices: list[Dial],
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
@@ -38,28 +65,27 @@ def measure_dials(
 
     Args:
         model: the bundle.
-        windows: token ids, each a prompt followed by ``continuation_tokens`` to score; the first warms up as well.
-        continuation_tokens: tokens scored.
+        documents: prompts of about one length, each with what follows and is scored; the first warms up as well.
         choices: what to measure; full prefill first.
         progress: called with (documents done, documents in all).
 
     Returns:
-        Rows of path, exact_head, exact_tail, recompute, prompt_tokens, documents, ttft_ms (median), sooner (full's over
-        it), recovery, context_gain (nats per token that the prompt gives full prefill; recovery is a share of it, and
-        means nothing where it is not above 0), and ``is_best``: no dial that is as quick recovers more.
+        Rows of path, exact_head, exact_tail, recompute, prompt_tokens (their mean), documents, ttft_ms (median), sooner
+        (full's over it), recovery, context_gain (nats per token that the prompt gives full prefill; recovery is a share
+        of it, and means nothing where it is not above 0), and ``is_best``: no dial that is as quick recovers more.
     """
     losses: dict[str, list[float]] = {name: [] for name in ["no_context", *map(str, choices)]}
     times: dict[Dial, list[float]] = {choice: [] for choice in choices}
     for choice in choices:
-        read_by(model, windows[0][:-continuation_tokens], choice)
-    for number, window in enumerate(windows):
-        prompt, rest = window[:-continuation_tokens], window[-continuation_tokens - 1 :]
+        read_by(model, documents[0][0], choice)
+    for number, (prompt, following) in enumerate(documents):
+        rest = [prompt[-1], *following]
         losses["no_context"].append(token_losses(model.base, make_prompt_cache(model.base), rest).mean())
         for choice in choices:
             ttft_ms, cache = read_by(model, prompt, choice)
             times[choice].append(ttft_ms)
             losses[str(choice)].append(token_losses(model.base, cache, rest).mean())
-        progress(number + 1, len(windows))
+        progress(number + 1, len(documents))
     nll = {name: float(np.mean(values)) for name, values in losses.items()}
     recovery = recoveries(nll | {"full": nll[str(choices[0])]})
     median_ms = {choice: float(np.median(values)) for choice, values in times.items()}
@@ -69,8 +95,8 @@ def measure_dials(
             "exact_head": choice.exact_head,
             "exact_tail": choice.exact_tail,
             "recompute": 0.0 if choice.path == "full" else choice.share(model.config),
-            "prompt_tokens": len(windows[0]) - continuation_tokens,
-            "documents": len(windows),
+            "prompt_tokens": round(float(np.mean([len(prompt) for prompt, _ in documents]))),
+            "documents": len(documents),
             "ttft_ms": round(median_ms[choice], 1),
             "sooner": round(median_ms[choices[0]] / median_ms[choice], 3),
             "recovery": round(recovery[str(choice)], 4),

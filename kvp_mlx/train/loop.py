@@ -348,14 +348,16 @@ def parts_of(
     """Yield functions that return a weighted loss and the single losses that it is made of."""
     weights = options.weights
 
+    points = split_points(batch, options, rng) if weights.continuation else []
+
     def continuation(read_here: Reading, split: int, end: int) -> tuple[mx.array, Losses]:
         divergence, residual = continuation_losses(
             model, teacher, read_here, batch, split, end, recompute=options.recompute, checkpoint=options.checkpoint
         )
-        losses = {"continuation": divergence / options.splits, "residual": residual / options.splits}
+        losses = {"continuation": divergence / len(points), "residual": residual / len(points)}
         return weights.continuation * (losses["continuation"] + weights.residual * losses["residual"]), losses
 
-    def all_continuations(points: list[tuple[int, int]]) -> tuple[mx.array, Losses]:
+    def all_continuations() -> tuple[mx.array, Losses]:
         read_here = read(model, batch.ids[:, : max(split for split, _ in points)])
         totals, losses = zip(*(continuation(read_here, *point) for point in points), strict=True)
         return sum(totals, mx.array(0.0)), {name: sum(part[name] for part in losses) for name in losses[0]}
@@ -373,19 +375,19 @@ def parts_of(
         total = sum((getattr(weights, name) * value for name, value in losses.items()), mx.array(0.0))
         return total, losses
 
-    if weights.continuation:
-        points = split_points(batch, options, rng)
-        if reading is None:
-            yield partial(all_continuations, points)
-        else:
-            yield from (partial(continuation, reading, *point) for point in points)
+    if points and reading is None:
+        yield all_continuations
+    elif points:
+        yield from (partial(continuation, reading, *point) for point in points)
     if weights.paper:
         yield predicted_alone
 
 
 def split_points(batch: Batch, options: TrainOptions, rng: random.Random) -> list[tuple[int, int]]:
-    """Draw ``(split, end)`` pairs within the batch's shortest window."""
+    """Draw ``(split, end)`` pairs within the batch's shortest window; where prompts end, there is one alone."""
     shortest = cast(int, batch.kept.sum(axis=1).min().item())
+    if batch.prompt_tokens is not None:
+        return [(batch.prompt_tokens, min(batch.prompt_tokens + options.right, shortest))]
     points = []
     for number in range(options.splits):
         right = options.right if number % 2 == 0 else max(options.right // 4, 1)

@@ -6,7 +6,8 @@ reads the last prompt token itself, as in decoding; without context it reads not
 right document minus that of a wrong one of the same kind, kvp's over full's (design.md section 9).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from ..engine.prefill import Progress, base_prefill, predict_base_cache
 from ..errors import InputError
 from ..models.families import Cache
 from ..models.sections import early_exit, output_head, run_layers
+from .text import PromptWindow
 
 ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 OF_THE_BASE = ("full", "wrong_document_full", "no_context")
@@ -32,9 +34,9 @@ class RecoveryMeasurement:
 
     Args:
         model: the bundle.
-        windows: token ids, each a prompt followed by ``continuation_tokens`` to score; all of one length. Each
-            document's wrong document is the next one's prompt.
-        continuation_tokens: tokens scored.
+        windows: token ids, each a prompt followed by ``continuation_tokens`` to score, or a window that says where its
+            prompt ends. Each document's wrong document is the next one's prompt.
+        continuation_tokens: tokens scored where the window does not say it.
         exact_tail: predicting, prompt tokens before the last that the base reads itself.
         recompute: predicting, the share of the other tokens that it also reads itself (default: the bundle's).
         arms: which of ``ARMS`` to measure; ``full`` and ``no_context`` always are, recovery is made of them.
@@ -47,7 +49,7 @@ class RecoveryMeasurement:
     def __init__(
         self,
         model: KVPModel,
-        windows: list[list[int]],
+        windows: Sequence[list[int]],
         continuation_tokens: int,
         *,
         exact_tail: int = 0,
@@ -57,9 +59,13 @@ class RecoveryMeasurement:
         if len(windows) < 2:
             raise InputError("context recovery needs at least two documents; give more --data.")
         self.model = model
-        self.split = len(windows[0]) - continuation_tokens
-        if exact_tail > self.split - 2:
-            raise InputError(f"an exact tail of {exact_tail} leaves nothing to predict of {self.split} prompt tokens.")
+        self.continuation_tokens = continuation_tokens
+        self.splits = [
+            window.prompt_tokens if isinstance(window, PromptWindow) else len(window) - continuation_tokens
+            for window in windows
+        ]
+        if exact_tail > (shortest := min(self.splits)) - 2:
+            raise InputError(f"an exact tail of {exact_tail} leaves nothing to predict of {shortest} prompt tokens.")
         self.windows = windows
         self.exact_tail = exact_tail
         self.recompute = Dial("kvp", 0, exact_tail, recompute).share(model.config)
@@ -85,14 +91,15 @@ class RecoveryMeasurement:
                     losses[arm].append(self.token_losses(arm, number))
             progress(number + 1, len(self.windows))
         self._known = {arm: losses[arm] for arm in OF_THE_BASE if arm in losses}
-        return self.summary({arm: np.stack(rows) for arm, rows in losses.items()})
+        return self.summary(losses)
 
     def token_losses(self, arm: str, number: int) -> np.ndarray:
-        """Return one document's negative log-likelihoods (continuation_tokens,) in nats, under one arm."""
-        window, wrong = self.windows[number], self.windows[(number + 1) % len(self.windows)]
-        model, right = self.model, mx.array([window[: self.split - 1]])
-        other = mx.array([wrong[: self.split - 1]])
-        rest = window[self.split - 1 :]
+        """Return one document's negative log-likelihoods in nats, one for each token scored, under one arm."""
+        another = (number + 1) % len(self.windows)
+        window, split = self.windows[number], self.splits[number]
+        model, right = self.model, mx.array([window[: split - 1]])
+        other = mx.array([self.windows[another][: self.splits[another] - 1]])
+        rest = window[split - 1 :]
         if arm == "full":
             return token_losses(model.base, base_prefill(model, right), rest)
         if arm == "wrong_document_full":
@@ -108,27 +115,31 @@ class RecoveryMeasurement:
         cache = predict_base_cache(model, ids, exact_tail=self.exact_tail, recompute=self.recompute)
         return token_losses(model.base, cache, rest)
 
-    def summary(self, losses: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return the JSON of losses (documents, continuation_tokens) by arm."""
-        tokens = losses["full"].shape[1]
-        recovery = recoveries({arm: rows.mean() for arm, rows in losses.items()})
+    def summary(self, losses: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+        """Return the JSON of losses by arm, an array for each document."""
+        tokens = max(map(len, losses["full"]))
+
+        def nll(start: int, end: int) -> dict[str, float]:
+            found = {arm: np.concatenate([row[start:end] for row in rows]) for arm, rows in losses.items()}
+            return {arm: float(values.mean()) for arm, values in found.items()}
+
+        means = nll(0, tokens)
+        recovery = recoveries(means)
         gained = recovery["full"] - recovery.get("wrong_document_full", np.nan)
         separation = (recovery.get("kvp", np.nan) - recovery.get("wrong_document", np.nan)) / gained
         spans = {"first": (0, 1), "first_16": (0, 16), "rest": (16, tokens)}
         by_position = {
-            name: recoveries({arm: rows[:, start:end].mean() for arm, rows in losses.items()}).get("kvp")
-            for name, (start, end) in spans.items()
-            if start < tokens
+            name: recoveries(nll(start, end)).get("kvp") for name, (start, end) in spans.items() if start < tokens
         }
         return {
             "documents": len(self.windows),
-            "prompt_tokens": self.split,
-            "continuation_tokens": tokens,
+            "prompt_tokens": round(median(self.splits)),
+            "continuation_tokens": self.continuation_tokens,
             "exact_tail": self.exact_tail,
             "recompute": self.recompute,
             "separation": None if np.isnan(separation) else float(separation),
             "recovery_by_position": by_position,
-            "arms": {arm: {"nll": float(losses[arm].mean()), "recovery": recovery[arm]} for arm in self.arms},
+            "arms": {arm: {"nll": means[arm], "recovery": recovery[arm]} for arm in self.arms},
         }
 
 

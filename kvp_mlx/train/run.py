@@ -34,7 +34,7 @@ from .loop import Trained, TrainOptions, train
 from .picture import draw_training
 from .recovery import RecoveryMeasurement
 from .state import STATE_FILE
-from .text import bucketed, data_files, full_pieces, token_windows
+from .text import bucketed, data_files, full_pieces, is_answered, token_windows
 from .work import flops_per_token
 
 HELD_BACK_WINDOWS = 6
@@ -391,11 +391,16 @@ def rewrite_weights(directory: Path, weights: dict[str, mx.array]) -> None:
 def hold_back(files: list[Path], model: KVPModel, options: TrainOptions) -> dict[str, list[int]]:
     """Return the first pieces of the data that fill a window, for validation, each with its window.
 
+    That many of text, and as many prompts with their completions, where the data has such.
+
     Raises:
         InputError: fewer than that.
     """
-    pieces = full_pieces(files, model.text_tokenizer, options.window, options.seed)
-    held_back = dict(itertools.islice(pieces, HELD_BACK_WINDOWS))
+    tokenizer, held_back = model.text_tokenizer, {}
+    answered = [path for path in files if is_answered(path, tokenizer)]
+    for kind in ([path for path in files if path not in answered], answered):
+        pieces = full_pieces(kind, tokenizer, options.window, options.seed)
+        held_back |= dict(itertools.islice(pieces, HELD_BACK_WINDOWS))
     if len(held_back) < HELD_BACK_WINDOWS:
         raise InputError(
             f"the data holds {len(held_back)} passages of {options.window} tokens, validation alone needs "

@@ -11,6 +11,7 @@ from ..models.entries import open_caches
 from ..models.families import Cache
 from ..models.kinds import RawOutputs
 from ..models.sections import run_layers, run_streams, section
+from .text import PromptWindow
 
 CHUNK = 256
 
@@ -22,10 +23,12 @@ class Batch:
     Attributes:
         ids: token ids (B, T).
         kept: whether a position holds a token and not padding (B, T).
+        prompt_tokens: where the prompts end, if all windows tell (the shortest one's end).
     """
 
     ids: mx.array
     kept: mx.array
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def make_batch(windows: list[list[int]]) -> Batch:
     length = max(map(len, windows))
     ids = [window + [0] * (length - len(window)) for window in windows]
     kept = [[True] * len(window) + [False] * (length - len(window)) for window in windows]
-    return Batch(mx.array(ids), mx.array(kept))
+    ends = [window.prompt_tokens for window in windows if isinstance(window, PromptWindow)]
+    return Batch(mx.array(ids), mx.array(kept), min(ends) if len(ends) == len(windows) else None)
 
 
 def exact_layers(model: KVPModel) -> int:

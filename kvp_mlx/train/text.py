@@ -28,6 +28,24 @@ class Conversation(str):
     """Text that a chat template has written: its control tokens are tokens, and its own BOS is the only one."""
 
 
+class Answered(str):
+    """A prompt, and in ``completion`` what is to follow it."""
+
+    completion: str
+
+    def __new__(cls, prompt: str, completion: str) -> "Answered":
+        """Join the two."""
+        piece = super().__new__(cls, prompt)
+        piece.completion = completion
+        return piece
+
+
+class PromptWindow(list[int]):
+    """A window of a record that says where its prompt ends: after ``prompt_tokens``."""
+
+    prompt_tokens: int
+
+
 def data_files(places: Iterable[str | Path]) -> list[Path]:
     """Expand files, folders, globs and Hub datasets into the data files they hold.
 
@@ -71,11 +89,11 @@ def _hub_dataset(name: str) -> Path:
 def read_documents(path: Path, tokenizer: TokenizerWrapper) -> Iterator[str]:
     """Yield the documents of one file.
 
-    A text file is one document, a long one several. A line of a JSONL file is one: its ``text``, or its ``messages``,
-    written out by the tokeniser's chat template.
+    A text file is one document, a long one several. A line of a JSONL file is one: its ``text``, its ``messages``,
+    written out by the tokeniser's chat template, or its ``prompt`` and ``completion``.
 
     Raises:
-        InputError: see ``reader``; also a line with neither field, or messages that the chat template refuses.
+        InputError: see ``reader``; also a line with none of these, or messages that the chat template refuses.
     """
     if not holds_records(path):
         yield from read_text_pieces(path)
@@ -85,8 +103,15 @@ def read_documents(path: Path, tokenizer: TokenizerWrapper) -> Iterator[str]:
             yield record["text"]
         elif "messages" in record:
             yield _conversation(record["messages"], where, tokenizer)
+        elif isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+            if not record["prompt"].strip() or not record["completion"].strip():
+                raise InputError(f"{where}: 'prompt' or 'completion' is empty; leave the record out.")
+            yield Answered(record["prompt"], record["completion"])
         else:
-            raise InputError(f"{where}: a record needs 'text' (a string) or 'messages' (a list).")
+            raise InputError(
+                f"{where}: a record needs 'text' (a string), 'messages' (a list), or both 'prompt' and 'completion' "
+                "(strings)."
+            )
 
 
 def _conversation(messages: list[dict[str, str]], where: str, tokenizer: TokenizerWrapper) -> Conversation:
@@ -148,20 +173,51 @@ def token_windows(
 def full_pieces(
     files: list[Path], tokenizer: TokenizerWrapper, length: int, seed: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield pieces of text that fill a window, with the window, taking files in turn as ``token_windows`` does."""
+    """Yield pieces of text that fill a window, with the window, taking files in turn as ``token_windows`` does.
+
+    A prompt and its completion need not fill one; a prompt of 32 tokens is enough.
+    """
     streams = [_pieces(path, tokenizer, length, random.Random(f"{seed} {place}")) for place, path in enumerate(files)]
     while streams:
         for stream in list(streams):
-            full = ((piece, ids) for piece in stream if len(ids := ids_of(piece, tokenizer)) >= length)
-            if (found := next(full, None)) is None:
+            found = next((pair for piece in stream if (pair := _whole(piece, tokenizer, length))), None)
+            if found is None:
                 streams.remove(stream)
             else:
-                yield found[0], found[1][:length]
+                yield found
+
+
+def _whole(piece: str, tokenizer: TokenizerWrapper, length: int) -> tuple[str, list[int]] | None:
+    if isinstance(piece, Answered):
+        window = prompt_window(piece, tokenizer, length)
+        return (piece, window) if window.prompt_tokens >= MIN_WINDOW_TOKENS else None
+    ids = ids_of(piece, tokenizer)
+    return (piece, ids[:length]) if len(ids) >= length else None
+
+
+def is_answered(path: Path, tokenizer: TokenizerWrapper) -> bool:
+    """Return whether a file holds prompts and completions, by its first record."""
+    return isinstance(next(read_documents(path, tokenizer), None), Answered)
+
+
+def prompt_window(piece: Answered, tokenizer: TokenizerWrapper, length: int) -> PromptWindow:
+    """Return a record's window: up to ``length`` tokens, of which a completion has up to half.
+
+    The prompt loses its beginning where there is no room for all of it.
+    """
+    completion = tokenizer.encode(piece.completion, add_special_tokens=False)[: length // 2]
+    prompt = encode_text(tokenizer, str(piece))[len(completion) - length :]
+    window = PromptWindow([*prompt, *completion])
+    window.prompt_tokens = len(prompt)
+    return window
 
 
 def cut_up(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> Iterator[list[int]]:
     """Yield each piece's tokens in windows of ``length``, the last one shorter (but not below 32 tokens)."""
     for piece in pieces:
+        if isinstance(piece, Answered):
+            yield prompt_window(piece, tokenizer, length)
+            continue
         ids = ids_of(piece, tokenizer)
         for start in range(0, len(ids) - MIN_WINDOW_TOKENS + 1, length):
             yield ids[start : start + length]
@@ -170,11 +226,14 @@ def cut_up(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> I
 def pack(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> Iterator[list[int]]:
     """Yield windows of exactly ``length`` tokens, pieces one after another with an end-of-text token between.
 
-    A tokeniser that has none leaves it out.
+    A tokeniser that has none leaves it out. A record's prompt and completion stay by themselves.
     """
     ids: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for piece in pieces:
+        if isinstance(piece, Answered):
+            yield prompt_window(piece, tokenizer, length)
+            continue
         ids += [*ids_of(piece, tokenizer), *end]
         while len(ids) >= length:
             yield ids[:length]
@@ -198,10 +257,18 @@ def _pieces(path: Path, tokenizer: TokenizerWrapper, length: int, rng: random.Ra
     """Yield the pieces of a file in shuffled order, pool by pool where it is long."""
     size = length * PIECE_CHARACTERS_PER_TOKEN
     for documents in _pools(read_documents(path, tokenizer)):
-        places = [(document, start) for document in documents for start in range(0, len(document), size)]
-        rng.shuffle(places)
-        for document, start in places:
-            yield type(document)(document[start : start + size])
+        pieces = [piece for document in documents for piece in _cut(document, size)]
+        rng.shuffle(pieces)
+        yield from pieces
+
+
+def _cut(document: str, size: int) -> Iterator[str]:
+    """Yield a document in pieces of ``size`` characters; a record's prompt and completion stay whole."""
+    if isinstance(document, Answered):
+        yield document
+        return
+    for start in range(0, len(document), size):
+        yield type(document)(document[start : start + size])
 
 
 def _pools(documents: Iterator[str]) -> Iterator[list[str]]:

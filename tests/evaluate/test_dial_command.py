@@ -12,7 +12,7 @@ from support.directories import TEXT
 import kvp_mlx
 from kvp_mlx.bundle.config import MeasuredDial, read_config
 from kvp_mlx.bundle.named import ALIAS, DATA
-from kvp_mlx.evaluate.trade_off import soonest, store_dials
+from kvp_mlx.evaluate.trade_off import questions_of, soonest, store_dials
 from kvp_mlx.train.loop import TrainOptions
 from kvp_mlx.train.run import train_bundle
 
@@ -122,3 +122,30 @@ def test_what_cannot_be_measured_is_named(option: tuple, bundle: Path, options: 
     outcome = kvp("eval", "dial", bundle, *options[:place], *option, *options[place + 2 :])
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
+
+
+def test_answers_are_scored_in_place_of_text(bundle: Path, options: tuple, tmp_path: Path, kvp: Kvp) -> None:
+    answered = {"question": "Which?", "answers": ["word", "b"]}
+    records = [{"title": f"t{n % 2}", "context": f"{n} {TEXT[:80]}"} | answered for n in range(80)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, records)))
+    asked = ("--questions", tmp_path / "asked.jsonl", "--heads", "0", "--tails", "0,40", "--limit", 3, "--seed", 1)
+    outcome = kvp("eval", "dial", bundle, *asked, "--prompt-tokens", 300, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json()
+    (full, predicted, tailed) = result["rows"]
+    assert full["prompt_tokens"] <= 300
+    assert (full["documents"], full["recovery"], result["continuation_tokens"]) == (3, 1, None)
+    assert (predicted["exact_tail"], tailed["exact_tail"]) == (0, 40)
+
+    model = kvp_mlx.load(str(bundle))
+    asked_items = questions_of(model, [str(tmp_path / "asked.jsonl")], 300, 1, 3)
+    assert full["prompt_tokens"] == round(sum(len(prompt) for prompt, _ in asked_items) / 3)
+    for prompt, answer in asked_items:
+        text = model.text_tokenizer.decode(prompt)
+        assert text.rstrip().endswith("Answer:")
+        assert model.text_tokenizer.decode(answer).strip() == "word"
+
+    for wrong in ((*asked, *options[:2]), ()):
+        outcome = kvp("eval", "dial", bundle, *wrong)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "--questions" in outcome.err

@@ -13,9 +13,11 @@ from support.tiny import chat_tokenizer
 
 import kvp_mlx
 from kvp_mlx.errors import InputError
-from kvp_mlx.train.loop import TrainOptions
+from kvp_mlx.train.loop import Trained, TrainOptions, gradients_of, split_points
+from kvp_mlx.train.objectives import continuation_losses
 from kvp_mlx.train.run import endless_windows, hold_back
-from kvp_mlx.train.text import bucketed, data_files, token_windows
+from kvp_mlx.train.teacher import make_batch, teach
+from kvp_mlx.train.text import PromptWindow, bucketed, data_files, token_windows
 
 
 def numbers(count: int, first: int = 0) -> str:
@@ -110,3 +112,55 @@ def test_chat_turns_and_text_are_read(tmp_path: Path) -> None:
     (window,) = token_windows(data_files([tmp_path]), tokenizer, 200, 0)
     expected = ["<user>", *["w1"] * 30, "<end>", "<assistant>", *["w2"] * 30, "<end>"]
     assert tokenizer.decode(window).split() == expected
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_prompts_and_completions_stay_by_themselves(packed: bool, tmp_path: Path) -> None:
+    tokenizer, record = chat_tokenizer(), {"prompt": "w1 " * 40, "completion": " w2" * 30}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({"text": "w3 " * 200}))
+    windows = list(token_windows(data_files([tmp_path]), tokenizer, 64, 0, packed=packed))
+    (own,) = (window for window in windows if isinstance(window, PromptWindow))
+    assert tokenizer.decode(own).split() == [*["w1"] * 34, *["w2"] * 30]  # the prompt's beginning had no room
+    assert own.prompt_tokens == 34
+    others = {word for window in windows if window is not own for word in tokenizer.decode(window).split()}
+    assert others <= {"w3", tokenizer.eos_token}
+    assert make_batch([own]).prompt_tokens == 34
+    assert all(make_batch([window]).prompt_tokens is None for window in windows if window is not own)
+
+
+def test_a_long_completion_leaves_half_a_window_to_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "w1 " * 50, "completion": "w2 " * 90}))
+    (window,) = token_windows(data_files([tmp_path]), chat_tokenizer(), 64, 0)
+    assert isinstance(window, PromptWindow)
+    assert (len(window), window.prompt_tokens) == (64, 32)
+
+
+def test_what_follows_a_prompt_is_what_is_trained(starts: dict[str, Path]) -> None:
+    """One split, at the prompt's end, and no more after it than a split has."""
+    window = PromptWindow(range(5, 65))
+    window.prompt_tokens = 40
+    options = TrainOptions(minutes=None, tokens=1, window=64, right=16, splits=4)
+    assert split_points(make_batch([window]), options, random.Random(0)) == [(40, 56)]
+    losses = TrainOptions(minutes=None, tokens=1, window=64, right=128, splits=4)
+    assert split_points(make_batch([window]), losses, random.Random(0)) == [(40, 60)]
+    model = kvp_mlx.load(str(starts["prefix"]))
+    batch = make_batch([window])
+    ((part, _),) = gradients_of(model, Trained(model, losses), batch, losses.settled(model), random.Random(0))
+    teacher = teach(model, batch)
+    assert teacher.reading is not None
+    divergence, _ = continuation_losses(model, teacher, teacher.reading, batch, 40, 60)
+    assert part["continuation"].item() == pytest.approx(divergence.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"prompt": "w1", "completion": " "}, "'completion' is empty"),
+        ({"prompt": "", "completion": "w1"}, "'completion' is empty"),
+        ({"prompt": "w1"}, "both 'prompt' and 'completion'"),
+    ],
+)
+def test_half_a_record_is_named(record: dict[str, str], named: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(record))
+    with pytest.raises(InputError, match=rf"a\.jsonl, line 2.*{named}"):
+        list(token_windows(data_files([tmp_path]), chat_tokenizer(), 64, 0))
