@@ -375,10 +375,10 @@ def parts_of(
         total = sum((getattr(weights, name) * value for name, value in losses.items()), mx.array(0.0))
         return total, losses
 
-    if points and reading is None:
-        yield all_continuations
-    elif points:
+    if reading is not None:
         yield from (partial(continuation, reading, *point) for point in points)
+    elif points:
+        yield all_continuations
     if weights.paper:
         yield predicted_alone
 

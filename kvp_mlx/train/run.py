@@ -396,7 +396,8 @@ def hold_back(files: list[Path], model: KVPModel, options: TrainOptions) -> dict
     Raises:
         InputError: fewer than that.
     """
-    tokenizer, held_back = model.text_tokenizer, {}
+    tokenizer = model.text_tokenizer
+    held_back: dict[str, list[int]] = {}
     answered = [path for path in files if is_answered(path, tokenizer)]
     for kind in ([path for path in files if path not in answered], answered):
         pieces = full_pieces(kind, tokenizer, options.window, options.seed)
