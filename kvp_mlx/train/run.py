@@ -34,7 +34,15 @@ from .loop import Trained, TrainOptions, train
 from .picture import draw_training
 from .recovery import RecoveryMeasurement
 from .state import STATE_FILE
-from .text import bucketed, data_files, full_pieces, is_answered, token_windows
+from .text import (
+    MIN_WINDOW_TOKENS,
+    PromptWindow,
+    bucketed,
+    data_files,
+    full_pieces,
+    is_answered,
+    token_windows,
+)
 from .work import flops_per_token
 
 HELD_BACK_WINDOWS = 6
@@ -424,7 +432,8 @@ def endless_windows(
         )
         found = False
         for ids in windows:
-            if len(ids) >= min(options.window, MIN_TRAINING_TOKENS):
+            least = MIN_WINDOW_TOKENS if isinstance(ids, PromptWindow) else MIN_TRAINING_TOKENS
+            if len(ids) >= min(options.window, least):
                 found = True
                 yield ids
         if not found:

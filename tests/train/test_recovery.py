@@ -16,6 +16,7 @@ from kvp_mlx.bundle.config import RecomputeConfig
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.errors import InputError
 from kvp_mlx.train.recovery import ARMS, RecoveryMeasurement
+from kvp_mlx.train.text import PromptWindow
 
 PROMPT, CONTINUATION = 24, 20
 MODELS: dict[str, Callable[[], tuple[KVPModel, KVPrediction]]] = {
@@ -175,3 +176,18 @@ def test_the_share_is_the_bundles_unless_it_is_given() -> None:
     assert found[0.0, 0.4]["arms"]["kvp"]["nll"] != found[0.0, None]["arms"]["kvp"]["nll"]
     with pytest.raises(InputError, match="cannot tell which tokens to recompute"):
         RecoveryMeasurement(MODELS["prefix of llama"]()[0], documents(), CONTINUATION, recompute=0.4)
+
+
+def test_a_window_that_says_where_its_prompt_ends_is_scored_from_there() -> None:
+    """Beside others or alone: the mean is over tokens, whatever windows they stand in."""
+    model, (first, second, *_) = MODELS["model"]()[0], documents()
+    asked = PromptWindow(second)
+    asked.prompt_tokens = len(second) - 3
+    mixed = RecoveryMeasurement(model, [first, asked], CONTINUATION, arms=["kvp"])
+    result = mixed.measure()["arms"]
+    plain = RecoveryMeasurement(model, [first, second], CONTINUATION, arms=["kvp"])
+    short = RecoveryMeasurement(model, [first, second], 3, arms=["kvp"])
+    for arm in ("full", "kvp", "no_context"):
+        losses = [*plain.token_losses(arm, 0), *short.token_losses(arm, 1)]
+        assert len(losses) == CONTINUATION + 3
+        assert result[arm]["nll"] == pytest.approx(np.mean(losses), rel=1e-5)

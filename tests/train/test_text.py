@@ -15,6 +15,7 @@ import kvp_mlx
 from kvp_mlx.errors import InputError
 from kvp_mlx.train.loop import Trained, TrainOptions, gradients_of, split_points
 from kvp_mlx.train.objectives import continuation_losses
+from kvp_mlx.train.recovery import RecoveryMeasurement
 from kvp_mlx.train.run import endless_windows, hold_back
 from kvp_mlx.train.teacher import make_batch, teach
 from kvp_mlx.train.text import PromptWindow, bucketed, data_files, token_windows
@@ -133,6 +134,28 @@ def test_a_long_completion_leaves_half_a_window_to_the_prompt(tmp_path: Path) ->
     (window,) = token_windows(data_files([tmp_path]), chat_tokenizer(), 64, 0)
     assert isinstance(window, PromptWindow)
     assert (len(window), window.prompt_tokens) == (64, 32)
+
+
+def test_validation_keeps_prompts_back_as_well_as_text(starts: dict[str, Path], tmp_path: Path) -> None:
+    """Six of each, and no question about a prompt that was kept back is trained on."""
+    (tmp_path / "a.txt").write_text(numbers(2000))
+    records = [
+        {"prompt": numbers(6, 10**5 + 100 * (n % 15)), "completion": f" {numbers(2, 10**5 + 50 * n)}"}
+        for n in range(30)
+    ]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, records)))
+    model, files = kvp_mlx.load(str(starts["prefix"])), data_files([tmp_path])
+    options = TrainOptions(minutes=None, tokens=1, window=64)
+    held_back = hold_back(files, model, options)
+    asked = {piece: window for piece, window in held_back.items() if isinstance(window, PromptWindow)}
+    assert (len(held_back), len(asked)) == (12, 6)
+    windows = list(itertools.islice(endless_windows(files, model, options, held_back), 200))
+    prompts = {tuple(w[: w.prompt_tokens]) for w in windows if isinstance(w, PromptWindow)}
+    assert len(prompts) == 9
+    assert not prompts & {tuple(window[: window.prompt_tokens]) for window in asked.values()}
+    both = RecoveryMeasurement(model, list(held_back.values()), 16).measure()
+    assert both["documents"] == 12
+    assert both["arms"]["full"]["recovery"] == 1
 
 
 def test_what_follows_a_prompt_is_what_is_trained(starts: dict[str, Path]) -> None:
