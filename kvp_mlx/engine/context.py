@@ -26,8 +26,8 @@ from .dial import Dial
 from .pace import Pace, Steps, finish
 from .prefill import PrefillTimes, Progress, base_prefilling, catch_up_auxiliary, exact_end, filling, read_ahead
 
-REFINE_CHUNK_TOKENS = 64
-"""Measured (docs/chat.md): as quick as full prefill within 4 %, and no layer of it takes 50 ms at 2,048 tokens."""
+REFINE_CHUNK_TOKENS = 32
+"""1,024 tokens of the default base, two CPU cores: 6.8 s and 7 ms a layer; in chunks of 64 5.3 s and 11 ms."""
 
 CATCH_UP_CHUNK_TOKENS = 16
 

@@ -25,6 +25,8 @@ from .work import Work, read_together
 
 __all__ = ["QueueFullError", "Scheduler", "Ticket"]
 
+REFINE_AFTER_SECONDS = 0.25
+"""Of nothing to do: an agent's next request comes at once, and would wait for what was begun."""
 PREPARE_AFTER_SECONDS = 2.0
 """Of nothing to do."""
 LONE_SLICE_MS = 250.0
@@ -210,6 +212,7 @@ class Scheduler:
 
     def _idle_work(self) -> Generator[float, None, None]:
         """Refine and save what was read, then get ready for schemas; see ``Prefixes.idle_work``."""
+        yield REFINE_AFTER_SECONDS
         yield from self._prefixes.idle_work()
         yield PREPARE_AFTER_SECONDS
         self._grammars.prepare()

@@ -34,7 +34,7 @@ from kvp_mlx.engine.reply import reply
 from kvp_mlx.errors import InputError, KVPError
 from kvp_mlx.serve.decoding import OneByOne
 from kvp_mlx.serve.requests import GenerationRequest, Progress, Sampling, Token
-from kvp_mlx.serve.scheduler import QueueFullError, Scheduler, Ticket
+from kvp_mlx.serve.scheduler import REFINE_AFTER_SECONDS, QueueFullError, Scheduler, Ticket
 
 KVP = Dial("kvp", 5, 3, 0.3)
 
@@ -358,7 +358,9 @@ def test_idle_work_rests_while_a_request_is_being_prepared(model: KVPModel) -> N
             time.sleep(0.05)
             assert len(steps) == before
             ask(scheduler, ids)
+            ended = time.monotonic()
         wait_for_more()
+        assert steps[before] > ended + 0.8 * REFINE_AFTER_SECONDS  # the next request may come at once
 
 
 def test_what_fails_is_told_and_the_next_request_is_answered(model: KVPModel, monkeypatch: pytest.MonkeyPatch) -> None:
