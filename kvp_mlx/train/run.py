@@ -35,7 +35,6 @@ from .picture import draw_training
 from .recovery import RecoveryMeasurement
 from .state import STATE_FILE
 from .text import (
-    MIN_WINDOW_TOKENS,
     PromptWindow,
     bucketed,
     data_files,
@@ -432,8 +431,7 @@ def endless_windows(
         )
         found = False
         for ids in windows:
-            least = MIN_WINDOW_TOKENS if isinstance(ids, PromptWindow) else MIN_TRAINING_TOKENS
-            if len(ids) >= min(options.window, least):
+            if isinstance(ids, PromptWindow) or len(ids) >= min(options.window, MIN_TRAINING_TOKENS):
                 found = True
                 yield ids
         if not found:

@@ -189,8 +189,8 @@ def full_pieces(
 
 def _whole(piece: str, tokenizer: TokenizerWrapper, length: int) -> tuple[str, list[int]] | None:
     if isinstance(piece, Answered):
-        window = prompt_window(piece, tokenizer, length)
-        return (piece, window) if window.prompt_tokens >= MIN_WINDOW_TOKENS else None
+        window = next(prompt_window(piece, tokenizer, length), None)
+        return (piece, window) if window and window.prompt_tokens >= MIN_WINDOW_TOKENS else None
     ids = ids_of(piece, tokenizer)
     return (piece, ids[:length]) if len(ids) >= length else None
 
@@ -200,8 +200,8 @@ def is_answered(path: Path, tokenizer: TokenizerWrapper) -> bool:
     return isinstance(next(read_documents(path, tokenizer), None), Answered)
 
 
-def prompt_window(piece: Answered, tokenizer: TokenizerWrapper, length: int) -> PromptWindow:
-    """Return a record's window: up to ``length`` tokens, of which a completion has up to half.
+def prompt_window(piece: Answered, tokenizer: TokenizerWrapper, length: int) -> Iterator[PromptWindow]:
+    """Yield a record's window, if it has 32 tokens: up to ``length``, of which a completion has up to half.
 
     The prompt loses its beginning where there is no room for all of it.
     """
@@ -209,14 +209,15 @@ def prompt_window(piece: Answered, tokenizer: TokenizerWrapper, length: int) -> 
     prompt = encode_text(tokenizer, str(piece))[len(completion) - length :]
     window = PromptWindow([*prompt, *completion])
     window.prompt_tokens = len(prompt)
-    return window
+    if len(window) >= MIN_WINDOW_TOKENS:
+        yield window
 
 
 def cut_up(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> Iterator[list[int]]:
     """Yield each piece's tokens in windows of ``length``, the last one shorter (but not below 32 tokens)."""
     for piece in pieces:
         if isinstance(piece, Answered):
-            yield prompt_window(piece, tokenizer, length)
+            yield from prompt_window(piece, tokenizer, length)
             continue
         ids = ids_of(piece, tokenizer)
         for start in range(0, len(ids) - MIN_WINDOW_TOKENS + 1, length):
@@ -232,7 +233,7 @@ def pack(pieces: Iterator[str], tokenizer: TokenizerWrapper, length: int) -> Ite
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for piece in pieces:
         if isinstance(piece, Answered):
-            yield prompt_window(piece, tokenizer, length)
+            yield from prompt_window(piece, tokenizer, length)
             continue
         ids += [*ids_of(piece, tokenizer), *end]
         while len(ids) >= length:

@@ -136,6 +136,13 @@ def test_a_long_completion_leaves_half_a_window_to_the_prompt(tmp_path: Path) ->
     assert (len(window), window.prompt_tokens) == (64, 32)
 
 
+def test_records_that_are_too_short_are_left_out_as_text_is(tmp_path: Path) -> None:
+    records = [{"prompt": "w1 " * tokens, "completion": "w2 w2"} for tokens in (29, 30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (window,) = token_windows(data_files([tmp_path]), chat_tokenizer(), 64, 0)
+    assert len(window) == 32
+
+
 def test_validation_keeps_prompts_back_as_well_as_text(starts: dict[str, Path], tmp_path: Path) -> None:
     """Six of each, and no question about a prompt that was kept back is trained on."""
     (tmp_path / "a.txt").write_text(numbers(2000))
