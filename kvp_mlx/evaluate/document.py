@@ -107,6 +107,27 @@ class Points(Part):
     recipe: dict[str, Any] = {}
 
 
+class DialRow(Part):
+    """One setting of a dial, measured on prompts of one length."""
+
+    path: str
+    exact_head: int
+    exact_tail: int
+    recompute: FiniteFloat
+    prompt_tokens: PositiveInt
+    ttft_ms: Positive
+    sooner: Positive
+    recovery: FiniteFloat
+
+
+class Dials(Part):
+    """What a picture of ``kvp eval dial``'s results is made of."""
+
+    model: str
+    documents: PositiveInt
+    rows: list[DialRow] = Field(min_length=1)
+
+
 class Document(Points):
     """What a page is made of."""
 
@@ -129,7 +150,7 @@ class Document(Points):
         return self
 
 
-def checked_document(document: Any, where: str, kind: type[Points] = Points) -> dict[str, Any]:
+def checked_document(document: Any, where: str, kind: type[Part] = Points) -> dict[str, Any]:
     """Return a document that is what it has to be.
 
     Args:

@@ -1,13 +1,15 @@
 """Score against time to first token and against prefill work, over all arms and dials: the figure of the paper."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..arms.kinds import parse_arm
 from ..errors import InputError
 from ..files import read_json
-from .document import checked_document
+from .dial_map import is_of_dials
+from .document import Dials, Points, checked_document
 from .tasks import all_tasks
 
 Point = dict[str, Any]
@@ -22,7 +24,8 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     documents = []
     for path in paths:
         try:
-            documents.append(checked_document(read_json(path), str(path)))
+            document = read_json(path)
+            documents.append(checked_document(document, str(path), Dials if is_of_dials(document) else Points))
         except (InputError, OSError) as error:
             raise InputError(f"{path} is no JSON document of 'kvp eval TASK --out' ({error}).") from error
     return documents
@@ -81,6 +84,39 @@ def draw(rows: Sequence[Point], task: str, out: Path) -> None:
     """Draw both pictures side by side: score over TTFT, and over prefill work relative to the full model's.
 
     Raises:
+        InputError: see ``picture``.
+    """
+    sides = (
+        ("time to first token, ms (median)", "fastest_so_good", lambda row: row["ttft_ms"]),
+        ("prefill work, share of full prefill's", "cheapest_so_good", lambda row: 1 / row["flops_ratio"]),
+    )
+    with picture(out, len(sides)) as panels:
+        for panel, (title, front, place) in zip(panels, sides, strict=True):
+            for row in rows:
+                low, high = row["interval"]
+                bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
+                panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour_of(row["arm"]), ecolor="0.85")
+                annotate(panel, row["label"], place(row), row["score"])
+            draw_front(panel, [(place(row), row["score"]) for row in rows if row[front]])
+            panel.set_xlabel(title)
+        panels[0].set_ylabel(f"{task}, n = {rows[0]['n']}")
+
+
+def annotate(panel: Any, text: str, x: float, y: float) -> None:
+    """Write a point's name beside it."""
+    panel.annotate(text, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+
+
+def draw_front(panel: Any, places: list[tuple[float, float]]) -> None:
+    """Join the points that nothing beats."""
+    panel.plot(*zip(*sorted(places), strict=True), color="0.7", linewidth=1, zorder=0)
+
+
+@contextmanager
+def picture(out: Path, count: int) -> Iterator[Sequence[Any]]:
+    """Give so many panels side by side, with one scale of scores, to draw on; at the end they are a file.
+
+    Raises:
         InputError: matplotlib is not installed, or does not know this kind of file.
     """
     try:
@@ -90,27 +126,37 @@ def draw(rows: Sequence[Point], task: str, out: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise InputError("pictures need matplotlib; pip install 'kvp-mlx[plot]', or leave out --plot.") from error
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
-    sides = (
-        ("time to first token, ms (median)", "fastest_so_good", lambda row: row["ttft_ms"]),
-        ("prefill work, share of full prefill's", "cheapest_so_good", lambda row: 1 / row["flops_ratio"]),
-    )
-    for panel, (title, front, place) in zip(panels, sides, strict=True):
-        for row in rows:
-            low, high = row["interval"]
-            bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
-            panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour_of(row["arm"]), ecolor="0.85")
-            panel.annotate(
-                row["label"], (place(row), row["score"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
-        line = sorted((place(row), row["score"]) for row in rows if row[front])
-        panel.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0)
-        panel.set_xlabel(title)
-    panels[0].set_ylabel(f"{task}, n = {rows[0]['n']}")
-    figure.tight_layout()
+    figure, panels = pyplot.subplots(1, count, figsize=(6 * count, 5), sharey=True, squeeze=False)
     try:
+        yield panels[0]
+        figure.tight_layout()
         figure.savefig(out, dpi=130)
     except ValueError as error:
         raise InputError(f"{out} names no kind of picture; end it in .png, .svg or .pdf.") from error
     finally:
         pyplot.close(figure)
+
+
+def draw_dials(rows: Sequence[Point], out: Path) -> None:
+    """Draw recovery over TTFT as a share of full prefill's, a panel per prompt length, a colour per bundle.
+
+    Raises:
+        InputError: see ``picture``.
+    """
+    lengths = sorted({row["prompt_tokens"] for row in rows})
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    with picture(out, len(lengths)) as panels:
+        for panel, length in zip(panels, lengths, strict=True):
+            here = [row for row in rows if row["prompt_tokens"] == length]
+            for number, model in enumerate(models):
+                of_model = sorted((row["ttft_ratio"], row["recovery"]) for row in here if row["model"] == model)
+                if of_model:
+                    colour = "0.3" if model is None else f"C{number}"
+                    panel.plot(*zip(*of_model, strict=True), "o", color=colour, label=model or "full")
+            for row in here:
+                annotate(panel, row["label"].rpartition(": ")[2], row["ttft_ratio"], row["recovery"])
+            draw_front(panel, [(row["ttft_ratio"], row["recovery"]) for row in here if row["fastest_so_good"]])
+            prompts = f"{here[0]['documents']} prompts of about {length:,} tokens"
+            panel.set_xlabel(f"time to first token, share of full prefill's ({prompts})")
+            panel.legend(fontsize=7)
+        panels[0].set_ylabel("recovery")

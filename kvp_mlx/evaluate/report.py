@@ -40,10 +40,19 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return documents
 
 
-def page(documents: Sequence[dict[str, Any]]) -> str:
-    """Return the page in Markdown: how it was measured, the summary, and a section per document, whatever it says."""
-    lines = ["# What a sooner first token costs", "", INTRODUCTION, "", *summary_lines(documents), ""]
-    return "\n".join([*lines, *(line for each in documents for line in section(each))])
+def page(parts: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Return the page in Markdown: how it was measured, then of each bundle the summary and a section per document.
+
+    Args:
+        parts: documents of one bundle each; with several, each has a heading, and the first comes first.
+    """
+    lines = ["# What a sooner first token costs", "", INTRODUCTION, ""]
+    level = "##" if len(parts) == 1 else "###"
+    for documents in parts:
+        if len(parts) > 1:
+            lines += [f"## {', '.join(dict.fromkeys(str(each['model']) for each in documents))}", ""]
+        lines += [*summary_lines(documents), "", *(line for each in documents for line in section(each, level))]
+    return "\n".join(lines)
 
 
 def summary(documents: Sequence[dict[str, Any]]) -> str:
@@ -182,8 +191,8 @@ def equal_ttft_lines(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def section(document: dict[str, Any]) -> list[str]:
-    """Return one document's heading, recipe, table and grid."""
+def section(document: dict[str, Any], level: str = "##") -> list[str]:
+    """Return one document's heading (of a level), recipe, table and grid."""
     recipe = document["recipe"]
     known = ", ".join(f"{name} {recipe[name][:19]}" for name in ("base", "predictor"))
     version = recipe.get("kvp_mlx", "0.1.0")
@@ -191,7 +200,7 @@ def section(document: dict[str, Any]) -> list[str]:
     task, score = task_of(document), metric_of(document)
     unit = f", {task.difference_unit}" if task is not None and task.difference_unit else ""
     lines = [
-        f"## {title(document)}: {data}",
+        f"{level} {title(document)}: {data}",
         "",
         f"`{document['file']}`: {document['model']}, n = {document['n']}, {document['prompt_tokens']} prompt tokens "
         f"(median), seed {recipe['seed']}; kvp-mlx {version}, {known}. {machine_line(document)}",

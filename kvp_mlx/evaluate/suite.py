@@ -30,7 +30,6 @@ from .task import Item, Place, Run, Task
 from .tasks import all_tasks
 
 ARMS = "full,kvp,kvp-64,auxiliary"
-TARGETS = ("kvp", "kvp-64")
 MATCH_ROUNDS = 5
 NO_GAIN = 0.9
 """A target's share of full prefill's work above which nothing is pruned to match it: its prompts are too short."""
@@ -85,6 +84,7 @@ def run_suite(
     results: Path,
     records: Path,
     *,
+    arms: Sequence[Arm],
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
@@ -96,6 +96,7 @@ def run_suite(
         name: how it was named when it was loaded.
         results: folder of the documents, whole or absent.
         records: folder of the rows and of the matched arms, gone on with.
+        arms: to measure; beside those that predict, token pruning at equal TTFT.
         progress: called with (rows done, rows in all) of the entry at hand.
         say: called with what begins and ends.
 
@@ -113,11 +114,13 @@ def run_suite(
                 say(f"{entry.name}: another process is at it")
                 continue
             say(f"{entry.name}: begins")
-            matched = matched_arms(entry, model, folder)
-            arms = arms_of(entry, model, matched)
+            matched = matched_arms(entry, model, arms, folder)
+            measured = arms_of(entry, model, arms, matched)
             log = folder / f"{entry.name}.jsonl"
-            document = carry_out(entry.run, model, name, arms, log=log, progress=progress)
-            document |= {"matched": matched, "dials": [arm.name for arm in arms if arm.name in entry.place.dials]}
+            document = carry_out(entry.run, model, name, measured, log=log, progress=progress)
+            own = {arm.name for arm in arms}
+            dials = [arm.name for arm in measured if arm.name in entry.place.dials and arm.name not in own]
+            document |= {"matched": matched, "dials": dials}
             write_unless_known(results / f"{entry.name}.json", document)
             say(f"{entry.name}: {document['n']} items, {results / f'{entry.name}.json'}")
             done.append(entry.name)
@@ -151,17 +154,19 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
 
 
-def matched_arms(entry: Entry, model: KVPModel, folder: Path) -> list[dict[str, Any]]:
-    """Return the entry's token pruning at equal TTFT (see ``match``), measured once and kept."""
+def matched_arms(entry: Entry, model: KVPModel, arms: Sequence[Arm], folder: Path) -> list[dict[str, Any]]:
+    """Return the entry's token pruning at equal TTFT (see ``match``), measured once for each target and kept."""
     path = folder / f"{entry.name}.arms.json"
-    if not path.exists():
-        prompts = typical_prompts(entry, model)
-        targets = gaining_targets(entry, model, prompts)
-        write_json(path, [row for target in targets for row in match(model, target, prompts)])
-    found = read_json(path)
+    found = read_json(path) if path.exists() else []
     if not isinstance(found, list) or not all(isinstance(row, dict) and _names_arm(row.get("arm")) for row in found):
         raise InputError(f"{path} is damaged; remove it, and the arms are matched anew.")
-    return found
+    prompts = typical_prompts(entry, model)
+    targets = gaining_targets(entry, model, arms, prompts)
+    if new := [target for target in targets if target.name not in {row.get("target") for row in found}]:
+        found += [row for target in new for row in match(model, target, prompts)]
+        write_json(path, found)
+    wanted = {target.name for target in targets}
+    return [row for row in found if row.get("target") in wanted]
 
 
 def _names_arm(name: Any) -> bool:
@@ -169,18 +174,19 @@ def _names_arm(name: Any) -> bool:
     return name is None or (isinstance(name, str) and bool(parse_arm(name)))
 
 
-def gaining_targets(entry: Entry, model: KVPModel, prompts: Sequence[list[int]]) -> list[Arm]:
-    """Return the arms that something is to be as fast as: of matched entries, those that save work at all."""
+def gaining_targets(entry: Entry, model: KVPModel, arms: Sequence[Arm], prompts: Sequence[list[int]]) -> list[Arm]:
+    """Return the arms that something is to be as fast as: those that predict and, in matched entries, save work."""
     tokens = len(prompts[0])
     full = parse_arm("full").work(model, tokens).flops
-    targets = [parse_arm(name) for name in TARGETS] if entry.place.is_matched else []
+    targets = [arm for arm in arms if arm.kind.predicts] if entry.place.is_matched else []
     return [target for target in targets if target.work(model, tokens).flops < NO_GAIN * full]
 
 
-def arms_of(entry: Entry, model: KVPModel, matched: Sequence[dict[str, Any]]) -> list[Arm]:
-    """Return the bundle's own arms, those matched to them, and the entry's dials if the bundle can recompute."""
+def arms_of(entry: Entry, model: KVPModel, arms: Sequence[Arm], matched: Sequence[dict[str, Any]]) -> list[Arm]:
+    """Return the arms, those matched to them, and the entry's dials if the bundle can recompute."""
     dials = () if model.config.recompute is None else entry.place.dials
-    return parse_arms(",".join([ARMS, *(row["arm"] for row in matched if row["arm"]), *dials]))
+    names = [*(arm.name for arm in arms), *(row["arm"] for row in matched if row["arm"]), *dials]
+    return parse_arms(",".join(dict.fromkeys(names)))
 
 
 def typical_prompts(entry: Entry, model: KVPModel) -> list[list[int]]:
@@ -191,7 +197,9 @@ def typical_prompts(entry: Entry, model: KVPModel) -> list[list[int]]:
     return sorted(prompts, key=lambda ids: abs(len(ids) - middle))[:MATCH_ROUNDS]
 
 
-def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path) -> Iterator[dict[str, Any]]:
+def estimate(
+    entries: Sequence[Entry], model: KVPModel, name: str, records: Path, arms: Sequence[Arm]
+) -> Iterator[dict[str, Any]]:
     """Time a few items of every entry and yield what it will take: name, n, seconds by arm and item, hours.
 
     Arms that were not matched yet are guessed by arithmetic; nothing is written.
@@ -201,12 +209,14 @@ def estimate(entries: Sequence[Entry], model: KVPModel, name: str, records: Path
         items = items_of(entry.run, model)
         prompts = typical_prompts(entry, model)
         if (folder / f"{entry.name}.arms.json").exists():
-            matched = matched_arms(entry, model, folder)
+            matched = matched_arms(entry, model, arms, folder)
         else:
-            targets = gaining_targets(entry, model, prompts)
+            targets = gaining_targets(entry, model, arms, prompts)
             matched = [row for target in targets for row in match_by_work(model, target, len(prompts[0]))]
         few = items[:: max(1, len(items) // TIMED_ITEMS)][:TIMED_ITEMS]
-        seconds = {arm.name: timed(entry.run, model, arm, few) / len(few) for arm in arms_of(entry, model, matched)}
+        seconds = {
+            arm.name: timed(entry.run, model, arm, few) / len(few) for arm in arms_of(entry, model, arms, matched)
+        }
         yield {
             "name": entry.name,
             "n": len(items),

@@ -83,7 +83,7 @@ def test_the_suite_and_the_page_know_it(data: Path, fitted: Path, tmp_path: Path
     assert outcome.code == 0, outcome.err
     documents = read_results(results)
     assert "| short_answers, length (less is better; differences in characters) | 2 |" in summary(documents)
-    text = page([*documents, documents[0] | {"file": "longer.json"}])
+    text = page([[*documents, documents[0] | {"file": "longer.json"}]])
     assert "| arm | length | 95 % interval | of full | less the full model's, characters |" in text
     assert "Brevity, mean difference from full over short_answers, longer: kvp" in text
     low, high = sorted(arm["score"] for arm in documents[0]["arms"].values())[:: len(documents[0]["arms"]) - 1]

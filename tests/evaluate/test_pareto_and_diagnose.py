@@ -13,6 +13,7 @@ from support.tiny import itself, llama, paired, prefixed, small_llama, token_ids
 
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.evaluate.diagnose import coherence, diagnose, fit_of_auxiliary, lost_facts, speed, swap_gains
+from kvp_mlx.evaluate.dial_map import dial_points
 from kvp_mlx.evaluate.pareto import points
 
 WINDOWS = token_ids(40, batch=3).tolist()
@@ -72,6 +73,48 @@ def test_the_command_draws_and_refuses(tmp_path: Path, kvp: Kvp) -> None:
         outcome = kvp("eval", "pareto", paths[0], option, tmp_path / name)
         assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
         assert not (tmp_path / name).exists()
+
+
+def dials(model: str, tokens: int, rows: list[tuple[int, float, float, float]]) -> dict[str, Any]:
+    made = [{"path": "full", "exact_head": 0, "exact_tail": 0, "recompute": 0.0, "recovery": 1.0, "sooner": 1.0}]
+    for head, share, sooner, recovery in rows:
+        dial = {"path": "kvp", "exact_head": head, "exact_tail": 16, "recompute": share}
+        made.append(dial | {"recovery": recovery, "sooner": sooner})
+    length = {"prompt_tokens": tokens, "ttft_ms": 100.0}
+    return {"model": model, "documents": 4, "rows": [row | length for row in made]}
+
+
+MAPPED = [
+    dials("k8", 900, [(0, 0.0, 2.5, 0.6), (0, 0.1, 2.0, 0.8), (32, 0.1, 1.8, 0.7)]),
+    dials("k12", 900, [(0, 0.0, 1.8, 0.85), (0, 0.1, 1.6, 0.9)]),
+    dials("k12", 300, [(0, 0.0, 1.5, 0.9)]),
+]
+
+
+def test_the_map_of_dials() -> None:
+    rows = dial_points(MAPPED)
+    assert [row["prompt_tokens"] for row in rows] == [300] * 2 + [900] * 6  # full prefill once for both bundles
+    front = [row["label"] for row in rows if row["fastest_so_good"] and row["prompt_tokens"] == 900]
+    assert front == ["full", "k12: 16-0.1", "k12: 16-0", "k8: 16-0.1", "k8: 16-0"]
+    assert rows[-2] | {"label": "k8: 32+16-0.1", "recovery": 0.7, "exact_head": 32, "model": "k8"} == rows[-2]
+    assert rows[-1]["ttft_ratio"] == pytest.approx(1 / 2.5)
+
+
+def test_the_command_draws_the_map_and_refuses(tmp_path: Path, kvp: Kvp) -> None:
+    paths = [tmp_path / f"{number}.json" for number in range(len(MAPPED))]
+    for path, document in zip(paths, MAPPED, strict=True):
+        path.write_text(json.dumps(document))
+    picture = tmp_path / "map.png"
+    outcome = kvp("eval", "pareto", *paths, "--plot", picture, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json() == {"task": "dial", "points": dial_points(MAPPED)}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "k8: 32+16-0.1" in kvp("eval", "pareto", *paths).out
+    for broken in (FIRST, MAPPED[0] | {"rows": []}, MAPPED[0] | {"rows": [MAPPED[0]["rows"][0] | {"sooner": 0}]}):
+        paths[1].write_text(json.dumps(broken))  # a task's document beside dials, none measured, no time
+        outcome = kvp("eval", "pareto", *paths, "--plot", tmp_path / "none.png")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert not (tmp_path / "none.png").exists()
 
 
 def test_an_exact_bundle_has_nothing_to_swap() -> None:

@@ -16,7 +16,7 @@ from kvp_mlx.arms.kinds import KINDS, parse_arms
 from kvp_mlx.evaluate.equal_ttft import LEAST, MOST, match, match_by_work, matching_share, pruning_kinds
 from kvp_mlx.evaluate.intervals import bootstrap_ratio
 from kvp_mlx.evaluate.report import page, read_results, summary
-from kvp_mlx.evaluate.suite import arms_of, claimed, plan
+from kvp_mlx.evaluate.suite import ARMS, arms_of, claimed, plan
 from kvp_mlx.evaluate.summary import EQUAL_TTFT, compare_at_equal_ttft
 from kvp_mlx.evaluate.tables import EVALUATION, ROOT, pages, render
 
@@ -153,7 +153,7 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     assert kvp(*command, "--json").code == 0
     assert json.loads((results / "piqa.json").read_text()) == elsewhere  # nothing new, so nothing is written
     (results / "squad.json").write_text(json.dumps(again | {"notes": ["Told by hand."]}))
-    text = page(read_results(results))
+    text = page([read_results(results)])
     assert "\n\nTold by hand.\n\n" in text
     assert all(f"| {name} | " in text for name in squad["arms"])
     assert squad["dials"]
@@ -161,12 +161,42 @@ def test_the_suite_stops_resumes_and_shares(data: Path, fitted: Path, tmp_path: 
     assert summary(read_results(results)).count("\n| ") == 2 + ("multiple choice" in text)
 
 
+def test_the_suite_takes_other_arms_and_matches_to_them(data: Path, fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    results = tmp_path / "results"
+    command = ("eval", "suite", data, "--model", fitted, "--results", results, "--tasks", "squad", "--limit", 2)
+    assert kvp(*command, "--arms", "full,kvp-8-0").code == 0
+    document = json.loads((results / "squad.json").read_text())
+    assert {row["target"] for row in document["matched"]} == {"kvp-8-0"}
+    assert list(document["arms"])[:2] == ["full", "kvp-8-0"]
+    assert not {"kvp", "kvp-64", "auxiliary"} & set(document["arms"])
+    (path,) = (results / "records").glob("*/squad.arms.json")
+    first = json.loads(path.read_text())
+    assert kvp(*command, "--arms", "full,kvp-8-0,kvp-4-0").code == 0
+    document = json.loads((results / "squad.json").read_text())
+    assert {row["target"] for row in document["matched"]} == {"kvp-8-0", "kvp-4-0"}
+    assert json.loads(path.read_text())[: len(first)] == first  # what was matched is not matched anew
+    outcome = kvp(*command, "--arms", "full,mlx-lm")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+
+
+def test_the_page_of_several_bundles(tmp_path: Path, kvp: Kvp) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    document = json.loads((ROOT / "docs" / "results" / "needle.json").read_text())
+    for folder, name in ((small, "small-one"), (large, "large-one")):
+        folder.mkdir()
+        (folder / "needle.json").write_text(json.dumps(document | {"model": name}))
+    assert kvp("eval", "report", large, small, "--out", tmp_path / "page.md").code == 0
+    text = (tmp_path / "page.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert [line.split(":")[0] for line in headings[1:]] == ["## large-one", "### needle", "## small-one", "### needle"]
+
+
 def test_a_bundle_that_cannot_recompute_has_no_dials(data: Path) -> None:
     model, _ = prefixed(llama(), 1)
     assert model.config.recompute is None
     entry = plan(data)[0]
     assert entry.place.dials
-    assert [arm.name for arm in arms_of(entry, model, [])] == ["full", "kvp", "kvp-64", "auxiliary"]
+    assert [arm.name for arm in arms_of(entry, model, parse_arms(ARMS), [])] == ["full", "kvp", "kvp-64", "auxiliary"]
 
 
 def test_the_plan_names_times_and_refuses(data: Path, fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
@@ -220,8 +250,7 @@ def test_the_page_and_its_summary_are_current() -> None:
     results, made = ROOT / "docs" / "results", ROOT / "docs" / "evaluation.md"
     texts = {path: path.read_text(encoding="utf-8") for path in pages()}
     assert all(render(text) == text for text in texts.values()), "run 'make readme'"
-    assert sum(len(EVALUATION.findall(text)) for text in texts.values()) == 1
-    if any(results.glob("*.json")):
-        assert made.read_text(encoding="utf-8") == page(read_results(results)), "run 'kvp eval report docs/results'"
-    else:
-        assert not made.exists(), "a page without results"
+    assert len([text for text in texts.values() if EVALUATION.search(text)]) == 1
+    folders = [*sorted(path.parent for path in results.glob("*/squad.json")), results]
+    current = page([read_results(folder) for folder in folders])
+    assert made.read_text(encoding="utf-8") == current, "run 'make report'"
