@@ -107,6 +107,7 @@ class RecomputeConfig(_Part):
         attention_weight: of the logarithm of that attention beside the estimated deviation.
         attention_reach: tokens after an attended one that count as attended too: an answer goes on from where the
             question points to.
+        attention_reach_before: tokens before an attended one that do, too.
         lower_layers: of the predicted layers, the share whose entries count most.
         upper_from: share from which on the layers above these read more than the prompt's end (all of it at 1).
     """
@@ -116,6 +117,7 @@ class RecomputeConfig(_Part):
     asks: Literal["base", "prefix"] = "base"
     attention_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     attention_reach: NonNegativeInt = 12
+    attention_reach_before: NonNegativeInt = 0
     lower_layers: float = Field(default=2 / 3, gt=0, le=1)
     upper_from: float = Field(default=0.25, ge=0, lt=1)
 

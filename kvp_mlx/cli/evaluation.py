@@ -449,10 +449,9 @@ def show_dial_map(rows: list[dict[str, Any]], plot: Path | None, out: Path | Non
         return
     show("recovery (* none is both faster and as good)")
     for row in rows:
-        show(
-            f"{'*' if row['fastest_so_good'] else ' '} {row['prompt_tokens']:5} tokens, n {row['documents']:3}   {row['label']:32} "
-            f"{row['recovery']:+.3f}   TTFT {row['ttft_ratio']:.2f} of full"
-        )
+        mark = "*" if row["fastest_so_good"] else " "
+        place = f"{row['prompt_tokens']:5} tokens, n {row['documents']:3}   {row['label']:32}"
+        show(f"{mark} {place} {row['recovery']:+.3f}   TTFT {row['ttft_ratio']:.2f} of full")
 
 
 @app.command()

@@ -134,7 +134,7 @@ def repairing(
     if is_asked(settings, lower.tokens - exact_head, last):
         attention = yield from attention_of_end(model, x[:, -asking:], cache, lower, pace)
     if attention is not None:
-        seen = reached(attention, settings.attention_reach)
+        seen = reached(attention, settings.attention_reach, settings.attention_reach_before)
         harm = harm + settings.attention_weight * mx.log(seen[:, -tokens:] + 1e-9)
     if model.hosts is not None:  # each has looked at its own heads
         with mx.stream(generation_stream):
@@ -178,15 +178,16 @@ def largest(x: mx.array, count: int) -> mx.array:
     return mx.sort(mx.argsort(-x, axis=1)[:, :count], axis=1).astype(mx.int32)
 
 
-def reached(attention: mx.array, reach: int) -> mx.array:
-    """Return for each entry (B, S) the largest attention that it or one of the ``reach`` entries before it gets.
+def reached(attention: mx.array, reach: int, before: int = 0) -> mx.array:
+    """Return for each entry (B, S) the largest attention that it or a neighbour gets.
 
-    What a question attends to is where an answer begins; the answer's later tokens need what stands after it. SnapKV
-    (arXiv 2404.14469) keeps the neighbours of attended entries for that reason.
+    Neighbours are the ``reach`` entries before it and the ``before`` ones after it. What a question attends to is where
+    an answer begins; the answer's later tokens need what stands after it, and what is read there rests on what stands
+    before it. SnapKV (arXiv 2404.14469) keeps the neighbours of attended entries for that reason.
     """
     entries = attention.shape[1]
-    padded = mx.pad(attention, [(0, 0), (reach, 0)])
-    return mx.stack([padded[:, start : start + entries] for start in range(reach + 1)]).max(axis=0)
+    padded = mx.pad(attention, [(0, 0), (reach, before)])
+    return mx.stack([padded[:, start : start + entries] for start in range(reach + before + 1)]).max(axis=0)
 
 
 def attention_of_end(model: KVPModel, x: mx.array, cache: Cache, span: Span, pace: Pace | None) -> Steps[mx.array]:

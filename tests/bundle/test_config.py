@@ -41,6 +41,7 @@ def test_format_1_keeps_its_share_and_gets_the_values_that_were_the_codes(tmp_pa
         "asks": "base",
         "attention_weight": 0.5,
         "attention_reach": 12,
+        "attention_reach_before": 0,
         "lower_layers": 2 / 3,
         "upper_from": 0.25,
     }
@@ -102,6 +103,7 @@ def test_what_neither_format_has_is_refused_by_name(changes: dict, named: str, t
         {"attention_weight": -1.0},
         {"attention_weight": float("inf")},
         {"attention_reach": -1},
+        {"attention_reach_before": -1},
         {"lower_layers": 0.0},
         {"lower_layers": 1.1},
         {"upper_from": 1.0},

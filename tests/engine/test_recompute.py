@@ -111,6 +111,15 @@ def test_what_stands_after_an_attended_token_counts_as_attended():
     assert found[1, 19] == np.float32(0.9)
 
 
+def test_what_stands_before_an_attended_token_can_count_too():
+    one = np.zeros((1, 20), dtype=np.float32)
+    one[0, 1], one[0, 12] = 0.1, 0.5
+    found = np.array(reached(mx.array(one), 2, 4))[0]
+    assert found[:4] == pytest.approx([0.1] * 4)
+    assert found[8:15] == pytest.approx([0.5] * 7)
+    assert not found[[4, 5, 6, 7, *range(15, 20)]].any()
+
+
 def test_what_the_end_attends_to_decides_where_all_deviate_alike():
     model, _ = repairing("llama prefix")
     model.predictor.deviation.linear.weight = mx.zeros_like(model.predictor.deviation.linear.weight)
