@@ -73,12 +73,13 @@ def carry_out(
 
 
 def setting(model: KVPModel, name: str, dial: Dial) -> dict[str, Any]:
-    """Return what rows depend on beside their task: our version, the weights, the share recomputed, the machine."""
-    machine = describe_machine()
+    """Return what rows depend on beside their task: our version, the weights, what is recomputed, the machine."""
+    machine, recompute = describe_machine(), model.config.recompute
     return {
         "kvp_mlx": __version__,
         **weights(model, name),
         "recompute": dial.share(model.config),
+        "choice": None if recompute is None else recompute.model_dump(exclude={"share"}),
         **{key: machine[key] for key in ("chip", "device", "mlx", "mlx_lm")},
         "blas_threads": openblas_threads(),
     }

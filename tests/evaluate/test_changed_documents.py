@@ -91,6 +91,17 @@ def test_a_changed_row_of_a_log_is_named(line: str, bundle: Path, tmp_path: Path
     assert "line 3" in kvp(*common).err
 
 
+def test_a_log_is_of_one_way_to_choose_tokens(bundle: Path, tmp_path: Path, kvp: Kvp) -> None:
+    common = ("eval", "needle", bundle, "--prompt-tokens", 64, "--limit", 1, "--log", tmp_path / "log.jsonl")
+    assert kvp(*common).code == 0
+    config = json.loads((bundle / "kvp.json").read_text())
+    config["recompute"]["lower_layers"] = 1.0
+    (bundle / "kvp.json").write_text(json.dumps(config))
+    outcome = kvp(*common)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "other data, options, model" in outcome.err
+
+
 @pytest.mark.parametrize("line", ["x", "[]", '{"step": "1"}', "[" * 5000])
 def test_a_changed_line_of_a_runs_log_is_named(
     line: str, run: Path, finished: tuple[Path, Path], starts: dict[str, Path], base_dir: Path, kvp: Kvp
