@@ -144,8 +144,8 @@ def dial(
     questions: Annotated[
         list[str] | None,
         typer.Option(
-            help="In place of --data, questions about documents, whose answers are scored: JSONL (also .gz) with "
-            "title, context, question and answers; repeatable."
+            help="In place of --data, questions about documents; full prefill's own answers to them are scored: JSONL "
+            "(also .gz) with title, context, question and answers; repeatable."
         ),
     ] = None,
     prompt_tokens: PromptLengths = "384",

@@ -13,6 +13,7 @@ from ..bundle.config import MeasuredDial, read_config
 from ..bundle.loading import KVPModel
 from ..bundle.named import DATA, NAMED
 from ..engine.context import Context
+from ..engine.decode import Answer, decode_alone
 from ..engine.dial import Dial
 from ..engine.prefill import Progress
 from ..engine.prompt import check_window
@@ -30,12 +31,15 @@ def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (
     return [Dial("full", 0, 0), *(Dial("kvp", head, tail, share) for head, tail, share in combinations)]
 
 
-Followed = tuple[list[int], list[int]]
-"""Token ids of a prompt, and of what follows it."""
+Followed = tuple[list[int], list[int] | None]
+"""Token ids of a prompt, and of what follows it; None is the answer that full prefill gives."""
 
 
 def questions_of(model: KVPModel, places: Sequence[str], tokens: int, seed: int, limit: int) -> list[Followed]:
-    """Return questions about documents, prompts of up to ``tokens`` tokens, each with its first accepted answer.
+    """Return questions about documents, prompts of up to ``tokens`` tokens.
+
+    What follows is left to full prefill: its own answers tell the dials apart by fewer prompts than accepted ones do,
+    which may be unlikely whichever way the prompt is read.
 
     Args:
         model: the bundle.
@@ -48,11 +52,15 @@ def questions_of(model: KVPModel, places: Sequence[str], tokens: int, seed: int,
         InputError: unusable data, or more tokens than the context window holds.
     """
     check_window(model, tokens)
-    tokenizer = model.text_tokenizer
-    return [
-        (ANSWER.encode(model, item), tokenizer.encode(f" {item.answers[0]}", add_special_tokens=False))
-        for item in islice(items(places, tokenizer, [tokens], seed), limit)
-    ]
+    found = islice(items(places, model.text_tokenizer, [tokens], seed), limit)
+    return [(ANSWER.encode(model, item), None) for item in found]
+
+
+def own_answer(model: KVPModel, prompt: list[int], cache: Cache) -> list[int]:
+    """Return the tokens of the base's greedy answer, its end included, on a cache of all prompt tokens but the last."""
+    answer = Answer(prompt[-1], cache, None, model.text_tokenizer, ANSWER.stop, ANSWER.max_tokens)
+    decode_alone(model.base, [answer])
+    return answer.tokens
 
 
 def measure_dials(
@@ -78,13 +86,15 @@ def measure_dials(
     times: dict[Dial, list[float]] = {choice: [] for choice in choices}
     for choice in choices:
         read_by(model, documents[0][0], choice)
-    for number, (prompt, following) in enumerate(documents):
-        rest = [prompt[-1], *following]
-        losses["no_context"].append(token_losses(model.base, make_prompt_cache(model.base), rest).mean())
+    for number, (prompt, given) in enumerate(documents):
+        rest = [prompt[-1], *(given or [])]
         for choice in choices:
             ttft_ms, cache = read_by(model, prompt, choice)
+            if len(rest) == 1:  # full prefill, which comes first
+                rest += own_answer(model, prompt, cache)
             times[choice].append(ttft_ms)
             losses[str(choice)].append(token_losses(model.base, cache, rest).mean())
+        losses["no_context"].append(token_losses(model.base, make_prompt_cache(model.base), rest).mean())
         progress(number + 1, len(documents))
     nll = {name: float(np.mean(values)) for name, values in losses.items()}
     recovery = recoveries(nll | {"full": nll[str(choices[0])]})

@@ -5,15 +5,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import Kvp
+from mlx_lm.models.cache import make_prompt_cache
 from support.directories import TEXT
 
 import kvp_mlx
+from kvp_mlx.arms.kinds import parse_arm
 from kvp_mlx.bundle.config import MeasuredDial, read_config
 from kvp_mlx.bundle.named import ALIAS, DATA
-from kvp_mlx.evaluate.trade_off import questions_of, soonest, store_dials
+from kvp_mlx.engine.prefill import base_prefill
+from kvp_mlx.evaluate.answer import Question, generate
+from kvp_mlx.evaluate.trade_off import own_answer, questions_of, soonest, store_dials
 from kvp_mlx.train.loop import TrainOptions
+from kvp_mlx.train.recovery import token_losses
 from kvp_mlx.train.run import train_bundle
 
 
@@ -140,10 +147,19 @@ def test_answers_are_scored_in_place_of_text(bundle: Path, options: tuple, tmp_p
     model = kvp_mlx.load(str(bundle))
     asked_items = questions_of(model, [str(tmp_path / "asked.jsonl")], 300, 1, 3)
     assert full["prompt_tokens"] == round(sum(len(prompt) for prompt, _ in asked_items) / 3)
+    gains = []
     for prompt, answer in asked_items:
-        text = model.text_tokenizer.decode(prompt)
-        assert text.rstrip().endswith("Answer:")
-        assert model.text_tokenizer.decode(answer).strip() == "word"
+        assert answer is None
+        assert model.text_tokenizer.decode(prompt).rstrip().endswith("Answer:")
+        head = base_prefill(model, mx.array([prompt[:-1]]))
+        own = own_answer(model, prompt, head)
+        (expected,) = generate(model, [Question(parse_arm("full"), prompt)], stop=("\n",), max_tokens=32)
+        assert own == expected[0].tokens
+        losses = [
+            token_losses(model.base, cache, [prompt[-1], *own]) for cache in (make_prompt_cache(model.base), head)
+        ]
+        gains.append(losses[0].mean() - losses[1].mean())
+    assert full["context_gain"] == pytest.approx(np.mean(gains), abs=1e-3)
 
     for wrong in ((*asked, *options[:2]), ()):
         outcome = kvp("eval", "dial", bundle, *wrong)
