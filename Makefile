@@ -98,7 +98,7 @@ ifeq (,$(findstring --dry-run,$(OPTIONS)))
 	@$(MAKE) report
 endif
 
-report: ## the page and the picture of the evaluation, from its JSON documents
+report: setup ## the page and the picture of the evaluation, from its JSON documents
 	@test ! -e $(PICTURED)/squad.json || $(EVAL) pareto $(PICTURED)/squad.json --plot $(dir $(PAGE))pareto-squad.png
 	@$(EVAL) report $(REPORTED) --out $(PAGE)
 

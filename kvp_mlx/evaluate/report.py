@@ -12,14 +12,14 @@ from .document import Document, checked_document
 from .task import Task
 from .tasks import all_tasks
 
-INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `make evaluate DATA=folder`; but for notes below
-a table nothing here is written by hand, and what speaks against the method stands as well. Brackets are 95 % bootstrap
-intervals over items (differences and shares: paired). TTFT is the median over the items as they were measured, other
-arms in turn. A share behind `lazy`, `spec`, `static` or `random` was chosen beforehand, up to 0.95, so that its
-measured TTFT came closest to the predicted arm's at the task's median prompt length; how close it came in the run is
-told with it, and those at most a tenth slower count as equally fast. "No work saved": so short are the prompts that
-what is read exactly leaves nothing to predict, or too little. The full model gets next to nothing right in some tasks
-(its own column says which): there, nothing can be learnt about prediction."""
+INTRODUCTION = """Made by `kvp eval report` from the JSON documents of `kvp eval suite` and `kvp eval TASK --out`; but
+for notes below a table nothing here is written by hand, and what speaks against the method stands as well. Brackets
+are 95 % bootstrap intervals over items (differences and shares: paired). TTFT is the median over the items as they
+were measured, other arms in turn. A share behind `lazy`, `spec`, `static` or `random` was chosen beforehand, up to
+0.95, so that its measured TTFT came closest to the predicted arm's at the task's median prompt length; how close it
+came in the run is told with it, and those at most a tenth slower count as equally fast. "No work saved": so short are
+the prompts that what is read exactly leaves nothing to predict, or too little. The full model gets next to nothing
+right in some tasks (its own column says which): there, nothing can be learnt about prediction."""
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
