@@ -88,10 +88,17 @@ class AuxiliaryConfig(_Part):
 
 
 class PredictorConfig(_Part):
-    """What the maps read, and for each base layer which auxiliary layers' (null: the entries are exact)."""
+    """What the maps read, and for each base layer which auxiliary layers' (null: the entries are exact).
+
+    Attributes:
+        input: what they read of a layer.
+        layer_map: the layers.
+        preceding: of how many tokens before each one they read that, too: a causal convolution.
+    """
 
     input: Literal["hidden_state", "keys_values"]
     layer_map: tuple[Sources | None, ...] = Field(min_length=1)
+    preceding: NonNegativeInt = 0
 
 
 class RecomputeConfig(_Part):

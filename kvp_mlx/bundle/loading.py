@@ -274,6 +274,7 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
             targets_of(auxiliary),
             hidden_size(base if config.auxiliary.kind == "prefix" else auxiliary),
             targets_of(base),
+            config.predictor.preceding,
         ),
         has_deviation=config.recompute is not None,
     )

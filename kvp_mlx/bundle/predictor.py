@@ -28,9 +28,10 @@ class Block:
         name: the map's name in predictor.safetensors.
         reads: what it reads of the sources: ``hidden``, or the name of a target of theirs.
         sources: auxiliary layers whose readings are concatenated, in order.
-        in_width: features of that concatenation.
+        in_width: features of that concatenation, of a token and of those before it that count.
         targets: what it yields, ``(base layer, name, width)``, in order.
         last: how many of a prompt's last positions need it (None: all).
+        preceding: how many tokens before each one count.
     """
 
     name: str
@@ -39,17 +40,31 @@ class Block:
     in_width: int
     targets: tuple[tuple[int, str, int], ...]
     last: int | None = None
+    preceding: int = 0
 
     @property
     def out_width(self) -> int:
         """Features of all targets together."""
         return sum(width for _, _, width in self.targets)
 
-    def gather(self, captured: dict[int, RawLayer]) -> mx.array:
-        """Return the map's input ``(B, T, in_width)``."""
+    def gather(self, captured: dict[int, RawLayer], before: mx.array | None = None) -> mx.array:
+        """Return the map's input ``(B, T, in_width)``; ``before`` is that of the tokens before these.
+
+        A token's own features come first, then those of the one before it, and so on. Where nothing stands before, the
+        first token takes its place.
+        """
         layers = [captured[source] for source in self.sources]
         parts = [layer.hidden if self.reads == "hidden" else layer.raw[self.reads] for layer in layers]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        x = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        if not self.preceding:
+            return x
+        (batch, tokens, width), count = x.shape, self.preceding
+        if before is None:
+            ahead = mx.broadcast_to(x[:, :1], (batch, count, width))
+        else:
+            ahead = before[:, -1].reshape(batch, count + 1, width)[:, :count][:, ::-1]
+        padded = mx.concatenate([ahead, x], axis=1)
+        return mx.concatenate([padded[:, count - n : count - n + tokens] for n in range(count + 1)], axis=-1)
 
 
 def plan_blocks(
@@ -58,6 +73,7 @@ def plan_blocks(
     auxiliary: Sequence[tuple[Target, ...]],
     hidden: int,
     base: Sequence[tuple[Target, ...]],
+    preceding: int = 0,
 ) -> list[Block]:
     """Group the base layers by source.
 
@@ -67,6 +83,7 @@ def plan_blocks(
         auxiliary: targets of the auxiliary's layers.
         hidden: width of the auxiliary's residual stream.
         base: targets of the base's layers.
+        preceding: how many tokens before each one are read, too.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for layer, sources in enumerate(layer_map):
@@ -83,7 +100,7 @@ def plan_blocks(
             width = hidden * len(sources)
             if reads != "hidden":
                 width = sum(target.width for source in sources for target in auxiliary[source] if target.name == reads)
-            blocks.append(Block(name, reads, sources, width, tuple(own), last))
+            blocks.append(Block(name, reads, sources, (1 + preceding) * width, tuple(own), last, preceding))
     return blocks
 
 
@@ -136,9 +153,14 @@ class Predictor(nn.Module):
         """The auxiliary layers that have to be listened to."""
         return sorted({source for block in self._blocks for source in block.sources})
 
-    def inputs(self, captured: dict[int, RawLayer]) -> dict[str, mx.array]:
-        """Return each map's input ``(B, T, in)`` from what the sources' projections read and returned."""
-        return {block.name: block.gather(captured) for block in self._blocks}
+    def inputs(self, captured: dict[int, RawLayer], before: dict[str, mx.array] | None = None) -> dict[str, mx.array]:
+        """Return each map's input ``(B, T, in)`` from what the sources' projections read and returned.
+
+        Args:
+            captured: of the sources.
+            before: the inputs of the tokens right before these; None: these are the first that are read.
+        """
+        return {block.name: block.gather(captured, before and before[block.name]) for block in self._blocks}
 
     def keep_part(self, widths: dict[tuple[int, str], int], rank: int) -> None:
         """Keep the rows that predict one host's part of each target; see ``models.sharding``.

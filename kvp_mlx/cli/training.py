@@ -37,6 +37,15 @@ Prefixes = Annotated[
 Auxiliary = Annotated[Path | None, typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser.")]
 Prune = Annotated[float | None, typer.Option("--prune", help="Keep 0.75, 0.5 or 0.25 of the base's layers.")]
 Sources = Annotated[int, typer.Option("--sources", min=1, help="Auxiliary layers that each base layer reads.")]
+Preceding = Annotated[
+    int | None,
+    typer.Option(
+        "--preceding",
+        min=0,
+        max=8,
+        help="Tokens before each one that the maps read, too.  [default: 1 for a prefix, else 0]",
+    ),
+]
 Window = Annotated[int, typer.Option("--window", min=1, max=MOST, help="Tokens per window.")]
 Penalty = Annotated[float, typer.Option("--penalty", help="Ridge penalty, relative to the inputs' mean square.")]
 
@@ -49,6 +58,7 @@ def fit(
     auxiliary: Auxiliary = None,
     prune: Prune = None,
     sources: Sources = 1,
+    preceding: Preceding = None,
     tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of text to read.")] = 200_000,
     window: Window = 512,
     penalty: Penalty = 1e-4,
@@ -61,7 +71,13 @@ def fit(
     Ridge regression from what the auxiliary reads to the base's keys and values.
     """
     prefixes = [None] if layers is None else sorted(set(parse_numbers(layers, "--layers")))
-    common: dict[str, Any] = {"tokens": tokens, "window": window, "penalty": penalty, "seed": seed}
+    common: dict[str, Any] = {
+        "preceding": preceding,
+        "tokens": tokens,
+        "window": window,
+        "penalty": penalty,
+        "seed": seed,
+    }
     bar = progress_bar("fitting: the base is loaded, then tokens are read")
     with clean_stdout(json), scratch_directory() as scratch, bar as progress:
         place = scratch / "out" if launched_rank() else out  # the first host's is kept
@@ -94,6 +110,7 @@ def train(
     auxiliary: Auxiliary = None,
     prune: Prune = None,
     sources: Sources = 1,
+    preceding: Preceding = None,
     start: Annotated[str | None, typer.Option(help="Bundle to go on from, instead of a ridge fit.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the killed run that was writing --out.")] = False,
     fit_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens that the ridge fit reads first.")] = 20_000,
@@ -169,7 +186,7 @@ def train(
     fitting = (
         None
         if start is not None or resume
-        else FitOptions(layers, auxiliary, prune, sources, fit_tokens, window, seed=seed)
+        else FitOptions(layers, auxiliary, prune, sources, preceding, fit_tokens, window, seed=seed)
     )
     with clean_stdout(json), scratch_directory() as scratch, display() as (phase, progress):
 

@@ -33,13 +33,16 @@ class AuxiliaryReading:
         self.x, captured = run_layers(view, self.x, cache[layers], [number - layers.start for number in numbers])
         self.captured |= {number: captured[number - layers.start] for number in numbers}
 
-    def inputs(self, model: KVPModel, cache: Cache) -> dict[str, mx.array]:
-        """Return the predictor's inputs when all layers have run; an exact prefix listens to one layer more."""
+    def inputs(self, model: KVPModel, cache: Cache, before: dict[str, mx.array] | None = None) -> dict[str, mx.array]:
+        """Return the predictor's inputs when all layers have run; an exact prefix listens to one layer more.
+
+        ``before`` are those of the tokens right before, if they were read.
+        """
         if model.has_exact_prefix:
             end = read_layers(model)
             _, last = run_layers(section(model.auxiliary, end, end + 1), self.x, cache[end:], [0])
             self.captured[end] = last[0]
-        return model.predictor.inputs(self.captured)
+        return model.predictor.inputs(self.captured, before)
 
 
 @dataclass
@@ -97,6 +100,7 @@ def reading_parts(
     rows: int,
     cache: Cache,
     pace: Pace | None,
+    before: dict[str, mx.array] | None = None,
 ) -> Steps[list[ReadPart]]:
     """Let the auxiliary read a chunk (B, T) on top of its ``cache``; returns its parts, evaluated.
 
@@ -106,6 +110,7 @@ def reading_parts(
         rows: all that the prompt has (batch times tokens), for ``side_by_side``.
         cache: the auxiliary's.
         pace: pause between groups of layers, too.
+        before: the predictor's inputs of the chunk before.
     """
     layers = read_layers(model)
     started: list[tuple[Any, mx.array, AuxiliaryReading]] = []
@@ -123,7 +128,7 @@ def reading_parts(
     with side_by_side(rows):
         for stream, part, reading in started:
             with mx.stream(stream):
-                inputs = reading.inputs(model, cache)
+                inputs = before = reading.inputs(model, cache, before)
             if model.has_exact_prefix:
                 read.append(ReadPart(stream, inputs, reading.x, reading.captured[layers].hidden))
             else:

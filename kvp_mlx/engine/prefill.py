@@ -144,13 +144,14 @@ def predicting(
     tally = Tally(progress, tokens, tokens * layers + repair)
     read: list[ReadPart] = []
     deviations: list[mx.array] = []
-    output = None
+    output = before = None
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
         for chunk, done in chunks(ids, prefill_step_size):
             chunk_steps = predicting_chunk(
-                model, chunk, ids.shape[1] - done, ids.size, cache, auxiliary_cache, times, share > 0, pace
+                model, chunk, ids.shape[1] - done, ids.size, cache, auxiliary_cache, times, share > 0, pace, before
             )
             chunk_parts, estimates = yield from chunk_steps
+            before = chunk_parts[-1].inputs
             if is_repaired:
                 read += chunk_parts
                 deviations += estimates
@@ -230,13 +231,15 @@ def predicting_chunk(
     times: PrefillTimes,
     is_estimated: bool,
     pace: Pace | None,
+    before: dict[str, mx.array] | None,
 ) -> Steps[tuple[list[ReadPart], list[mx.array]]]:
     """Read a chunk (B, T), part by part, and append its prediction to the base's ``cache``, evaluated.
 
     Returns its parts, and with ``is_estimated`` the estimated deviations of each. ``following`` are the prompt's tokens
-    after the chunk; ``rows`` are all that it has, for ``side_by_side``.
+    after the chunk; ``rows`` are all that it has, for ``side_by_side``; ``before`` are the predictor's inputs of the
+    chunk before.
     """
-    reading = reading_parts(model, chunk, rows, auxiliary_cache, pace)
+    reading = reading_parts(model, chunk, rows, auxiliary_cache, pace, before)
     read = yield from _timed(reading, times, "auxiliary_prefill_ms")
     start, deviations, following = time.perf_counter(), [], following + chunk.shape[1]
     with side_by_side(rows):

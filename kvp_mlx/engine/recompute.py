@@ -130,12 +130,10 @@ def repairing(
         return 0, None
     asking = settings.asking_tokens
     last = min(lower.tokens - exact_head, max(exact_tail, asking))
-    harm = mx.zeros((batch, tokens)) if deviations is None else deviations
     if is_asked(settings, lower.tokens - exact_head, last):
         attention = yield from attention_of_end(model, x[:, -asking:], cache, lower, pace)
-    if attention is not None:
-        seen = reached(attention, settings.attention_reach, settings.attention_reach_before)
-        harm = harm + settings.attention_weight * mx.log(seen[:, -tokens:] + 1e-9)
+    harm = mx.zeros((batch, tokens)) if deviations is None else deviations
+    harm = weighed_by_attention(model, harm, attention)
     if model.hosts is not None:  # each has looked at its own heads
         with mx.stream(generation_stream):
             harm = model.hosts.largest(harm)
@@ -171,6 +169,15 @@ def is_asked(settings: RecomputeConfig, wanted: int, last: int) -> bool:
     That reads ``asking_tokens``, so it is left out where fewer than that are to be chosen.
     """
     return settings.asks == "base" and wanted - last >= settings.asking_tokens
+
+
+def weighed_by_attention(model: KVPModel, harm: mx.array, attention: mx.array | None) -> mx.array:
+    """Return the harm ``(B, T)``, a logarithm, with that of the attention ``(B, S)`` which the newest T entries get."""
+    if attention is None:
+        return harm
+    settings = settings_of(model)
+    seen = reached(attention, settings.attention_reach, settings.attention_reach_before)
+    return harm + settings.attention_weight * mx.log(seen[:, -harm.shape[1] :] + 1e-9)
 
 
 def largest(x: mx.array, count: int) -> mx.array:

@@ -43,6 +43,7 @@ class FitOptions:
         auxiliary: mlx-lm model directory of the same tokeniser.
         prune: fraction of base layers that a layer-pruned auxiliary keeps.
         sources: auxiliary layers that each base layer reads (kinds ``model`` and ``pruned``).
+        preceding: tokens before each one that the maps read as well; None: one for a prefix, else none.
         tokens: how much text to read.
         window: tokens per window.
         penalty: ridge penalty relative to the mean square of the inputs.
@@ -53,6 +54,7 @@ class FitOptions:
     auxiliary: Path | None = None
     prune: float | None = None
     sources: int = 1
+    preceding: int | None = None
     tokens: int = 200_000
     window: int = 512
     penalty: float = 1e-4
@@ -120,7 +122,8 @@ def fit_bundles(
             work = places[-1].enter_context(atomic_directory(out))
             auxiliary_config = write_auxiliary(base, base_path, options, work)
             reference = base_reference(base_name, base_path, mark_of(base, tokenizer))
-            config = bundle_config(reference, base, auxiliary_config, layer_map)
+            preceding = int(options.layers is not None) if options.preceding is None else options.preceding
+            config = bundle_config(reference, base, auxiliary_config, layer_map, preceding)
             auxiliary = load_auxiliary(base, config, work)
             predictor = build_predictor(base, auxiliary, config)
             if auxiliary_config.kind != "prefix":
@@ -250,12 +253,12 @@ def base_reference(name: str, path: Path, mark: ModelMark) -> BaseConfig:
 
 
 def bundle_config(
-    reference: BaseConfig, base: nn.Module, auxiliary: AuxiliaryConfig, layer_map: LayerMap
+    reference: BaseConfig, base: nn.Module, auxiliary: AuxiliaryConfig, layer_map: LayerMap, preceding: int = 0
 ) -> BundleConfig:
     """Describe the bundle: its base, its auxiliary, which layers the maps read, and what can be recomputed."""
     recompute = None if fixed_kinds(base) else RecomputeConfig()
     reads: Any = HIDDEN_STATE if auxiliary.kind == "prefix" else KEYS_VALUES
-    predictor = PredictorConfig(input=reads, layer_map=layer_map)
+    predictor = PredictorConfig(input=reads, layer_map=layer_map, preceding=preceding)
     return BundleConfig(base=reference, auxiliary=auxiliary, predictor=predictor, recompute=recompute)
 
 

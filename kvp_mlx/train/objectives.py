@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache
 
 from ..bundle.loading import KVPModel
+from ..engine.recompute import attention_of_prefix, settings_of, weighed_by_attention
 from ..errors import InputError
 from ..models.entries import append_raw, compared, open_caches
 from ..models.families import Cache, LayerCache, kinds_of
@@ -238,13 +239,21 @@ def student_cache(model: KVPModel, reading: Reading, predicted: dict[int, RawOut
 def with_true_entries(
     model: KVPModel, teacher: Teacher, reading: Reading, cache: Cache, split: int, share: float
 ) -> Cache:
-    """Return the cache of the first ``split`` positions with the base's own entries of those that deviate most.
+    """Return the cache of the first ``split`` positions with the base's own entries where recomputation puts them.
 
-    They are the ``share`` of tokens that recomputation takes first, so that training spends nothing on them.
+    They are those of the last tokens, which ask and are an exact tail, and of the ``share`` of the others that would do
+    most harm, so that training spends nothing on them. Where the base is asked what the end attends to, which takes a
+    pass of its own, the estimate alone decides. Half of a short text is predicted in any case.
     """
-    deviations = model.predictor.deviations({name: x[:, :split] for name, x in reading.inputs.items()})
-    least = mx.sort(deviations, axis=1)[:, split - max(1, round(share * split)), None]
-    is_true = (deviations >= least)[:, None, :, None]  # (B, 1, split, 1)
+    settings = settings_of(model)
+    harm, attention = model.predictor.deviations({name: x[:, :split] for name, x in reading.inputs.items()}), None
+    if reading.behind is not None and settings.asks == "prefix":
+        attention = attention_of_prefix(model, reading.behind[:, :split], cache)
+    tail = min(settings.asking_tokens, split // 2)
+    harm = weighed_by_attention(model, harm, attention)
+    harm = mx.where(mx.arange(split) < split - tail, harm, mx.inf)
+    least = mx.sort(harm, axis=1)[:, split - tail - max(1, round(share * (split - tail))), None]
+    is_true = (harm >= least)[:, None, :, None]  # (B, 1, split, 1)
     true, merged = open_caches(model.base), list(cache)
     raw = {layer: {kind: x[:, :split] for kind, x in outputs.items()} for layer, outputs in teacher.raw.items()}
     append_raw(model.base, raw, true)

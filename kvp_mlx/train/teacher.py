@@ -7,6 +7,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
+from ..engine.recompute import first_layer
 from ..models.entries import open_caches
 from ..models.families import Cache
 from ..models.kinds import RawOutputs
@@ -39,11 +40,13 @@ class Reading:
         inputs: the predictor's inputs (B, T, in) by map.
         cache: the entries of the layers that a prefix shares with the base; empty for the other kinds.
         hidden: the auxiliary's own output (B, T, hidden), normed; not evaluated unless asked for.
+        behind: what the projections of the layer behind an exact prefix read (B, T, hidden); else None.
     """
 
     inputs: dict[str, mx.array]
     cache: Cache
     hidden: mx.array
+    behind: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,21 @@ def exact_layers(model: KVPModel) -> int:
 
 def teach(model: KVPModel, batch: Batch) -> Teacher:
     """Run the base over a batch, in chunks, and evaluate the results."""
-    exact = exact_layers(model)
+    exact, first = exact_layers(model), first_layer(model)
     below = section(model.base, 0, exact) if exact else None
     cache: Cache = make_prompt_cache(model.base)
-    parts = []
+    parts, inputs = [], None
     for start in range(0, batch.ids.shape[1], CHUNK):
-        x, inputs = batch.ids[:, start : start + CHUNK], {}
+        x, behind = batch.ids[:, start : start + CHUNK], None
         if below is not None:
-            x, captured = run_layers(below, x, cache[:exact], model.predictor.sources)
-            inputs = model.predictor.inputs(captured)
+            x, captured = run_layers(below, x, cache[:exact], [*model.predictor.sources, first])
+            inputs, behind = model.predictor.inputs(captured, inputs), captured[first].hidden
         streams, layers = run_streams(model.base, x, cache, exact, listen=True)
         raw = {layer: one.raw for layer, one in layers.items()}
-        parts.append((streams, inputs, raw))
+        parts.append((streams, inputs or {}, raw, [] if behind is None else [behind]))
         mx.eval(parts[-1], [layer.state for layer in cache])
-    streams, inputs, raw = tree_map(lambda *chunks: mx.concatenate(chunks, axis=1), *parts)
-    return Teacher(streams, raw, Reading(inputs, cache[:exact], streams[-1]) if exact else None)
+    streams, inputs, raw, behind = tree_map(lambda *chunks: mx.concatenate(chunks, axis=1), *parts)
+    return Teacher(streams, raw, Reading(inputs, cache[:exact], streams[-1], *behind) if exact else None)
 
 
 def read(model: KVPModel, ids: mx.array) -> Reading:

@@ -56,9 +56,18 @@ SETUPS = {
     "openelm prefix": lambda: prefixed(openelm(), 1),
     "8-bit llama prefix": lambda: prefixed(quantised(llama()), 1),
     "openelm prefix, two sources": lambda: prefixed(openelm(), 1, (None, None, (0, 1), (1, 0))),
+    "llama prefix, a token before": lambda: prefixed(llama(), 1, preceding=1),
+    "openelm prefix, three tokens before": lambda: prefixed(openelm(), 1, preceding=3),
+    "openelm from openelm, a token before": lambda: paired(openelm(), small_openelm(), ONE_SOURCE, preceding=1),
     "openelm prefix from keys and values": lambda: prefixed(openelm(), 1, reads="keys_values"),
 }
-KINDS = ["llama from openelm, two sources", "pruned openelm", "llama prefix", "openelm prefix"]
+KINDS = [
+    "llama from openelm, two sources",
+    "pruned openelm",
+    "llama prefix",
+    "openelm prefix",
+    "llama prefix, a token before",
+]
 
 
 @functools.cache

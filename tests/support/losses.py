@@ -66,10 +66,7 @@ def consistency(oracle: KVPrediction, ids: np.ndarray) -> float:
         if sources is None:
             continue
         for kind in ("keys", "values"):
-            weight, bias = oracle.maps[layer, kind]
-            name = "hidden" if oracle.reads == "hidden_state" else kind
-            inputs = np.concatenate([getattr(read[source], name) for source in sources], axis=-1)
-            pair = inputs @ weight.T + bias, getattr(true[layer], kind)
+            pair = oracle.mapped(layer, kind, read), getattr(true[layer], kind)
             if kind == "keys":
                 pair = tuple(_normed(oracle.base, layer, keys) for keys in pair)
             total += np.abs(pair[0] - pair[1]).mean()
@@ -92,4 +89,4 @@ def with_updates(oracle: KVPrediction, updates: dict[str, np.ndarray], scale: fl
         down, up = (updates[f"{owner}.{part}"].astype(np.float64) for part in ("lora_a", "lora_b"))
         weights[f"{owner}.weight"] = weights[f"{owner}.weight"] + scale * (down @ up).T
     reader = Llama(oracle.base.config, weights)
-    return KVPrediction(oracle.base, reader, oracle.layer_map, oracle.reads, oracle.maps)
+    return KVPrediction(oracle.base, reader, oracle.layer_map, oracle.reads, oracle.maps, oracle.preceding)

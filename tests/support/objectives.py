@@ -54,6 +54,8 @@ MODELS: dict[str, Callable[[], tuple[KVPModel, KVPrediction]]] = {
     "pruned": lambda: paired(openelm(), pruned(openelm(), [0, 2]), [(0,), (0,), (1,), (1,)], retained=[0, 2]),
     "two sources": lambda: paired(llama(), small_llama(), [(0, 1), (0, 1), (1, 2), (1, 2)]),
     "prefix with updates": adapted,
+    "prefix, two tokens before": lambda: prefixed(llama(), 1, preceding=2),
+    "model, one token before": lambda: paired(llama(), small_llama(), [(0,), (0,), (1,), (2,)], preceding=1),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 

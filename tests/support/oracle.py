@@ -287,6 +287,7 @@ class KVPrediction:
         layer_map: per base layer its source layers, or None where the layer's own entries are kept (prefix).
         reads: "keys_values" (keys from keys, values from values) or "hidden_state" (both from the hidden state).
         maps: one pair of linear maps per predicted base layer.
+        preceding: of how many tokens before each one the maps read as much, the nearest first.
     """
 
     base: Transformer
@@ -294,6 +295,7 @@ class KVPrediction:
     layer_map: Sequence[tuple[int, ...] | None]
     reads: str
     maps: Maps
+    preceding: int = 0
 
     @property
     def is_prefix(self) -> bool:
@@ -314,13 +316,16 @@ class KVPrediction:
             if sources is None:
                 predicted.append(read.cache[layer])
                 continue
-            keys, values = (self._mapped(layer, kind, read.readings) for kind in ("keys", "values"))
+            keys, values = (self.mapped(layer, kind, read.readings) for kind in ("keys", "values"))
             past = cache[layer] if cache else None
             predicted.append(self.base.append(layer, past, keys, values, positions))
         return predicted, predicted if self.is_prefix else read.cache
 
-    def _mapped(self, layer: int, kind: str, readings: Sequence[Reading]) -> np.ndarray:
+    def mapped(self, layer: int, kind: str, readings: Sequence[Reading]) -> np.ndarray:
+        """Return a layer's raw keys or values (B, T, width) as its map makes them of what the auxiliary read."""
         weight, bias = self.maps[layer, kind]
         attribute = "hidden" if self.reads == "hidden_state" else kind
         read = np.concatenate([getattr(readings[source], attribute) for source in self.layer_map[layer]], axis=-1)
-        return read @ weight.T + bias
+        places = np.arange(read.shape[1])
+        near = [read[:, np.maximum(places - back, 0)] for back in range(self.preceding + 1)]
+        return np.concatenate(near, axis=-1) @ weight.T + bias

@@ -129,6 +129,7 @@ def paired(
     *,
     reads: str = "keys_values",
     retained: Sequence[int] | None = None,
+    preceding: int = 0,
     **parts: Any,
 ) -> tuple[KVPModel, KVPrediction]:
     """Return a KVPModel with random maps, kind ``model`` (or ``pruned``, with ``retained``), and its oracle."""
@@ -138,19 +139,26 @@ def paired(
         retained_layers=tuple(retained) if retained else None,
     )
     base_oracle, auxiliary_oracle = oracle_of(base), oracle_of(auxiliary)
-    maps = _random_maps(base_oracle, auxiliary_oracle, layer_map, reads)
-    oracle = KVPrediction(base_oracle, auxiliary_oracle, layer_map, reads, maps)
+    maps = _random_maps(base_oracle, auxiliary_oracle, layer_map, reads, preceding)
+    oracle = KVPrediction(base_oracle, auxiliary_oracle, layer_map, reads, maps, preceding)
     return _assembled(base, auxiliary, config, oracle, **parts), oracle
 
 
 def prefixed(
-    base: nn.Module, layers: int, layer_map: LayerMap | None = None, *, reads: str = "hidden_state", **parts: Any
+    base: nn.Module,
+    layers: int,
+    layer_map: LayerMap | None = None,
+    *,
+    reads: str = "hidden_state",
+    preceding: int = 0,
+    **parts: Any,
 ) -> tuple[KVPModel, KVPrediction]:
     """Return a KVPModel of kind ``prefix`` with random maps, and its oracle."""
     oracle = oracle_of(base)
     if layer_map is None:
         layer_map = [None if layer <= layers else (layers,) for layer in range(oracle.depth)]
-    oracle = KVPrediction(oracle, oracle, layer_map, reads, _random_maps(oracle, oracle, layer_map, reads))
+    maps = _random_maps(oracle, oracle, layer_map, reads, preceding)
+    oracle = KVPrediction(oracle, oracle, layer_map, reads, maps, preceding)
     config = AuxiliaryConfig(kind="prefix", layers=layers)
     return _assembled(base, prefix_model(base, layers), config, oracle, **parts), oracle
 
@@ -193,7 +201,7 @@ def _assembled(
     tokenizer: TokenizerWrapper | None = None,
     base_config: dict[str, Any] | None = None,
 ) -> KVPModel:
-    predictor = PredictorConfig(input=oracle.reads, layer_map=tuple(oracle.layer_map))
+    predictor = PredictorConfig(input=oracle.reads, layer_map=tuple(oracle.layer_map), preceding=oracle.preceding)
     bundle = BundleConfig(base=BaseConfig(fingerprint="none", path="base"), auxiliary=config, predictor=predictor)
     maps = build_predictor(base, auxiliary, bundle)
     maps.load_weights([(name, mx.array(array, mx.float32)) for name, array in _wide(oracle).items()])
@@ -207,12 +215,13 @@ def _widths(model: Transformer, reads: str, sources: Sequence[int]) -> int:
     return sum(getattr(read[layer], "hidden" if reads == "hidden_state" else "keys").shape[-1] for layer in sources)
 
 
-def _random_maps(base: Transformer, auxiliary: Transformer, layer_map: LayerMap, reads: str) -> Maps:
+def _random_maps(base: Transformer, auxiliary: Transformer, layer_map: LayerMap, reads: str, preceding: int) -> Maps:
     rng = np.random.default_rng(7)
     maps = {}
     for layer, sources in enumerate(layer_map):
         if sources is not None:
-            shape = (_widths(base, "keys_values", (layer,)), _widths(auxiliary, reads, sources))
+            width = (1 + preceding) * _widths(auxiliary, reads, sources)
+            shape = (_widths(base, "keys_values", (layer,)), width)
             for kind in ("keys", "values"):
                 maps[layer, kind] = rng.normal(0, shape[1] ** -0.5, shape), rng.normal(0, 0.5, shape[0])
     return maps

@@ -80,6 +80,8 @@ def cache_error(bundle: Path) -> float:
 
 KINDS = {
     "prefix": lambda tmp: ("--layers", 2),
+    "prefix, three tokens before": lambda tmp: ("--layers", 2, "--preceding", 3),
+    "pruned, a token before": lambda tmp: ("--prune", 0.5, "--preceding", 1),
     "pruned": lambda tmp: ("--prune", 0.5),
     "model": lambda tmp: ("--auxiliary", write_llama(tmp / "auxiliary", seed=3, num_hidden_layers=2, hidden_size=48)),
     "model, two sources": lambda tmp: (
@@ -99,10 +101,38 @@ def test_fitted_bundle_loads_and_predicts_better_than_the_mean(
     assert outcome.code == 0, outcome.err
     assert outcome.json()["tokens"] == 600
     # Predicting the mean gives 1. An unrelated random auxiliary can only do a little better than that.
-    assert cache_error(out) < (0.5 if kind == "prefix" else 0.9)
+    assert cache_error(out) < (0.5 if kind.startswith("prefix") else 0.9)
     config = json.loads((out / "kvp.json").read_text())
     assert config["auxiliary"]["kind"] == kind.split(",", maxsplit=1)[0]
     assert config["training"]["data"] == [text_file.name]
+
+
+def test_a_relation_to_the_token_before_is_recovered() -> None:
+    rng = np.random.default_rng(0)
+    (block,) = plan_blocks([None, (0,)], "hidden_state", [], 6, [targets(4), targets(4)], preceding=1)
+    weight = rng.normal(size=(8, 12))
+    sums = RidgeSums(block)
+    for _ in range(5):
+        x = rng.normal(size=(1, 20, 6))
+        before = np.concatenate([x[:, :1], x[:, :-1]], axis=1)
+        raw = RawLayer(mx.array(x, mx.float32), halves(np.concatenate([x, before], axis=-1) @ weight.T))
+        first = block.gather({0: RawLayer(raw.hidden[:, :7], {})})
+        rest = block.gather({0: RawLayer(raw.hidden[:, 7:], {})}, first)
+        sums.add(mx.concatenate([first, rest], axis=1), {1: raw})
+    found_weight, found_bias = sums.solve(penalty=1e-9)
+    np.testing.assert_allclose(found_weight, weight, atol=1e-4)
+    np.testing.assert_allclose(found_bias, 0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "preceding"), [(("--layers", 2), 1), (("--layers", 2, "--preceding", 0), 0), (("--prune", 0.5), 0)]
+)
+def test_a_prefix_reads_the_token_before_unless_told_otherwise(
+    options: tuple, preceding: int, base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    out = tmp_path / "bundle"
+    kvp("fit", base_dir, *options, "--data", text_file, "--out", out, "--tokens", 64, "--window", 64)
+    assert json.loads((out / "kvp.json").read_text())["predictor"]["preceding"] == preceding
 
 
 def test_prefix_of_all_layers_but_one_has_no_maps(base_dir: Path, text_file: Path, tmp_path: Path, kvp: Kvp) -> None:
@@ -201,6 +231,7 @@ def test_bad_data_is_one_line_and_nothing_is_left(name: str, base_dir: Path, tmp
         (("--layers", 4), "between 1 and 3"),
         (("--prune", 0.3), "0.75, 0.5 or 0.25"),
         (("--layers", 1, "--sources", 2), "--sources"),
+        (("--layers", 1, "--preceding", 9), "--preceding"),
         (("--prune", 0.5, "--sources", 9), "1 to 2"),
         (("--layers", 1, "--tokens", 0), "--tokens"),
         (("--layers", 1, "--penalty", "nan"), "--penalty"),

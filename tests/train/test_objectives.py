@@ -1,6 +1,8 @@
 """What training minimises, against the runtime itself and against NumPy in float64."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +24,8 @@ from support.objectives import (
 from support.tiny import estimating, llama, prefixed, token_ids
 
 import kvp_mlx
+from kvp_mlx.bundle.config import RecomputeConfig
+from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine.auxiliary import auxiliary_prefill
 from kvp_mlx.engine.prefill import base_prefill
 from kvp_mlx.errors import InputError
@@ -34,7 +38,10 @@ from kvp_mlx.train.objectives import (
     continuation_losses,
     kl_divergence,
     log_partition,
+    predict,
+    student_cache,
     weights_of,
+    with_true_entries,
 )
 from kvp_mlx.train.teacher import Batch, read, teach
 
@@ -52,14 +59,21 @@ def test_continuation_is_the_divergence_that_decoding_sees(name: str) -> None:
     assert loss > 1e-3
 
 
+def choosing(model: KVPModel, **settings: Any) -> KVPModel:
+    """Return a bundle that recomputes the same tokens in all layers, an end of four in any case."""
+    recompute = RecomputeConfig(asking_tokens=4, lower_layers=1.0, **settings)
+    return replace(estimating(model), config=model.config.model_copy(update={"recompute": recompute}))
+
+
 @each_model
 def test_tokens_that_will_be_recomputed_are_exact_in_training(name: str) -> None:
-    """Written out with a cache that holds the true entries of those that the estimator thinks worst of."""
-    model = estimating(MODELS[name]()[0])
+    """Written out with a cache that holds true entries of the end and of what the estimator thinks worst of."""
+    model = choosing(MODELS[name]()[0])
     ids = token_ids(30)
     loss = losses_of(model, batch_of(ids), recompute=0.3)["continuation"].item()
     inputs, _ = auxiliary_prefill(model, mx.array(ids[:, :SPLIT]), make_prompt_cache(model.auxiliary))
-    worst = mx.argsort(-model.predictor.deviations(inputs)[0])[: round(0.3 * SPLIT)]
+    worst = mx.argsort(-model.predictor.deviations(inputs)[0, : SPLIT - 4])[: round(0.3 * (SPLIT - 4))]
+    worst = mx.concatenate([worst, mx.arange(SPLIT - 4, SPLIT)])
     cache, true = (make(model, mx.array(ids[:, :SPLIT])) for make in (kvp_mlx.predict_base_cache, base_prefill))
     for layer, other in zip(cache, true, strict=True):
         layer.keys[:, :, worst], layer.values[:, :, worst] = other.keys[:, :, worst], other.values[:, :, worst]
@@ -67,6 +81,25 @@ def test_tokens_that_will_be_recomputed_are_exact_in_training(name: str) -> None
     teacher = model.base(mx.array(ids), cache=make_prompt_cache(model.base))[:, SPLIT:END]
     assert loss == pytest.approx(plain.divergence(np.array(teacher), np.array(student)).mean(), rel=1e-4)
     assert loss < losses_of(model, batch_of(ids))["continuation"].item()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 8.0])
+def test_the_tokens_exact_in_training_are_those_that_the_runtime_recomputes(weight: float) -> None:
+    """Where the prefix is asked, what the end attends to counts in both."""
+    model = choosing(MODELS["prefix of llama"]()[0], asks="prefix", attention_weight=weight, attention_reach=1)
+    ids = token_ids(SPLIT)
+    teacher = teach(model, batch_of(ids))
+    cache = student_cache(model, teacher.reading, predict(model, teacher, teacher.reading, SPLIT), SPLIT)
+    exact = with_true_entries(model, teacher, teacher.reading, cache, SPLIT, 0.4)
+    plainly = kvp_mlx.predict_base_cache(model, mx.array(ids), recompute=0)
+    repaired = kvp_mlx.predict_base_cache(model, mx.array(ids), recompute=0.4, exact_tail=4)
+    found, expected = (
+        np.flatnonzero((one[2].keys_and_values()[0] != other[2].keys_and_values()[0]).any(axis=(0, 1, 3)))
+        for one, other in ((exact, cache), (repaired, plainly))
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert found[-4:].tolist() == [13, 14, 15, 16]
+    assert len(found) == 4 + round(0.4 * 13)
 
 
 @each_model
