@@ -31,7 +31,7 @@ from .adapter import adapted_prefix, adapter_weights
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
 from .mark import check_mark
 from .named import ALIAS, find_model, shipped_bundle
-from .predictor import KEYS_VALUES, Predictor, plan_blocks
+from .predictor import HIDDEN_STATE, KEYS_VALUES, Predictor, plan_blocks
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 
@@ -198,7 +198,6 @@ def describe(name: str) -> dict[str, Any]:
         return describe_model(directory)
     config = read_config(directory)
     tensors = read_header(directory / "predictor.safetensors")
-    is_quantised = any(name.endswith(".scales") for name in tensors)  # how many numbers a word holds is not told
     sizes = {
         part: sum(file.stat().st_size for file in files)
         for part, files in {
@@ -214,10 +213,28 @@ def describe(name: str) -> dict[str, Any]:
             "input": config.predictor.input,
             "layer_map": [None if s is None else list(s) for s in config.predictor.layer_map],
             "recompute": None if config.recompute is None else config.recompute.share,
-            "parameters": None if is_quantised else sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            "preceding": config.predictor.preceding,
+            "parameters": _parameters(config, tensors),
         },
         "size_bytes": sizes,
     }
+
+
+def _parameters(config: BundleConfig, tensors: dict[str, TensorInfo]) -> int | None:
+    """Count what a predictor holds; None where maps are quantised and nothing tells how wide they were."""
+    hidden = config.base.mark.arguments.get("hidden_size") if config.base.mark else None
+    width = hidden * (1 + config.predictor.preceding) if hidden and config.predictor.input == HIDDEN_STATE else None
+    count = 0
+    for name, tensor in tensors.items():
+        if name.endswith((".scales", ".biases")):
+            continue
+        if f"{name.removesuffix('weight')}scales" not in tensors:
+            count += math.prod(tensor.shape)
+        elif width is None or config.auxiliary.kind != "prefix":
+            return None
+        else:
+            count += tensor.shape[0] * width
+    return count
 
 
 def bundle_directory(name: str) -> Path:

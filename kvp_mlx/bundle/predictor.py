@@ -160,7 +160,8 @@ class Predictor(nn.Module):
             captured: of the sources.
             before: the inputs of the tokens right before these; None: these are the first that are read.
         """
-        return {block.name: block.gather(captured, before and before[block.name]) for block in self._blocks}
+        ahead = before or {}
+        return {block.name: block.gather(captured, ahead.get(block.name)) for block in self._blocks}
 
     def keep_part(self, widths: dict[tuple[int, str], int], rank: int) -> None:
         """Keep the rows that predict one host's part of each target; see ``models.sharding``.

@@ -42,6 +42,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     base, auxiliary, predictor = result["base"], result["auxiliary"], result["predictor"]
     predicted = sum(sources is not None for sources in predictor["layer_map"])
     pinned = f"@{base['revision']}" if base["revision"] else ""
+    count = predictor["preceding"]
+    reads = predictor["input"] + (f" of a token and the {count} before it" if count else "")
     found = [
         ("path", result["path"]),
         (
@@ -49,7 +51,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{base['alias'] or base['hub_id'] or base['path']}{pinned}{', in any precision' * bool(base['mark'])}",
         ),
         ("auxiliary", f"{auxiliary['kind']}, {plural(auxiliary['layers'], 'layer')}"),
-        ("predictor", f"reads {predictor['input']}, predicts {predicted} of {len(predictor['layer_map'])} layers"),
+        ("predictor", f"reads {reads}, predicts {predicted} of {len(predictor['layer_map'])} layers"),
     ]
     if predictor["parameters"] is not None:
         found.append(("parameters", f"{predictor['parameters']:,}"))

@@ -1,7 +1,9 @@
 """The command line as design.md section 6 promises it, run in this process on tiny models."""
 
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -208,10 +210,26 @@ def test_info_tells_kind_sizes_and_recipe(bundle: Path, kvp: Kvp) -> None:
         "fingerprint": None,
         "adapter_rank": None,
     }
-    assert result["predictor"]["parameters"] == (64 + 1) * 2 * 32 + (64 + 1)  # maps, estimator
+    assert result["predictor"]["preceding"] == 1
+    assert result["predictor"]["parameters"] == (2 * 64 + 1) * 2 * 32 + (2 * 64 + 1)  # maps, estimator
     assert result["training"]["method"] == "ridge"
     assert result["size_bytes"]["predictor"] == (bundle / "predictor.safetensors").stat().st_size
-    assert "hidden_state" in kvp("info", bundle).out
+    assert "hidden_state of a token and the 1 before it" in kvp("info", bundle).out
+
+
+def test_info_counts_what_quantised_maps_hold(bundle: Path, tmp_path: Path, kvp: Kvp) -> None:
+    path = shutil.copytree(bundle, tmp_path / "quantised") / "predictor.safetensors"
+    tensors = mx.load(str(path))
+    for name in [name for name in tensors if name.startswith("maps.") and name.endswith(".weight")]:
+        parts = mx.quantize(tensors.pop(name), group_size=64, bits=6)
+        names = (name.replace("weight", part) for part in ("weight", "scales", "biases"))
+        tensors |= dict(zip(names, parts, strict=True))
+    mx.save_safetensors(str(path), tensors)
+    config = json.loads((bundle / "kvp.json").read_text())
+    (path.parent / "kvp.json").write_text(json.dumps(config | {"sha256": {}}))
+    counts = [kvp("info", each, "--json").json()["predictor"]["parameters"] for each in (bundle, path.parent)]
+    assert counts[0] == counts[1]
+    assert kvp("generate", "w1 w2 w3", "--model", path.parent, "--max-tokens", 1).code == 0
 
 
 def test_doctor_is_quick_and_tells_the_remedy(monkeypatch: pytest.MonkeyPatch, kvp: Kvp) -> None:
