@@ -99,6 +99,8 @@ def print_recovery(result: dict[str, Any]) -> None:
         show(f"layer {row['layer']:3}   {errors}   attention cosine {row['attention_cosine']:.3f}")
     if result["separation"] is not None:
         show(f"separation {result['separation']:.3f} over {result['documents']} documents")
+    if result["divergence"] is not None:
+        show(f"divergence {result['divergence']:.3f} nats a token from full prefill")
 
 
 app.command()(dial)

@@ -213,7 +213,8 @@ def say_result(out: Path, result: dict[str, Any], floor: float, start: str) -> N
     """Say what was trained and what is kept of it."""
     has_written = result["steps_now"] or result["rewritten"]
     verb = "Wrote" if has_written else "Nothing is left to train of"
-    say(f"{verb} {out}: context recovery {result['recovery']:.2f}, separation {result['separation']:.2f}.")
+    strays = f", {result['divergence']:.3f} nats a token from full prefill" if "divergence" in result else ""
+    say(f"{verb} {out}: context recovery {result['recovery']:.2f}, separation {result['separation']:.2f}{strays}.")
     if result["rewritten"]:
         say("The bundle of this run was gone; what is written is the best since it was resumed.")
     steps, tokens = plural(result["steps_taken"], "step"), plural(result["tokens_taken"], "token")

@@ -154,7 +154,7 @@ def train(
         resume: go on from the state in ``directory``.
         is_kept: whether the best bundle so far, which ``save`` wrote, is still there; if not, it is written anew.
         data: names of what ``batches`` reads; a resumed run must have the same, and the same options.
-        validate: measures ``recovery`` and whatever else goes into the log.
+        validate: measures ``divergence`` and whatever else goes into the log.
         save: called with the record of every validation that beats the ones before.
         progress: called after every step with the share of the budget that is spent and the step's log entry.
 
@@ -229,10 +229,10 @@ def counted_step(
 
 
 def keep_best(state: TrainingState, record: dict[str, Any], log: "Log", save: Callable[[dict[str, Any]], None]) -> None:
-    """Log a validation, and save the bundle if none before was better."""
+    """Log a validation, and save the bundle if none before strayed less from what the base itself expects."""
     record = record | {"step": state.step, "tokens": state.tokens, "minutes": round(state.minutes, 2)}
     log.write(record)
-    if not state.best or record["recovery"] > state.best["recovery"]:
+    if record["divergence"] < state.best.get("divergence", math.inf):
         state.best = record
         save(record)
 

@@ -4,6 +4,9 @@ Per document, the log-likelihood of the tokens that follow a prompt, under sever
 reads the last prompt token itself, as in decoding; without context it reads nothing before it.
 ``recovery = (nll_no_context - nll_arm) / (nll_no_context - nll_full)``, and ``separation`` is the recovery of the
 right document minus that of a wrong one of the same kind, kvp's over full's (design.md section 9).
+
+Of a few documents likelihood is a noisy measure: a prediction that changes what the full model expects can hit by
+chance. ``divergence`` is how far kvp's distribution of each token strays from full's, whatever the text goes on with.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,6 +29,8 @@ from .text import PromptWindow
 ARMS = ("full", "kvp", "auxiliary", "wrong_document", "wrong_document_full", "no_context")
 OF_THE_BASE = ("full", "wrong_document_full", "no_context")
 """Arms that no training changes."""
+LIKELIEST = 64
+"""Tokens that divergence tells apart, full's likeliest at each place; the others count as one."""
 WITHOUT_AUXILIARY = tuple(arm for arm in ARMS if arm != "auxiliary")
 
 
@@ -73,6 +78,8 @@ class RecoveryMeasurement:
             raise InputError(f"unknown arm '{min(unknown)}'; choose from {','.join(ARMS)}.")
         self.arms = [arm for arm in ARMS if arm in arms or arm in ("full", "no_context")]
         self._known: dict[str, list[np.ndarray]] = {}
+        self._likeliest: dict[int, tuple[mx.array, mx.array]] = {}
+        self._divergences: dict[int, np.ndarray] = {}
 
     def measure(self, progress: Progress = lambda done, total: None) -> dict[str, Any]:
         """Measure all arms.
@@ -82,7 +89,8 @@ class RecoveryMeasurement:
 
         Returns:
             The JSON of ``kvp eval context``: documents, prompt_tokens, continuation_tokens, exact_tail, recompute,
-            separation and, per arm, the mean negative log-likelihood in nats per token (``nll``) and ``recovery``.
+            separation, divergence (nats per token) and, per arm, the mean negative log-likelihood in nats per token
+            (``nll``) and ``recovery``.
         """
         losses: dict[str, list[np.ndarray]] = {arm: [] for arm in self.arms} | self._known
         for number in range(len(self.windows)):
@@ -95,25 +103,35 @@ class RecoveryMeasurement:
 
     def token_losses(self, arm: str, number: int) -> np.ndarray:
         """Return one document's negative log-likelihoods in nats, one for each token scored, under one arm."""
+        model, cache, rest = self._read(arm, number)
+        logits = logits_on(model, cache, rest)
+        if arm == "full":
+            self._likeliest[number] = likeliest(logits)
+        elif arm == "kvp" and number in self._likeliest:
+            self._divergences[number] = divergence(*self._likeliest[number], logits)
+        return losses_of(logits, mx.array([rest[1:]]))[0]
+
+    def _read(self, arm: str, number: int) -> tuple[nn.Module, Cache, list[int]]:
+        """Return the model that goes on under an arm, its cache, and what it reads: the prompt's last token and on."""
         another = (number + 1) % len(self.windows)
         window, split = self.windows[number], self.splits[number]
         model, right = self.model, mx.array([window[: split - 1]])
         other = mx.array([self.windows[another][: self.splits[another] - 1]])
         rest = window[split - 1 :]
         if arm == "full":
-            return token_losses(model.base, base_prefill(model, right), rest)
+            return model.base, base_prefill(model, right), rest
         if arm == "wrong_document_full":
-            return token_losses(model.base, base_prefill(model, other), rest)
+            return model.base, base_prefill(model, other), rest
         if arm == "no_context":
-            return token_losses(model.base, make_prompt_cache(model.base), rest)
+            return model.base, make_prompt_cache(model.base), rest
         if arm == "auxiliary":
             alone = early_exit(model.base, model.config.auxiliary.layers) if model.is_prefix else model.auxiliary
             cache = make_prompt_cache(alone)
             run_layers(alone, right, cache)
-            return token_losses(alone, cache, rest)
+            return alone, cache, rest
         ids = right if arm == "kvp" else other
         cache = predict_base_cache(model, ids, exact_tail=self.exact_tail, recompute=self.recompute)
-        return token_losses(model.base, cache, rest)
+        return model.base, cache, rest
 
     def summary(self, losses: dict[str, list[np.ndarray]]) -> dict[str, Any]:
         """Return the JSON of losses by arm, an array for each document."""
@@ -139,6 +157,7 @@ class RecoveryMeasurement:
             "recompute": self.recompute,
             "separation": None if np.isnan(separation) else float(separation),
             "recovery_by_position": by_position,
+            "divergence": float(np.concatenate(list(self._divergences.values())).mean()) if self._divergences else None,
             "arms": {arm: {"nll": means[arm], "recovery": recovery[arm]} for arm in self.arms},
         }
 
@@ -151,9 +170,31 @@ def recoveries(nll: dict[str, float]) -> dict[str, float]:
 
 def token_losses(model: nn.Module, cache: Cache, ids: list[int]) -> np.ndarray:
     """Return the negative log-likelihoods of ``ids[1:]``, the model reading ``ids[:-1]`` on top of ``cache``."""
-    inputs, targets = mx.array([ids[:-1]]), mx.array([ids[1:]])
-    hidden, _ = run_layers(model, inputs, cache)
-    return losses_of(output_head(model, hidden).astype(mx.float32), targets)[0]
+    return losses_of(logits_on(model, cache, ids), mx.array([ids[1:]]))[0]
+
+
+def logits_on(model: nn.Module, cache: Cache, ids: list[int]) -> mx.array:
+    """Return what a model makes of ``ids[:-1]`` on top of ``cache``: logits (1, T, vocab), fp32."""
+    hidden, _ = run_layers(model, mx.array([ids[:-1]]), cache)
+    return output_head(model, hidden).astype(mx.float32)
+
+
+def likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the ``LIKELIEST`` tokens of logits (1, T, vocab) and their log-probabilities, both (1, T, n)."""
+    count = min(LIKELIEST, logits.shape[-1] - 1)
+    ids = mx.argpartition(-logits, count - 1, axis=-1)[..., :count]
+    found = mx.take_along_axis(logits, ids, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(ids, found)
+    return ids, found
+
+
+def divergence(ids: mx.array, expected: mx.array, logits: mx.array) -> np.ndarray:
+    """Return KL(expected, logits) in nats (T,) of each token, all but the tokens ``ids`` (1, T, n) taken as one."""
+    found = mx.take_along_axis(logits, ids, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+    p, q = (np.array(mx.exp(part), np.float64)[0] for part in (expected, found))
+    p, q = (np.concatenate([part, 1 - part.sum(axis=-1, keepdims=True)], axis=-1).clip(1e-12) for part in (p, q))
+    divergences: np.ndarray = (p * np.log(p / q)).sum(axis=-1)
+    return divergences
 
 
 def losses_of(logits: mx.array, targets: mx.array) -> np.ndarray:

@@ -91,10 +91,11 @@ def train_bundle(
         phase: tells validations and savings.
 
     Returns:
-        The best validation's record: recovery, separation, step, tokens, minutes; tokens_per_second, the median
-        over steps; flops_per_token, see ``work``; steps_taken, tokens_taken and minutes_taken of the whole run, and
-        steps_now of this call; kept, ``start`` where no step made it better, else ``trained``; and rewritten, whether
-        the bundle of a resumed run was gone and the last state took its place.
+        The record of the best validation, the one of the least divergence: recovery, separation, divergence, step,
+        tokens, minutes; tokens_per_second, the median over steps; flops_per_token, see ``work``; steps_taken,
+        tokens_taken and minutes_taken of the whole run, and steps_now of this call; kept, ``start`` where no step made
+        it better, else ``trained``; and rewritten, whether the bundle of a resumed run was gone and the last state
+        took its place.
 
     Raises:
         InputError: unusable data or output, a bundle that cannot be copied, or another process training into ``out``.
@@ -223,7 +224,8 @@ def validate(measurement: RecoveryMeasurement, phase: Phase) -> dict[str, Any]:
     """Measure what a validation's record holds."""
     with phase("validation, documents") as told:
         result = measurement.measure(told)
-    return {"recovery": result["arms"]["kvp"]["recovery"], "separation": result["separation"]}
+    kept = {name: result[name] for name in ("separation", "divergence")}
+    return {"recovery": result["arms"]["kvp"]["recovery"], **kept}
 
 
 def training_record(files: list[Path], options: TrainOptions, begun: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,30 @@ def test_every_arm_is_what_numpy_makes_of_it(name: str, tail: int) -> None:
         assert result["recovery_by_position"][span] == pytest.approx(expected, rel=1e-3, abs=1e-3), span
 
 
+@each_model
+def test_divergence_is_what_numpy_makes_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, and with all but the four likeliest tokens taken as one."""
+    model, oracle = MODELS[name]()
+    windows = documents()
+    pairs = []
+    for window in windows:
+        full = oracle.base.forward(np.array([window[:-1]])).logits[0, PROMPT - 1 :]
+        cache, _ = oracle.prefill(np.array([window[: PROMPT - 1]]))
+        own = oracle.base.forward(np.array([window[PROMPT - 1 : -1]]), cache).logits[0]
+        pairs += [[np.exp(x - np.logaddexp.reduce(x)) for x in pair] for pair in zip(full, own, strict=True)]
+    whole = np.mean([(p * np.log(p / q)).sum() for p, q in pairs])
+    lumped = []
+    for p, q in pairs:
+        best = np.argsort(-p)[:4]
+        a, b = (np.append(x[best], 1 - x[best].sum()) for x in (p, q))
+        lumped.append((a * np.log(a / b)).sum())
+    for count, expected in ((10_000, whole), (4, np.mean(lumped))):
+        monkeypatch.setattr("kvp_mlx.train.recovery.LIKELIEST", count)
+        measurement = RecoveryMeasurement(model, windows, CONTINUATION)
+        assert measurement.measure()["divergence"] == pytest.approx(expected, rel=1e-3)
+        assert measurement.measure()["divergence"] == pytest.approx(expected, rel=1e-3)  # what full expects is known
+
+
 def test_short_continuations_have_no_rest() -> None:
     windows = token_ids(PROMPT + 16, batch=2).tolist()
     result = RecoveryMeasurement(MODELS["model"]()[0], windows, 16).measure()
@@ -98,6 +122,7 @@ def test_exact_bundle_recovers_all() -> None:
     assert arms["no_context"]["recovery"] == 0
     assert arms["kvp"]["nll"] == pytest.approx(arms["full"]["nll"], abs=1e-5)
     assert arms["kvp"]["recovery"] == pytest.approx(1, abs=1e-3)
+    assert result["divergence"] == pytest.approx(0, abs=1e-6)
     assert arms["auxiliary"]["nll"] == pytest.approx(arms["full"]["nll"], abs=1e-5)  # the auxiliary is the base
     assert arms["wrong_document"]["nll"] == pytest.approx(arms["wrong_document_full"]["nll"], abs=1e-5)
     assert result["separation"] == pytest.approx(1, abs=1e-3)
