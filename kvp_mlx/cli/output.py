@@ -145,15 +145,17 @@ def progress_lines(label: str) -> Iterator[Callable[..., None]]:
     start = time.monotonic()
     due = start + SILENT_SECONDS
     first: tuple[float, int] | None = None  # when it was told first how much was done: what went before was no part
+    last = 0
     note = threading.Timer(max(GRACE_SECONDS, SILENT_SECONDS - (start - STARTED)), say, [f"{label} ..."])
     note.daemon = True
     note.start()
 
     def tell(done: int, total: int, words: str = "") -> None:
-        nonlocal due, first
+        nonlocal due, first, last
         now = time.monotonic()
-        if first is None or done < first[1]:
+        if first is None or done < last:  # it begins, or begins again
             first = now, done
+        last = done
         since, begun = first
         if now < due or not begun < done < total:
             return
