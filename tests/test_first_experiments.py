@@ -99,7 +99,8 @@ def test_planted_linear_relation_is_recovered(tmp_path: Path) -> None:
     measurement = RecoveryMeasurement(model, held_back, 16)
 
     def validate() -> dict[str, float]:
-        return {"recovery": measurement.measure()["arms"]["kvp"]["recovery"]}
+        found = measurement.measure()
+        return {"recovery": found["arms"]["kvp"]["recovery"], "divergence": found["divergence"]}
 
     train(
         *(model, Trained(model, options), random_batches, options, tmp_path),

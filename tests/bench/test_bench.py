@@ -80,8 +80,9 @@ def test_work_counted_by_hand(fitted: Path) -> None:
     auxiliary = prefill_work(model.auxiliary, read, batch)
     assert auxiliary.flops == batch * (2 * (2 * read * LAYER + attention) + 2 * read * KV)
     predictor = predictor_work(model, read, batch)
-    assert predictor.flops == batch * 2 * read * HIDDEN * KV / HIDDEN  # one predicted layer, keys and values
-    assert predictor.weight_bytes == 4 * (HIDDEN + 1) * KV / HIDDEN
+    width = 2 * HIDDEN  # of a token's state and of the one before; one predicted layer, keys and values
+    assert predictor.flops == batch * 2 * read * width * KV / HIDDEN
+    assert predictor.weight_bytes == 4 * (width + 1) * KV / HIDDEN
     step = step_work(model.base, read + 1, batch)
     assert step.flops == batch * LAYERS * (2 * LAYER + 4 * HEADS * HEAD_DIM * (read + 1))
     parameters = LAYERS * (LAYER + 2 * HIDDEN) + VOCABULARY * HIDDEN + HIDDEN
