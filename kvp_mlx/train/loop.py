@@ -232,7 +232,7 @@ def keep_best(state: TrainingState, record: dict[str, Any], log: "Log", save: Ca
     """Log a validation, and save the bundle if none before strayed less from what the base itself expects."""
     record = record | {"step": state.step, "tokens": state.tokens, "minutes": round(state.minutes, 2)}
     log.write(record)
-    if record["divergence"] < state.best.get("divergence", math.inf):
+    if not state.best or record["divergence"] < state.best.get("divergence", math.inf):  # older runs have none
         state.best = record
         save(record)
 
