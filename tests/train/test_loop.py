@@ -18,7 +18,17 @@ from support.training import log_of, state_of, steps_of, train_args, training
 
 import kvp_mlx
 from kvp_mlx.cli import output
-from kvp_mlx.train.loop import RELATIVE_RATE, WARM_UP_STEPS, Trained, TrainOptions, make_optimizer, schedule, take_step
+from kvp_mlx.train.loop import (
+    RELATIVE_RATE,
+    WARM_UP_STEPS,
+    Log,
+    Trained,
+    TrainOptions,
+    keep_best,
+    make_optimizer,
+    schedule,
+    take_step,
+)
 from kvp_mlx.train.objectives import Weights
 from kvp_mlx.train.recovery import RecoveryMeasurement
 from kvp_mlx.train.run import hold_back, make_trainable
@@ -94,6 +104,20 @@ def test_training_improves_on_the_ridge_fit_and_records_it(
     assert record["tokens"] == 64 * 80
     assert record["validation"]["divergence"] == min(checks)
     assert kvp("generate", "Hello", "--model", out, "--max-tokens", 1).code == 0
+
+
+def test_what_strays_least_is_kept_whatever_a_few_passages_like(tmp_path: Path) -> None:
+    """Also where the best so far is of an older run, or the first validation is not a number."""
+    for best, found, kept in (
+        ({}, [(0.3, 0.90), (0.2, 0.80), (0.25, 0.95)], [0.3, 0.2]),
+        ({"recovery": 0.99}, [(0.3, 0.90), (0.4, 0.99)], [0.3]),
+        ({}, [(np.nan, np.nan)], [np.nan]),
+    ):
+        state, saved = TrainingState(best=best), []
+        log = Log(tmp_path / "log.jsonl", keep=0)
+        for divergence, recovery in found:
+            keep_best(state, {"divergence": divergence, "recovery": recovery}, log, saved.append)
+        np.testing.assert_equal([record["divergence"] for record in saved], kept)
 
 
 def test_best_bundle_is_kept_not_the_last(
