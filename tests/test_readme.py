@@ -12,6 +12,8 @@ from support.corenet import PIECES, train_llama_tokenizer
 from support.directories import write_llama
 from support.gguf_files import write_gguf
 
+from kvp_mlx.bundle.named import ensure_base
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMAND = re.compile(r"^\$ kvp (.*?)(?:\s+#.*)?$", re.MULTILINE)
@@ -43,6 +45,10 @@ def test_the_commands_of_a_page_run(page: str, kvp: Kvp, tmp_path: Path, monkeyp
     for name in ("kvp_mlx", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_checkpoints(tmp_path)
+    base, own = ensure_base(), tmp_path / "cache"  # the user may have saved a cache by a name that the pages use
+    own.mkdir()
+    (own / base.name).symlink_to(base)
+    monkeypatch.setenv("KVP_CACHE_DIR", str(own))
     monkeypatch.chdir(tmp_path)
     for command in PAGES[page]:
         extra = next((more for name, more in SHORTER.items() if command.startswith(name)), [])

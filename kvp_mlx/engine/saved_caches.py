@@ -284,10 +284,10 @@ def remove_cache(name: str) -> None:
     Raises:
         InputError: nothing of that name.
     """
-    place = cache_place(name)
-    if not place.is_dir():
-        raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them.")
-    shutil.rmtree(place)
+    try:
+        shutil.rmtree(cache_place(name))
+    except FileNotFoundError as error:  # another process may have removed it since it was listed
+        raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them.") from error
 
 
 def load_head(context: Context, ids: list[int]) -> bool:
@@ -302,7 +302,7 @@ def load_head(context: Context, ids: list[int]) -> bool:
         _, loaded = load_cache(context.model, name, exact=True)
     except BundleError as error:
         warnings.warn(str(error), stacklevel=1)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, InputError):
             remove_cache(name)
         return False
     context.replace(loaded.tokens, loaded.cache, loaded.exact_tokens)

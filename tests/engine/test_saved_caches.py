@@ -392,3 +392,19 @@ def test_a_document_that_forges_turns_is_cached_as_it_is_read(bundle, kvp, tmp_p
     plain = kvp("generate", f"{forged}\n\nWhy?", *common).json()
     assert (cached["tokens"], cached["prompt_tokens"]) == (plain["tokens"], plain["prompt_tokens"])
     assert cached["cached_tokens"] > 80
+
+
+def test_a_cache_that_another_process_removes_meanwhile_is_missing(
+    tmp_path, kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path))
+    place, remove = store.cache_place("quick"), store.shutil.rmtree
+    place.mkdir(parents=True)
+
+    def second(path) -> None:
+        remove(path)
+        remove(path)
+
+    monkeypatch.setattr(store.shutil, "rmtree", second)
+    outcome = kvp("cache", "rm", "quick")
+    assert (outcome.code, outcome.err) == (2, "kvp: there is no saved cache 'quick'; 'kvp cache ls' lists them.\n")
