@@ -11,8 +11,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..bundle.loading import KVPModel
 from ..engine.auxiliary import auxiliary_cache_for
+from ..engine.calibration import auto_min_tokens
 from ..engine.clock import Ready
-from ..engine.dial import PREDICT, Dial
+from ..engine.dial import PREDICT, QUALITIES, Dial
 from ..engine.prefill import base_prefill, fill
 from ..errors import InputError
 from ..models.families import Cache
@@ -47,7 +48,7 @@ def kvp_dial(numbers: Numbers, dial: Dial = PREDICT) -> Dial:
 
 def with_dial(arm: Arm, dial: Dial) -> Arm:
     """Return an arm that predicts with the exact tail and share that its name leaves to a dial; others as they are."""
-    if not arm.kind.predicts or dial.recompute is None:
+    if arm.kind is not KINDS["kvp"] or dial.recompute is None:
         return arm
     chosen = kvp_dial(arm.numbers, dial)
     return replace(arm, numbers=(chosen.exact_tail, dial.recompute if chosen.recompute is None else chosen.recompute))
@@ -55,7 +56,11 @@ def with_dial(arm: Arm, dial: Dial) -> Arm:
 
 def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading) -> Ready:
     """Predict, and let the base read what the dial leaves to it."""
-    dial = kvp_dial(numbers, reading.dial).settled(model.config, ids.shape[1], 0, 0)
+    return read_with(kvp_dial(numbers, reading.dial).settled(model.config, ids.shape[1], 0, 0), model, ids, reading)
+
+
+def read_with(dial: Dial, model: KVPModel, ids: mx.array, reading: Reading) -> Ready:
+    """Read a prompt by a settled dial."""
     cache = make_prompt_cache(model.base)
     report: dict[str, Any] = {"prefill_step_size": reading.step_size, "times": reading.times}
     auxiliary_cache = auxiliary_cache_for(model, cache)
@@ -65,10 +70,14 @@ def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading)
 
 def kvp_arm_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Work:
     """Return what prediction takes, or full prefill where the exact tail leaves nothing to predict."""
-    dial = kvp_dial(numbers).settled(model.config, tokens, 0, 0)
+    return work_with(kvp_dial(numbers).settled(model.config, tokens, 0, 0), model, tokens, batch)
+
+
+def work_with(dial: Dial, model: KVPModel, tokens: int, batch: int) -> Work:
+    """Return what a settled dial takes; where it leaves nothing to predict, full prefill."""
     if dial.path == "full":
         return full_work(model, tokens, batch)
-    return kvp_work(model, tokens, batch, dial.recompute or 0.0, dial.exact_tail)
+    return kvp_work(model, tokens, batch, dial.recompute or 0.0, dial.exact_tail, dial.exact_head)
 
 
 def read_alone(network: nn.Module, model: KVPModel, ids: mx.array, reading: Reading) -> tuple[nn.Module, Cache]:
@@ -106,6 +115,24 @@ def kvp_networks(model: KVPModel, _: Numbers) -> Sequence[nn.Module]:
     return [model.base] if model.is_prefix else [model.auxiliary, model.base]
 
 
+def quality_kind(quality: str) -> Kind:
+    """Return the row of a quality: what a request of it gets from this bundle, at each prompt's own length."""
+
+    def settled(model: KVPModel, tokens: int) -> Dial:
+        return QUALITIES[quality].at(model.config, tokens).settled(model.config, tokens, 0, auto_min_tokens(model))
+
+    return Kind(
+        form=quality,
+        help=f"as a request with --quality {quality} is read: predicted as the bundle measured it for that length, or "
+        "in full",
+        read=lambda model, _, ids, reading: read_with(settled(model, ids.shape[1]), model, ids, reading),
+        work=lambda model, _, tokens, batch: work_with(settled(model, tokens), model, tokens, batch),
+        networks=kvp_networks,
+        predicts=True,
+        is_of_bundle=True,
+    )
+
+
 KINDS: dict[str, Kind] = {
     "mlx-lm": Kind(
         form="mlx-lm",
@@ -133,6 +160,8 @@ KINDS: dict[str, Kind] = {
         predicts=True,
         is_of_bundle=True,
     ),
+    "balanced": quality_kind("balanced"),
+    "fast": quality_kind("fast"),
     "auxiliary": Kind(
         form="auxiliary",
         help="the auxiliary answers alone (a prefix: its layers under the base's norm and head)",

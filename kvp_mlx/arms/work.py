@@ -36,33 +36,37 @@ def full_work(model: KVPModel, prompt_tokens: int, batch: int) -> Work:
     return alone_work(model.base, prompt_tokens, batch)
 
 
-def kvp_work(model: KVPModel, prompt_tokens: int, batch: int, share: float = 0.0, exact_tail: int = 0) -> Work:
+def kvp_work(
+    model: KVPModel, prompt_tokens: int, batch: int, share: float = 0.0, exact_tail: int = 0, exact_head: int = 0
+) -> Work:
     """Return the work of auxiliary prefill, prediction, the base's own reading and its first step."""
     read = prompt_tokens - 1
     return (
         prefill_work(model.auxiliary, read, batch)
         + predictor_work(model, read, batch)
-        + recompute_work(model, read, batch, share, exact_tail)
+        + recompute_work(model, read, batch, share, exact_tail, exact_head)
         + step_work(model.base, prompt_tokens, batch)
     )
 
 
-def recompute_work(model: KVPModel, tokens: int, batch: int, share: float, exact_tail: int) -> Work:
+def recompute_work(
+    model: KVPModel, tokens: int, batch: int, share: float, exact_tail: int, exact_head: int = 0
+) -> Work:
     """Return the work of ``recompute.repair`` on ``tokens`` positions: asking, and reading what was chosen.
 
     What is chosen beside the tokens at the end is taken to be spread evenly.
     """
-    lower, upper = spans(model, share, tokens, exact_tail)
+    lower, upper = spans(model, share, tokens, exact_tail, exact_head)
     if not lower.tokens:
         return Work()
     asking = settings_of(model).asking_tokens
-    last = min(lower.tokens, max(exact_tail, asking))
+    last = min(lower.tokens - exact_head, max(exact_tail, asking))
     before = tokens - last  # mean entries that a token sees: of those spread evenly, and of the last ones
     own = last * (before + (last + 1) / 2)
     work = Work()
     for span in (lower, upper):
         work += span_work(model, span, own + (span.tokens - last) * (before + 1) / 2, batch)
-    if is_asked(settings_of(model), lower.tokens, last):
+    if is_asked(settings_of(model), lower.tokens - exact_head, last):
         pairs = asking * (tokens - asking + (asking + 1) / 2)
         work += span_work(model, lower._replace(tokens=asking), pairs, batch)
     return work

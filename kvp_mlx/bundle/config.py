@@ -140,6 +140,7 @@ class MeasuredDial(_Part):
         exact_tail: see above.
         recompute: see above.
         recovery: of the context, as measured at that length; 1 is full prefill's.
+        retention: of the score of answers to questions, there, where these were asked.
         sooner: full prefill's time to the first token over its own, there.
     """
 
@@ -150,6 +151,7 @@ class MeasuredDial(_Part):
     exact_tail: NonNegativeInt | None = None
     recompute: float | None = Field(default=None, ge=0, le=1)
     recovery: FiniteFloat | None = None
+    retention: FiniteFloat | None = None
     sooner: FiniteFloat | None = None
 
     @model_validator(mode="after")

@@ -67,8 +67,8 @@ def dial(
     questions: Annotated[
         list[str] | None,
         typer.Option(
-            help="In place of --data, questions about documents; full prefill's own answers to them are scored: JSONL "
-            "(also .gz) with title, context, question and answers; repeatable."
+            help="In place of --data, questions about documents: each setting's own answers are scored, and how likely "
+            "it finds full prefill's. JSONL (also .gz) with title, context, question and answers; repeatable."
         ),
     ] = None,
     prompt_tokens: PromptLengths = "384",
@@ -78,8 +78,10 @@ def dial(
     recompute: Annotated[
         str | None, typer.Option(help="Shares of tokens to recompute, comma-separated.  [default: the bundle's]")
     ] = None,
-    balanced: Annotated[float, typer.Option(min=0, max=1, help="Recovery that balanced promises.")] = 0.97,
-    fast: Annotated[float, typer.Option(min=0, max=1, help="Recovery that fast promises.")] = 0.9,
+    balanced: Annotated[
+        float, typer.Option(min=0, max=1, help="What balanced keeps of full prefill's quality.")
+    ] = 0.97,
+    fast: Annotated[float, typer.Option(min=0, max=1, help="What fast keeps of it.")] = 0.9,
     write: Annotated[bool, typer.Option("--write", help="Keep what was found in the bundle's kvp.json.")] = False,
     limit: Documents = 12,
     seed: DataSeed = 0,
@@ -91,8 +93,9 @@ def dial(
     """Measure what exact heads, tails and recomputed shares cost and give.
 
     Time to the first token and context recovery (1: all that the prompt tells the full model) of each combination, on
-    text or on the answers to questions; those that nothing beats are marked. Then, by prompt length, what reaches each
-    quality soonest: with --write, --quality means that from then on.
+    text or on the answers to questions, with --questions also the answers' F1 and the share of full prefill's that is
+    kept; those that nothing beats are marked. Then, by prompt length, what keeps as much as each quality promises, of
+    recovery and of F1, soonest: with --write, --quality means that from then on.
     """
     check_writable(out)
     directory = own_directory(model) if write else None
@@ -111,7 +114,7 @@ def dial(
         if questions:
             return questions_of(loaded, questions, length, seed, limit)
         windows = documents_of(loaded, data or [], length + continuation_tokens, seed, limit)
-        return [(window[:length], window[length:]) for window in windows]
+        return [Followed(window[:length], window[length:]) for window in windows]
 
     with clean_stdout(json), progress_bar("documents") as progress:
         sets = [documents(length) for length in lengths]
@@ -141,10 +144,11 @@ def dial(
 def print_dials(result: dict[str, Any]) -> None:
     """Print the trade-off for people, and what it makes of the qualities."""
     for row in result["rows"]:
+        kept = f"   F1 {row['score']:.3f}, {row['retention'] or 0:.0%} kept" if "score" in row else ""
         show(
             f"{row['prompt_tokens']:5} {row['path']:5} head {row['exact_head']:4} tail {row['exact_tail']:4} "
             f"recompute {row['recompute']:.2f}   {row['ttft_ms']:7.0f} ms   "
-            f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{'   *' if row['is_best'] else ''}"
+            f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{kept}{'   *' if row['is_best'] else ''}"
         )
     for quality, setting in dial_rows(result["dials"]):
         show(f"{quality:9} {setting}")

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import islice, product
+from itertools import groupby, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
@@ -21,8 +21,9 @@ from ..engine.reply import first_token_on
 from ..errors import InputError
 from ..models.families import Cache
 from ..train.recovery import recoveries, token_losses
+from .task import Item
 from .tasks.document import items
-from .tasks.squad import ANSWER
+from .tasks.squad import ANSWER, f1
 
 
 def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (None,)) -> list[Dial]:
@@ -31,8 +32,21 @@ def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (
     return [Dial("full", 0, 0), *(Dial("kvp", head, tail, share) for head, tail, share in combinations)]
 
 
-Followed = tuple[list[int], list[int] | None]
-"""Token ids of a prompt, and of what follows it; None is the answer that full prefill gives."""
+KEPT = ("exact_head", "exact_tail", "recompute", "recovery", "retention", "sooner")
+
+
+class Followed(NamedTuple):
+    """A prompt and what follows it, which is scored.
+
+    Attributes:
+        prompt: token ids.
+        text: token ids of what follows; empty where that is the answer that full prefill gives.
+        question: what the prompt asks, whose answers are accepted.
+    """
+
+    prompt: list[int]
+    text: Sequence[int] = ()
+    question: Item | None = None
 
 
 def questions_of(model: KVPModel, places: Sequence[str], tokens: int, seed: int, limit: int) -> list[Followed]:
@@ -53,14 +67,14 @@ def questions_of(model: KVPModel, places: Sequence[str], tokens: int, seed: int,
     """
     check_window(model, tokens)
     found = islice(items(places, model.text_tokenizer, [tokens], seed), limit)
-    return [(ANSWER.encode(model, item), None) for item in found]
+    return [Followed(ANSWER.encode(model, item), question=item) for item in found]
 
 
-def own_answer(model: KVPModel, prompt: list[int], cache: Cache) -> list[int]:
-    """Return the tokens of the base's greedy answer, its end included, on a cache of all prompt tokens but the last."""
+def own_answer(model: KVPModel, prompt: list[int], cache: Cache) -> Answer:
+    """Return the base's greedy answer, its end included, on a cache of all prompt tokens but the last."""
     answer = Answer(prompt[-1], cache, None, model.text_tokenizer, ANSWER.stop, ANSWER.max_tokens)
     decode_alone(model.base, [answer])
-    return answer.tokens
+    return answer
 
 
 def measure_dials(
@@ -81,17 +95,24 @@ def measure_dials(
         Rows of path, exact_head, exact_tail, recompute, prompt_tokens (their mean), documents, ttft_ms (median), sooner
         (full's over it), recovery, context_gain (nats per token that the prompt gives full prefill; recovery is a share
         of it, and means nothing where it is not above 0), and ``is_best``: no dial that is as quick recovers more.
+        Of questions also score (mean F1 of each dial's own greedy answer), agreement (mean F1 of it with full's answer)
+        and retention (see ``retentions``).
     """
     losses: dict[str, list[float]] = {name: [] for name in ["no_context", *map(str, choices)]}
     times: dict[Dial, list[float]] = {choice: [] for choice in choices}
+    scores: dict[Dial, list[tuple[float, float]]] = {choice: [] for choice in choices}
     for choice in choices:
-        read_by(model, documents[0][0], choice)
-    for number, (prompt, given) in enumerate(documents):
-        rest = [prompt[-1], *(given or [])]
+        read_by(model, documents[0].prompt, choice)
+    for number, (prompt, text, question) in enumerate(documents):
+        rest = [prompt[-1], *text]
         for choice in choices:
             ttft_ms, cache = read_by(model, prompt, choice)
-            if len(rest) == 1:  # full prefill, which comes first
-                rest += own_answer(model, prompt, cache)
+            if question is not None:
+                answer = own_answer(model, prompt, cache)
+                said = answer.text()
+                if choice == choices[0]:
+                    rest, expected = [prompt[-1], *answer.tokens], said
+                scores[choice].append((f1(said, question.answers), f1(said, [expected])))
             times[choice].append(ttft_ms)
             losses[str(choice)].append(token_losses(model.base, cache, rest).mean())
         losses["no_context"].append(token_losses(model.base, make_prompt_cache(model.base), rest).mean())
@@ -105,7 +126,7 @@ def measure_dials(
             "exact_head": choice.exact_head,
             "exact_tail": choice.exact_tail,
             "recompute": 0.0 if choice.path == "full" else choice.share(model.config),
-            "prompt_tokens": round(float(np.mean([len(prompt) for prompt, _ in documents]))),
+            "prompt_tokens": round(float(np.mean([len(document.prompt) for document in documents]))),
             "documents": len(documents),
             "ttft_ms": round(median_ms[choice], 1),
             "sooner": round(median_ms[choices[0]] / median_ms[choice], 3),
@@ -114,10 +135,46 @@ def measure_dials(
         }
         for choice in choices
     ]
+    if all(document.question for document in documents):
+        for row, choice in zip(rows, choices, strict=True):
+            row["score"], row["agreement"] = (round(float(mean), 4) for mean in np.mean(scores[choice], axis=0))
+        for row, retention in zip(rows, retentions(rows), strict=True):
+            row["retention"] = retention
     for row in rows:
         quicker = [other["recovery"] for other in rows if other["ttft_ms"] <= row["ttft_ms"]]
         row["is_best"] = row["recovery"] == max(quicker)
     return rows
+
+
+def retentions(rows: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Return what each dial keeps of full prefill's score, full's first; None where that is 0.
+
+    As many questions as can be asked in an hour leave chance in it, and the luckiest of many settings would be taken
+    for the best. So settings that differ in the recomputed share alone are made to rise with it (isotonic regression).
+    """
+    full = rows[0]["score"]
+    if not full:
+        return [None] * len(rows)
+    found: list[float | None] = [1.0] * len(rows)
+    by_setting = sorted(
+        range(1, len(rows)), key=lambda n: [rows[n][key] for key in ("exact_head", "exact_tail", "recompute")]
+    )
+    for _, group in groupby(by_setting, key=lambda n: (rows[n]["exact_head"], rows[n]["exact_tail"])):
+        places = list(group)
+        for place, score in zip(places, rising([rows[n]["score"] for n in places]), strict=True):
+            found[place] = round(score / full, 4)
+    return found
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Return the numbers that never fall and are nearest to ``values`` in mean square: falling neighbours' means."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and np.mean(pools[-2]) >= np.mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return [float(np.mean(pool)) for pool in pools for _ in pool]
 
 
 def read_by(model: KVPModel, prompt: list[int], dial: Dial) -> tuple[float, Cache]:
@@ -136,18 +193,18 @@ def soonest(rows: Sequence[dict[str, Any]], promises: Mapping[Any, float]) -> li
 
     Args:
         rows: of ``measure_dials``, of one or more prompt lengths.
-        promises: by quality, the least recovery.
+        promises: by quality, the least recovery, and where answers were scored the least retention.
     """
     found = []
     for quality, least in promises.items():
         found.append(MeasuredDial(quality=quality, from_tokens=0, path="full"))
         for length in sorted({row["prompt_tokens"] for row in rows}):
-            kept = [
-                {name: row[name] for name in ("exact_head", "exact_tail", "recompute", "recovery", "sooner")}
+            kept: list[dict[str, Any]] = [
+                {name: row.get(name) for name in KEPT}
                 for row in rows
                 if row["prompt_tokens"] == length
                 and row["sooner"] > 1
-                and row["recovery"] >= least
+                and kept_by(row) >= least
                 and row["context_gain"] > 0
             ]
             if kept:
@@ -156,6 +213,11 @@ def soonest(rows: Sequence[dict[str, Any]], promises: Mapping[Any, float]) -> li
             elif found[-1].path != "full":
                 found.append(MeasuredDial(quality=quality, from_tokens=length, path="full"))
     return found
+
+
+def kept_by(row: dict[str, Any]) -> float:
+    """Return what a dial keeps of full prefill's quality: recovery, or retention where that is known and less."""
+    return min(row[key] for key in ("recovery", "retention") if row.get(key) is not None)
 
 
 def own_directory(name: str) -> Path:

@@ -1,10 +1,15 @@
-"""The arms ``kvp``, ``kvp-N`` and ``kvp-N-R`` read as the engine does with their dial."""
+"""The arms of prediction read as the engine does: with the dial of their name, or as a quality is read."""
+
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from support.tiny import assert_cache_equal, entries_of, estimating, llama, prefixed, token_ids
 
 from kvp_mlx.arms.kinds import parse_arm
+from kvp_mlx.bundle.config import MeasuredDial
+from kvp_mlx.engine.context import Context
+from kvp_mlx.engine.dial import dial_of
 from kvp_mlx.engine.prefill import predict_base_cache
 from kvp_mlx.errors import InputError
 
@@ -22,3 +27,37 @@ def test_an_arm_sets_its_own_ratio_and_tail():
 def test_a_bad_arm_is_named(name):
     with pytest.raises(InputError):
         parse_arm(name)
+
+
+DIALS = (
+    MeasuredDial(quality="balanced", from_tokens=0, path="full"),
+    MeasuredDial(quality="balanced", from_tokens=90, exact_head=0, exact_tail=8, recompute=0.5),
+    MeasuredDial(quality="balanced", from_tokens=120, exact_head=0, exact_tail=4, recompute=0.1),
+)
+
+
+@pytest.mark.parametrize("quality", ["balanced", "fast"])
+@pytest.mark.parametrize("dials", [(), DIALS])
+@pytest.mark.parametrize("tokens", [20, 80, 100, 140])
+def test_a_quality_is_read_as_a_request_of_it_is(quality, dials, tokens):
+    model = estimating(prefixed(llama(), 1)[0])
+    model = replace(model, config=model.config.model_copy(update={"dials": dials}))
+    ids = token_ids(tokens)[0].tolist()
+    _, found = parse_arm(quality).read(model, mx.array([ids]))
+    context = Context(model)
+    context.read(ids, dial_of(quality).at(model.config, tokens).settled(model.config, tokens, 0, 64))
+    assert_cache_equal(found, entries_of(context.cache))
+
+
+@pytest.mark.parametrize("tokens", [80, 100, 140])
+def test_the_work_of_a_quality_is_that_of_what_it_means(tokens):
+    model = estimating(prefixed(llama(), 1)[0])
+    model = replace(model, config=model.config.model_copy(update={"dials": DIALS}))
+    meant = {80: "full", 100: "kvp-8-0.5", 140: "kvp-4-0.1"}[tokens]
+    assert parse_arm("balanced").work(model, tokens) == parse_arm(meant).work(model, tokens)
+
+
+def test_an_exact_head_is_work_too():
+    model = estimating(prefixed(llama(), 1)[0])
+    without = parse_arm("kvp-32").work(model, 140).flops
+    assert without < parse_arm("balanced").work(model, 140).flops < parse_arm("full").work(model, 140).flops

@@ -18,7 +18,8 @@ from kvp_mlx.bundle.config import MeasuredDial, read_config
 from kvp_mlx.bundle.named import ALIAS, DATA
 from kvp_mlx.engine.prefill import base_prefill
 from kvp_mlx.evaluate.answer import Question, generate
-from kvp_mlx.evaluate.trade_off import own_answer, questions_of, soonest, store_dials
+from kvp_mlx.evaluate.tasks.squad import f1
+from kvp_mlx.evaluate.trade_off import own_answer, questions_of, retentions, rising, soonest, store_dials
 from kvp_mlx.train.loop import TrainOptions
 from kvp_mlx.train.recovery import token_losses
 from kvp_mlx.train.run import train_bundle
@@ -51,6 +52,34 @@ def test_the_soonest_that_keeps_the_promise() -> None:
         ("balanced", 200, "auto", 32, 1.5),
         ("balanced", 400, "full", None, None),
     ]
+
+
+def scored(share: float, score: float, tail: int = 8, **other: Any) -> dict[str, Any]:
+    return {"exact_head": 0, "exact_tail": tail, "recompute": share, "score": score, **other}
+
+
+def test_retention_rises_with_what_is_recomputed() -> None:
+    full = scored(0, 0.5, 0)
+    rows = [scored(0.5, 0.6), scored(0.1, 0.45), scored(0.25, 0.35), scored(0.25, 0.3, tail=16), scored(0, 0.2)]
+    assert retentions([full, *rows]) == [1, 1.2, 0.8, 0.8, 0.6, 0.4]
+    assert retentions([scored(0, 0.0, 0), *rows]) == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([], []), ([1, 2, 3], [1, 2, 3]), ([3, 2, 1], [2, 2, 2]), ([1, 5, 3, 4, 9], [1, 4, 4, 4, 9]), ([2, 2], [2, 2])],
+)
+def test_numbers_that_never_fall(values: list[float], expected: list[float]) -> None:
+    assert rising(values) == pytest.approx(expected)
+
+
+def test_a_promise_is_of_recovery_and_of_answers() -> None:
+    rows = [row(100, 2.0, 0.99, 8), row(100, 1.5, 0.98, 16), row(100, 1.4, 0.9, 32), row(100, 1.2, 0.99, 64)]
+    for each, retention in zip(rows, (0.0, 0.95, 1.0, None), strict=True):
+        each["retention"] = retention
+    chosen = {dial.quality: dial.exact_tail for dial in soonest(rows, {"fast": 0.9, "balanced": 0.97})}
+    assert chosen == {"fast": 16, "balanced": 64}
+    assert [dial.retention for dial in soonest(rows, {"fast": 0.9})] == [None, 0.95]
 
 
 @pytest.fixture
@@ -146,20 +175,25 @@ def test_answers_are_scored_in_place_of_text(bundle: Path, options: tuple, tmp_p
 
     model = kvp_mlx.load(str(bundle))
     asked_items = questions_of(model, [str(tmp_path / "asked.jsonl")], 300, 1, 3)
-    assert full["prompt_tokens"] == round(sum(len(prompt) for prompt, _ in asked_items) / 3)
-    gains = []
-    for prompt, answer in asked_items:
-        assert answer is None
+    assert full["prompt_tokens"] == round(sum(len(prompt) for prompt, _, _ in asked_items) / 3)
+    gains, scores, agreed = [], [], []
+    for prompt, text, item in asked_items:
+        assert (text, item.answers) == ((), ["word", "b"])
         assert model.text_tokenizer.decode(prompt).rstrip().endswith("Answer:")
         head = base_prefill(model, mx.array([prompt[:-1]]))
-        own = own_answer(model, prompt, head)
-        (expected,) = generate(model, [Question(parse_arm("full"), prompt)], stop=("\n",), max_tokens=32)
-        assert own == expected[0].tokens
+        own = own_answer(model, prompt, head).tokens
+        arms = [Question(parse_arm(arm), prompt) for arm in ("full", "kvp-40")]
+        (expected,), (other,) = generate(model, arms, stop=("\n",), max_tokens=32)
+        assert own == expected.tokens
+        scores.append([f1(answer.text, item.answers) for answer in (expected, other)])
+        agreed.append(f1(other.text, [expected.text]))
         losses = [
             token_losses(model.base, cache, [prompt[-1], *own]) for cache in (make_prompt_cache(model.base), head)
         ]
         gains.append(losses[0].mean() - losses[1].mean())
     assert full["context_gain"] == pytest.approx(np.mean(gains), abs=1e-3)
+    assert [full["score"], tailed["score"]] == pytest.approx(np.mean(scores, axis=0), abs=1e-3)
+    assert (full["agreement"], tailed["agreement"]) == (1, pytest.approx(np.mean(agreed), abs=1e-3))
 
     for wrong in ((*asked, *options[:2]), ()):
         outcome = kvp("eval", "dial", bundle, *wrong)

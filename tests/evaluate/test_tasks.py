@@ -147,6 +147,7 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
         "number.jsonl, line 1: 'entry_point' is not a fun": ("humaneval", "--data", data["number"], *runs),
         "t/0: its prompt begins no function g": ("humaneval", "--data", data["another"], *runs),
         "kvp-8 is no arm of it": ("mcq", "--data", data["mcq"], "--scoring", "predicted", "--arms", "full,kvp-8"),
+        "fast is no arm of it": ("mcq", "--data", data["mcq"], "--scoring", "predicted", "--arms", "full,fast"),
     }
     for named, arguments in refused.items():
         task, *rest = arguments
