@@ -8,11 +8,23 @@ import typer
 
 from ..bundle.loading import KVPModel
 from ..device.machine import describe_machine
+from ..engine.dial import PREDICT
 from ..errors import InputError
 from ..evaluate.dial_map import dial_points, is_of_dials
 from ..evaluate.pareto import draw, draw_dials, points, read_documents
+from ..evaluate.records import hashes
 from ..evaluate.report import page, read_results
-from ..evaluate.trade_off import Followed, dials, measure_dials, own_directory, questions_of, soonest, store_dials
+from ..evaluate.runs import setting
+from ..evaluate.trade_off import (
+    Followed,
+    dials,
+    measure_dials,
+    own_directory,
+    questions_of,
+    setting_of,
+    soonest,
+    store_dials,
+)
 from ..files import check_writable, write_json, write_text
 from ..train.text import data_files, token_windows
 from .info import dial_rows
@@ -33,7 +45,7 @@ from .options import (
     parse_numbers,
 )
 from .output import clean_stdout, print_json, progress_bar, say_written, show
-from .tasks import parse_shares
+from .tasks import Log, parse_shares
 
 
 def hand_out(result: dict[str, Any], out: Path | None, json: bool) -> bool:
@@ -85,6 +97,7 @@ def dial(
     write: Annotated[bool, typer.Option("--write", help="Keep what was found in the bundle's kvp.json.")] = False,
     limit: Documents = 12,
     seed: DataSeed = 0,
+    log: Log = None,
     base: OtherBase = None,
     allow_base_mismatch: AllowMismatch = False,
     out: OutFile = None,
@@ -117,17 +130,23 @@ def dial(
         return [Followed(window[:length], window[length:]) for window in windows]
 
     with clean_stdout(json), progress_bar("documents") as progress:
-        sets = [documents(length) for length in lengths]
-        if min(map(len, sets)) < 2:
+        sets = {length: documents(length) for length in lengths}
+        if min(map(len, sets.values())) < 2:
             raise InputError("two documents of every length are the least; give more data, or other --prompt-tokens.")
-        rows: list[dict[str, Any]] = []
-        for found in sets:
-            rows += measure_dials(loaded, found, choices, progress)
+        recipe = {
+            "task": "dial",
+            **setting(loaded, model, PREDICT),
+            "data": hashes(data or questions or []),
+            "continuation_tokens": None if questions else continuation_tokens,
+            "dials": [setting_of(choice) for choice in choices],
+            "seed": seed,
+        }
+        rows = measure_dials(loaded, sets, choices, recipe=recipe, log=log, progress=progress)
     measured = soonest(rows, {"fast": fast, "balanced": balanced})
     result: dict[str, Any] = {
         "model": model,
         "machine": describe_machine(),
-        "documents": min(map(len, sets)),
+        "documents": min(map(len, sets.values())),
         "prompt_tokens": lengths[0] if len(lengths) == 1 else lengths,
         "continuation_tokens": None if questions else continuation_tokens,
         "rows": rows,
@@ -150,8 +169,8 @@ def print_dials(result: dict[str, Any]) -> None:
             f"recompute {row['recompute']:.2f}   {row['ttft_ms']:7.0f} ms   "
             f"{row['sooner']:5.2f}x   recovery {row['recovery']:+.3f}{kept}{'   *' if row['is_best'] else ''}"
         )
-    for quality, setting in dial_rows(result["dials"]):
-        show(f"{quality:9} {setting}")
+    for quality, meaning in dial_rows(result["dials"]):
+        show(f"{quality:9} {meaning}")
 
 
 def pareto(

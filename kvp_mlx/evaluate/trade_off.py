@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..arms.arm import Arm
+from ..arms.kinds import parse_arm
 from ..bundle.config import MeasuredDial, read_config
 from ..bundle.loading import KVPModel
 from ..bundle.named import DATA, NAMED
@@ -21,7 +23,8 @@ from ..engine.reply import first_token_on
 from ..errors import InputError
 from ..models.families import Cache
 from ..train.recovery import recoveries, token_losses
-from .task import Item
+from .rows import run_items
+from .task import Item, Row, one_by_one, row_of
 from .tasks.document import items
 from .tasks.squad import ANSWER, f1
 
@@ -79,17 +82,72 @@ def own_answer(model: KVPModel, prompt: list[int], cache: Cache) -> Answer:
 
 def measure_dials(
     model: KVPModel,
-    documents: Sequence[Followed],
-    choices: list[Dial],
+    documents: Mapping[int, Sequence[Followed]],
+    choices: Sequence[Dial],
+    *,
+    recipe: dict[str, Any] | None = None,
+    log: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Measure recovery and the time to the first token for each dial, interleaved document by document.
 
     Args:
         model: the bundle.
-        documents: prompts of about one length, each with what follows and is scored; the first warms up as well.
+        documents: by their length, prompts of about that many tokens, each with what follows and is scored.
         choices: what to measure; full prefill first.
+        recipe: what the numbers depend on besides; a log of another one is refused.
+        log: JSONL, a row for each document as soon as it is measured; a begun one is gone on with (``rows.run_items``).
         progress: called with (documents done, documents in all).
+
+    Returns:
+        For each length ``summarised`` rows, the shortest first.
+    """
+    warm: set[int] = set()
+
+    def measure(model: KVPModel, _: Arm, item: Item) -> Row:
+        length, followed = item.extra["length"], item.extra["followed"]
+        if length not in warm:
+            warm.add(length)
+            for choice in choices:
+                read_by(model, followed.prompt, choice)
+        return measured(model, followed, choices)
+
+    items = [
+        Item(f"{length} {number}", "", extra={"length": length, "followed": followed})
+        for length, found in sorted(documents.items())
+        for number, followed in enumerate(found)
+    ]
+    full, each = [parse_arm("full")], one_by_one(measure)
+    rows = run_items(model, full, items, each, recipe=recipe or {}, log=log, progress=progress)
+    by_length = groupby(zip(items, rows, strict=True), key=lambda pair: pair[0].extra["length"])
+    return [row for _, pairs in by_length for row in summarised(model, [row for _, row in pairs], choices)]
+
+
+def measured(model: KVPModel, followed: Followed, choices: Sequence[Dial]) -> Row:
+    """Return what full prefill takes for one prompt; the metrics hold that, and quality, by dial."""
+    prompt, text, question = followed
+    rest, metrics = [prompt[-1], *text], {}
+    for choice in choices:
+        name = setting_of(choice)
+        metrics[f"{name} ttft_ms"], cache = read_by(model, prompt, choice)
+        if question is not None:
+            answer = own_answer(model, prompt, cache)
+            said = answer.text()
+            if choice == choices[0]:
+                rest, expected = [prompt[-1], *answer.tokens], said
+            metrics[f"{name} score"], metrics[f"{name} agreement"] = f1(said, question.answers), f1(said, [expected])
+        metrics[f"{name} loss"] = float(token_losses(model.base, cache, rest).mean())
+    metrics["no_context loss"] = float(token_losses(model.base, make_prompt_cache(model.base), rest).mean())
+    return row_of(metrics["full loss"], metrics, metrics["full ttft_ms"], len(prompt))
+
+
+def setting_of(dial: Dial) -> str:
+    """Return the short name of a dial whose bundle is known."""
+    return "full" if dial.path == "full" else f"{dial.exact_head}+{dial.exact_tail}-{dial.recompute}"
+
+
+def summarised(model: KVPModel, measurements: Sequence[Row], choices: Sequence[Dial]) -> list[dict[str, Any]]:
+    """Return what documents of one length say about each dial.
 
     Returns:
         Rows of path, exact_head, exact_tail, recompute, prompt_tokens (their mean), documents, ttft_ms (median), sooner
@@ -98,46 +156,32 @@ def measure_dials(
         Of questions also score (mean F1 of each dial's own greedy answer), agreement (mean F1 of it with full's answer)
         and retention (see ``retentions``).
     """
-    losses: dict[str, list[float]] = {name: [] for name in ["no_context", *map(str, choices)]}
-    times: dict[Dial, list[float]] = {choice: [] for choice in choices}
-    scores: dict[Dial, list[tuple[float, float]]] = {choice: [] for choice in choices}
-    for choice in choices:
-        read_by(model, documents[0].prompt, choice)
-    for number, (prompt, text, question) in enumerate(documents):
-        rest = [prompt[-1], *text]
-        for choice in choices:
-            ttft_ms, cache = read_by(model, prompt, choice)
-            if question is not None:
-                answer = own_answer(model, prompt, cache)
-                said = answer.text()
-                if choice == choices[0]:
-                    rest, expected = [prompt[-1], *answer.tokens], said
-                scores[choice].append((f1(said, question.answers), f1(said, [expected])))
-            times[choice].append(ttft_ms)
-            losses[str(choice)].append(token_losses(model.base, cache, rest).mean())
-        losses["no_context"].append(token_losses(model.base, make_prompt_cache(model.base), rest).mean())
-        progress(number + 1, len(documents))
-    nll = {name: float(np.mean(values)) for name, values in losses.items()}
-    recovery = recoveries(nll | {"full": nll[str(choices[0])]})
-    median_ms = {choice: float(np.median(values)) for choice, values in times.items()}
+
+    def values(name: str, what: str) -> list[float]:
+        return [row["metrics"][f"{name} {what}"] for row in measurements]
+
+    names = ["full", *map(setting_of, choices[1:])]
+    nll = {name: float(np.mean(values(name, "loss"))) for name in ("no_context", *names)}
+    recovery = recoveries(nll)
+    median_ms = {name: float(np.median(values(name, "ttft_ms"))) for name in names}
     rows: list[dict[str, Any]] = [
         {
             "path": choice.path,
             "exact_head": choice.exact_head,
             "exact_tail": choice.exact_tail,
             "recompute": 0.0 if choice.path == "full" else choice.share(model.config),
-            "prompt_tokens": round(float(np.mean([len(document.prompt) for document in documents]))),
-            "documents": len(documents),
-            "ttft_ms": round(median_ms[choice], 1),
-            "sooner": round(median_ms[choices[0]] / median_ms[choice], 3),
-            "recovery": round(recovery[str(choice)], 4),
-            "context_gain": round(nll["no_context"] - nll[str(choices[0])], 4),
+            "prompt_tokens": round(float(np.mean([row["prompt_tokens"] for row in measurements]))),
+            "documents": len(measurements),
+            "ttft_ms": round(median_ms[name], 1),
+            "sooner": round(median_ms["full"] / median_ms[name], 3),
+            "recovery": round(recovery[name], 4),
+            "context_gain": round(nll["no_context"] - nll["full"], 4),
         }
-        for choice in choices
+        for name, choice in zip(names, choices, strict=True)
     ]
-    if all(document.question for document in documents):
-        for row, choice in zip(rows, choices, strict=True):
-            row["score"], row["agreement"] = (round(float(mean), 4) for mean in np.mean(scores[choice], axis=0))
+    if "full score" in measurements[0]["metrics"]:
+        for row, name in zip(rows, names, strict=True):
+            row |= {what: round(float(np.mean(values(name, what))), 4) for what in ("score", "agreement")}
         for row, retention in zip(rows, retentions(rows), strict=True):
             row["retention"] = retention
     for row in rows:

@@ -144,6 +144,23 @@ def test_training_drops_what_was_measured_on_other_maps(fitted: Path, texts: Pat
     assert read_config(tmp_path / "out").dials == ()
 
 
+def test_a_run_that_was_killed_goes_on(bundle: Path, options: tuple, tmp_path: Path, kvp: Kvp) -> None:
+    log = tmp_path / "dial.jsonl"
+    whole = kvp("eval", "dial", bundle, *options, "--log", log, "--json").json()
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 2
+    log.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    assert kvp("eval", "dial", bundle, *options, "--log", log).code == 0
+    again = log.read_bytes().splitlines(keepends=True)
+    assert (again[:3], len(again)) == (lines[:3], 5)
+    log.write_bytes(b"".join(lines))
+    assert kvp("eval", "dial", bundle, *options, "--log", log, "--json").json()["rows"] == whole["rows"]
+
+    other = kvp("eval", "dial", bundle, *options, "--log", log, "--seed", 9)
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "was begun with other" in other.err
+
+
 @pytest.mark.parametrize("name", [ALIAS, str(DATA / ALIAS), "owner/name"])
 def test_only_a_bundle_of_ones_own_is_written(name: str, options: tuple, kvp: Kvp) -> None:
     outcome = kvp("eval", "dial", name, *options, "--write")

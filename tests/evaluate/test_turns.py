@@ -80,7 +80,8 @@ def test_records_become_scripts():
 def test_the_dial_ends_at_full_prefill():
     model, _ = prefixed(llama(), 1, tokenizer=chat_tokenizer())
     windows = [np.random.default_rng(seed).integers(5, 97, 30).tolist() for seed in range(4)]
-    rows = measure_dials(model, [Followed(ids[:20], ids[20:]) for ids in windows], dials([0, 10], [0, 9, 18]))
+    followed = {20: [Followed(ids[:20], ids[20:]) for ids in windows]}
+    rows = measure_dials(model, followed, dials([0, 10], [0, 9, 18]))
     assert (rows[0]["path"], rows[0]["recovery"], rows[0]["sooner"]) == ("full", 1, 1)
     by_setting = {(row["exact_head"], row["exact_tail"]): row for row in rows[1:]}
     assert by_setting[10, 9]["recovery"] == pytest.approx(1, abs=1e-3)  # 19 of 19 are read by the base
