@@ -90,10 +90,8 @@ def dial(
     recompute: Annotated[
         str | None, typer.Option(help="Shares of tokens to recompute, comma-separated.  [default: the bundle's]")
     ] = None,
-    balanced: Annotated[
-        float, typer.Option(min=0, max=1, help="What balanced keeps of full prefill's quality.")
-    ] = 0.97,
-    fast: Annotated[float, typer.Option(min=0, max=1, help="What fast keeps of it.")] = 0.9,
+    balanced: Annotated[float, typer.Option(min=0, max=1, help="Recovery that balanced promises.")] = 0.97,
+    fast: Annotated[float, typer.Option(min=0, max=1, help="Recovery that fast promises.")] = 0.9,
     write: Annotated[bool, typer.Option("--write", help="Keep what was found in the bundle's kvp.json.")] = False,
     limit: Documents = 12,
     seed: DataSeed = 0,
@@ -106,9 +104,9 @@ def dial(
     """Measure what exact heads, tails and recomputed shares cost and give.
 
     Time to the first token and context recovery (1: all that the prompt tells the full model) of each combination, on
-    text or on the answers to questions, with --questions also the answers' F1 and the share of full prefill's that is
-    kept; those that nothing beats are marked. Then, by prompt length, what keeps as much as each quality promises, of
-    recovery and of F1, soonest: with --write, --quality means that from then on.
+    text or on the answers to questions, with --questions also the answers' F1 and between what shares of full
+    prefill's it lies; those that nothing beats are marked. Then, by prompt length, what recovers as much as each
+    quality promises soonest, unless F1 says otherwise: with --write, --quality means that from then on.
     """
     check_writable(out)
     directory = own_directory(model) if write else None
@@ -163,7 +161,10 @@ def dial(
 def print_dials(result: dict[str, Any]) -> None:
     """Print the trade-off for people, and what it makes of the qualities."""
     for row in result["rows"]:
-        kept = f"   F1 {row['score']:.3f}, {row['retention'] or 0:.0%} kept" if "score" in row else ""
+        kept = f"   F1 {row['score']:.3f}" if "score" in row else ""
+        if "retention" in row:
+            low, high = row["retention"]["interval"]
+            kept += f" ({low:.0%} to {high:.0%})"
         show(
             f"{row['prompt_tokens']:5} {row['path']:5} head {row['exact_head']:4} tail {row['exact_tail']:4} "
             f"recompute {row['recompute']:.2f}   {row['ttft_ms']:7.0f} ms   "

@@ -49,10 +49,14 @@ def summarise(
             result[arm.name]["difference"] = difference(own, of["full"])
             whole = [row["score"] for row in of["full"]]
             if statistic is np.mean and any(whole):
-                ratio = float(np.mean(scores) / np.mean(whole))
-                result[arm.name]["retention"] = {"mean": ratio, "interval": bootstrap_ratio(scores, whole)}
+                result[arm.name]["retention"] = retention(scores, whole)
     document = {"task": task, "n": len(rows) // len(arms), "prompt_tokens": prompt_tokens, "arms": result}
     return document | {"equal_ttft": compare_at_equal_ttft(arms, of)}
+
+
+def retention(scores: Sequence[float], whole: Sequence[float]) -> dict[str, Any]:
+    """Return what share of ``whole`` scores an arm keeps on the same items, with its interval."""
+    return {"mean": float(np.mean(scores) / np.mean(whole)), "interval": bootstrap_ratio(scores, whole)}
 
 
 def difference(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..models.families import Cache
 from ..train.recovery import recoveries, token_losses
 from .rows import run_items
+from .summary import retention
 from .task import Item, Row, one_by_one, row_of
 from .tasks.document import items
 from .tasks.squad import ANSWER, f1
@@ -35,7 +36,7 @@ def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (
     return [Dial("full", 0, 0), *(Dial("kvp", head, tail, share) for head, tail, share in combinations)]
 
 
-KEPT = ("exact_head", "exact_tail", "recompute", "recovery", "retention", "sooner")
+KEPT = ("exact_head", "exact_tail", "recompute", "recovery", "sooner")
 
 
 class Followed(NamedTuple):
@@ -154,7 +155,7 @@ def summarised(model: KVPModel, measurements: Sequence[Row], choices: Sequence[D
         (full's over it), recovery, context_gain (nats per token that the prompt gives full prefill; recovery is a share
         of it, and means nothing where it is not above 0), and ``is_best``: no dial that is as quick recovers more.
         Of questions also score (mean F1 of each dial's own greedy answer), agreement (mean F1 of it with full's answer)
-        and retention (see ``retentions``).
+        and, where full's score is above 0, the retention of that with its interval.
     """
 
     def values(name: str, what: str) -> list[float]:
@@ -182,43 +183,12 @@ def summarised(model: KVPModel, measurements: Sequence[Row], choices: Sequence[D
     if "full score" in measurements[0]["metrics"]:
         for row, name in zip(rows, names, strict=True):
             row |= {what: round(float(np.mean(values(name, what))), 4) for what in ("score", "agreement")}
-        for row, retention in zip(rows, retentions(rows), strict=True):
-            row["retention"] = retention
+            if rows[0]["score"]:
+                row["retention"] = retention(values(name, "score"), values("full", "score"))
     for row in rows:
         quicker = [other["recovery"] for other in rows if other["ttft_ms"] <= row["ttft_ms"]]
         row["is_best"] = row["recovery"] == max(quicker)
     return rows
-
-
-def retentions(rows: Sequence[dict[str, Any]]) -> list[float | None]:
-    """Return what each dial keeps of full prefill's score, full's first; None where that is 0.
-
-    As many questions as can be asked in an hour leave chance in it, and the luckiest of many settings would be taken
-    for the best. So settings that differ in the recomputed share alone are made to rise with it (isotonic regression).
-    """
-    full = rows[0]["score"]
-    if not full:
-        return [None] * len(rows)
-    found: list[float | None] = [1.0] * len(rows)
-    by_setting = sorted(
-        range(1, len(rows)), key=lambda n: [rows[n][key] for key in ("exact_head", "exact_tail", "recompute")]
-    )
-    for _, group in groupby(by_setting, key=lambda n: (rows[n]["exact_head"], rows[n]["exact_tail"])):
-        places = list(group)
-        for place, score in zip(places, rising([rows[n]["score"] for n in places]), strict=True):
-            found[place] = round(score / full, 4)
-    return found
-
-
-def rising(values: Sequence[float]) -> list[float]:
-    """Return the numbers that never fall and are nearest to ``values`` in mean square: falling neighbours' means."""
-    pools: list[list[float]] = []
-    for value in values:
-        pools.append([value])
-        while len(pools) > 1 and np.mean(pools[-2]) >= np.mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    return [float(np.mean(pool)) for pool in pools for _ in pool]
 
 
 def read_by(model: KVPModel, prompt: list[int], dial: Dial) -> tuple[float, Cache]:
@@ -237,19 +207,16 @@ def soonest(rows: Sequence[dict[str, Any]], promises: Mapping[Any, float]) -> li
 
     Args:
         rows: of ``measure_dials``, of one or more prompt lengths.
-        promises: by quality, the least recovery, and where answers were scored the least retention.
+        promises: by quality, what it keeps (see ``keeps``).
     """
     found = []
     for quality, least in promises.items():
         found.append(MeasuredDial(quality=quality, from_tokens=0, path="full"))
         for length in sorted({row["prompt_tokens"] for row in rows}):
             kept: list[dict[str, Any]] = [
-                {name: row.get(name) for name in KEPT}
+                {name: row[name] for name in KEPT} | {"retention": row.get("retention", {}).get("mean")}
                 for row in rows
-                if row["prompt_tokens"] == length
-                and row["sooner"] > 1
-                and kept_by(row) >= least
-                and row["context_gain"] > 0
+                if row["prompt_tokens"] == length and row["sooner"] > 1 and keeps(row, least)
             ]
             if kept:
                 best = max(kept, key=lambda row: row["sooner"])
@@ -259,9 +226,14 @@ def soonest(rows: Sequence[dict[str, Any]], promises: Mapping[Any, float]) -> li
     return found
 
 
-def kept_by(row: dict[str, Any]) -> float:
-    """Return what a dial keeps of full prefill's quality: recovery, or retention where that is known and less."""
-    return min(row[key] for key in ("recovery", "retention") if row.get(key) is not None)
+def keeps(row: dict[str, Any], least: float) -> bool:
+    """Return whether a dial keeps a quality's promise.
+
+    Recovery tells it, to two places. The score of as many answers as can be asked in an hour does not, it is known to a
+    tenth or so; but where even the upper end of its interval is too low, a recovery that says otherwise is wrong.
+    """
+    most = row["retention"]["interval"][1] if "retention" in row else least
+    return round(row["recovery"], 2) >= least and most >= least and row["context_gain"] > 0
 
 
 def own_directory(name: str) -> Path:

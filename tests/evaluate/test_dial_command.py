@@ -19,7 +19,7 @@ from kvp_mlx.bundle.named import ALIAS, DATA
 from kvp_mlx.engine.prefill import base_prefill
 from kvp_mlx.evaluate.answer import Question, generate
 from kvp_mlx.evaluate.tasks.squad import f1
-from kvp_mlx.evaluate.trade_off import own_answer, questions_of, retentions, rising, soonest, store_dials
+from kvp_mlx.evaluate.trade_off import own_answer, questions_of, soonest, store_dials
 from kvp_mlx.train.loop import TrainOptions
 from kvp_mlx.train.recovery import token_losses
 from kvp_mlx.train.run import train_bundle
@@ -54,32 +54,15 @@ def test_the_soonest_that_keeps_the_promise() -> None:
     ]
 
 
-def scored(share: float, score: float, tail: int = 8, **other: Any) -> dict[str, Any]:
-    return {"exact_head": 0, "exact_tail": tail, "recompute": share, "score": score, **other}
-
-
-def test_retention_rises_with_what_is_recomputed() -> None:
-    full = scored(0, 0.5, 0)
-    rows = [scored(0.5, 0.6), scored(0.1, 0.45), scored(0.25, 0.35), scored(0.25, 0.3, tail=16), scored(0, 0.2)]
-    assert retentions([full, *rows]) == [1, 1.2, 0.8, 0.8, 0.6, 0.4]
-    assert retentions([scored(0, 0.0, 0), *rows]) == [None] * 6
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([], []), ([1, 2, 3], [1, 2, 3]), ([3, 2, 1], [2, 2, 2]), ([1, 5, 3, 4, 9], [1, 4, 4, 4, 9]), ([2, 2], [2, 2])],
-)
-def test_numbers_that_never_fall(values: list[float], expected: list[float]) -> None:
-    assert rising(values) == pytest.approx(expected)
-
-
-def test_a_promise_is_of_recovery_and_of_answers() -> None:
-    rows = [row(100, 2.0, 0.99, 8), row(100, 1.5, 0.98, 16), row(100, 1.4, 0.9, 32), row(100, 1.2, 0.99, 64)]
-    for each, retention in zip(rows, (0.0, 0.95, 1.0, None), strict=True):
-        each["retention"] = retention
+def test_answers_speak_against_a_recovery() -> None:
+    rows = [row(100, 2.0, 0.99, 8), row(100, 1.5, 0.966, 16), row(100, 1.4, 0.98, 32), row(100, 1.2, 0.99, 64)]
+    for each, high in zip(rows, (0.89, 1.2, 0.96, 0.97), strict=True):
+        each["retention"] = {"mean": high - 0.1, "interval": [high - 0.2, high]}
     chosen = {dial.quality: dial.exact_tail for dial in soonest(rows, {"fast": 0.9, "balanced": 0.97})}
-    assert chosen == {"fast": 16, "balanced": 64}
-    assert [dial.retention for dial in soonest(rows, {"fast": 0.9})] == [None, 0.95]
+    assert chosen == {"fast": 16, "balanced": 16}
+    chosen = {dial.quality: dial.exact_tail for dial in soonest([rows[0], *rows[2:]], {"fast": 0.9, "balanced": 0.97})}
+    assert chosen == {"fast": 32, "balanced": 64}
+    assert [dial.retention for dial in soonest(rows, {"fast": 0.9})] == [None, pytest.approx(1.1)]
 
 
 @pytest.fixture
