@@ -41,7 +41,6 @@ def test_first_run_a_pasted_document_ctrl_c_and_a_resize(place, roomy, tmp_path)
     start = Tmux if place == "tmux" else Terminal
     chat = start("chat", "--model", roomy, "--max-tokens", 40, environment=environment)
     try:
-        chat.wait_for("is ready")
         chat.wait_for("context 0 of 8,192 tokens")
         chat.paste(document)
         chat.pause(0.5)
@@ -72,7 +71,7 @@ def test_ctrl_c_stops_a_reply_and_what_came_of_it_stays(place, roomy, tmp_path):
     # the tiny model soon repeats one token, and would for all of 6,000
     chat = start("chat", "--model", roomy, "--max-tokens", 6000, environment={"KVP_CACHE_DIR": str(tmp_path)})
     try:
-        chat.wait_for("is ready")
+        chat.wait_for("context 0 of 8,192 tokens")
         for attempt in range(10):  # a stop may come before the reply has begun, the more so on a busy machine
             chat.send("Hello")
             chat.send("\r")
