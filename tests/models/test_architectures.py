@@ -93,7 +93,8 @@ def test_true_outputs_make_the_cache_that_the_layers_make(name: str, tokens: int
                 model.predictor = Oracle(model.predictor, base, ids[:, :tokens])
             cache = kvp_mlx.predict_base_cache(model, ids[:, :tokens], prefill_step_size=step_size)
             found = logits_after(base, cache, ids[:, tokens:])
-            np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=f"{layers} layers, chunks of {step_size}")
+            # rounding of recurrent states: 4e-4 with OpenBLAS's Zen kernels, below 1e-4 with those for SkylakeX
+            np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=f"{layers} layers, chunks of {step_size}")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "gpt_oss", "gemma3", "lfm2", "glm4_moe_lite", "qwen3_moe"])
