@@ -34,8 +34,8 @@ def _median(key: str, form: str) -> Callable[[Row], str]:
     return lambda row: "" if row[key] is None else f"{row[key]['median']:{form}}"
 
 
-def _only_kvp(key: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[key]:.0f}" if row["arm"] == "kvp" else ""
+def _if_predicted(key: str) -> Callable[[Row], str]:
+    return lambda row: "" if row["first_step_ms"] is None else f"{row[key]:.0f}"
 
 
 TTFT: Columns = {
@@ -43,10 +43,10 @@ TTFT: Columns = {
     "arm": lambda row: row["arm"],
     "TTFT ms": lambda row: f"{row['ttft_ms']['median']:.0f}",
     "(q1-q3)": _quartiles("ttft_ms", ".0f"),
-    "aux": _only_kvp("auxiliary_prefill_ms"),
-    "predict": _only_kvp("predict_ms"),
-    "recompute": _only_kvp("recompute_ms"),
-    "step": _only_kvp("first_step_ms"),
+    "aux": _if_predicted("auxiliary_prefill_ms"),
+    "predict": _if_predicted("predict_ms"),
+    "recompute": _if_predicted("recompute_ms"),
+    "step": _if_predicted("first_step_ms"),
     "floor": number("floor_ms"),
     "of floor": number("share_of_floor", ".0%"),
     "sooner": number("speedup", ".2f", unit="x"),

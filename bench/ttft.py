@@ -205,7 +205,7 @@ def arm_row(
 ) -> dict[str, Any]:
     """Return one arm's row: times, their floor, and speed-up against FLOPs ratio where ``full`` was run too."""
     own, batch = samples[arm.name], sweep.batch_size
-    work, is_kvp, is_foreign = arm.work(model, length, batch), arm.name == "kvp", arm.kind.is_foreign
+    work, is_kvp, is_foreign = arm.work(model, length, batch), arm.kind.predicts, arm.kind.is_foreign
     ttft_ms, predict_ms = quartiles(own.ttft_ms), statistics.median(own.predict_ms)
     floor_ms = 1e3 * (work.flops / ceilings.matmul_flops_per_s + work.weight_bytes / ceilings.copy_bytes_per_s)
     flops_ratio = full_work(model, length, batch).flops / work.flops

@@ -9,9 +9,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arms.arm import Arm
+from ..arms.kinds import KINDS
 from ..bundle.loading import KVPModel
 from ..engine.decode import repeated
-from ..engine.dial import PREDICT, QUALITIES, Dial
+from ..engine.dial import PREDICT, Dial
 from ..engine.prefill import predict_base_cache
 from ..engine.prompt import check_window
 from ..errors import InputError
@@ -38,7 +39,7 @@ def all_predicted(arms: Sequence[Arm]) -> Dial:
     Raises:
         InputError: an arm whose numbers say otherwise.
     """
-    if other := [arm.name for arm in arms if arm.kind.predicts and (arm.name in QUALITIES or any(arm.numbers))]:
+    if other := [arm.name for arm in arms if arm.kind.predicts and (arm.kind is not KINDS["kvp"] or any(arm.numbers))]:
         raise InputError(f"scoring 'predicted' predicts all of the prompt, so {other[0]} is no arm of it; take kvp.")
     return replace(PREDICT, recompute=0.0)
 

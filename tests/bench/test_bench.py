@@ -55,6 +55,15 @@ def test_json_has_the_contracts_keys(batch: int, fitted: Path, tmp_path: Path, k
         assert 0 < predicted[part] < predicted["ttft_ms"]["median"]
 
 
+def test_all_arms_that_predict_show_their_parts(fitted: Path, kvp: Kvp) -> None:
+    arms = ("--arms", "full,kvp-4,balanced", "--prompt-tokens", 200, "--rounds", 1)
+    full, *predicted = kvp("bench", "ttft", "--model", fitted, *arms, "--json").json()["rows"]
+    assert full["first_step_ms"] is None
+    for row in predicted:
+        assert 0 < row["predict_ms"] + row["first_step_ms"] < row["ttft_ms"]["median"]
+        assert 0 < row["predict_share"] < 1
+
+
 def test_table_for_people(fitted: Path, kvp: Kvp) -> None:
     outcome = kvp("bench", "ttft", "--model", fitted, "--prompt-tokens", "20", "--rounds", 1)
     assert outcome.code == 0

@@ -17,7 +17,7 @@ import kvp_mlx
 from kvp_mlx.bundle.predictor import Predictor
 from kvp_mlx.errors import InputError
 from kvp_mlx.models.entries import append_raw
-from kvp_mlx.models.families import FAMILIES, kinds_of, mixer_of, text_model
+from kvp_mlx.models.families import FAMILIES, Cache, kinds_of, mixer_of, text_model
 from kvp_mlx.models.kinds import Layer
 from kvp_mlx.models.sections import run_layers
 
@@ -64,14 +64,20 @@ def test_every_row_is_tested() -> None:
     assert tested == FAMILIES.keys()
 
 
+def read_by_mlx_lm(base: nn.Module, ids: mx.array, step_size: int) -> Cache:
+    """Return the base's cache after ids (B, T) in chunks; how it rounds depends on these, and on the CPU's kernels."""
+    own: Cache = make_prompt_cache(base)
+    for start in range(0, ids.shape[1], step_size):
+        base(ids[:, start : start + step_size], cache=own)
+    return own
+
+
 @pytest.mark.parametrize(("step_size", "batch"), [(1, 3), (7, 2), (64, 1)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_full_is_mlx_lms_own_reading(name: str, step_size: int, batch: int) -> None:
     base = tiny_model(name)
     ids = random_ids(PROMPTS[-1] + AFTER, batch)
-    own = make_prompt_cache(base)
-    for start in range(0, PROMPTS[-1], step_size):
-        base(ids[:, start : min(start + step_size, PROMPTS[-1])], cache=own)
+    own = read_by_mlx_lm(base, ids[:, : PROMPTS[-1]], step_size)
     found = kvp_mlx.base_prefill(bundle(base, 1), ids[:, : PROMPTS[-1]], prefill_step_size=step_size)
     rest = ids[:, PROMPTS[-1] :]
     np.testing.assert_array_equal(logits_after(base, found, rest), logits_after(base, own, rest))
@@ -82,9 +88,10 @@ def test_full_is_mlx_lms_own_reading(name: str, step_size: int, batch: int) -> N
 def test_true_outputs_make_the_cache_that_the_layers_make(name: str, tokens: int) -> None:
     base = tiny_model(name)
     ids = random_ids(tokens + AFTER + STEPS, 3)
-    own = make_prompt_cache(base)
-    base(ids[:, :tokens], cache=own)
-    expected = logits_after(base, own, ids[:, tokens:])
+    expected, *others = (
+        logits_after(base, read_by_mlx_lm(base, ids[:, :tokens], n), ids[:, tokens:]) for n in (64, 1, 7)
+    )
+    atol = 1e-4 + max(float(np.abs(np.array(other) - np.array(expected)).max()) for other in others)
     depth = len(kinds_of(base))
     for layers in (1, depth // 2, depth - 1):
         model = bundle(base, layers)
@@ -93,8 +100,7 @@ def test_true_outputs_make_the_cache_that_the_layers_make(name: str, tokens: int
                 model.predictor = Oracle(model.predictor, base, ids[:, :tokens])
             cache = kvp_mlx.predict_base_cache(model, ids[:, :tokens], prefill_step_size=step_size)
             found = logits_after(base, cache, ids[:, tokens:])
-            # rounding of recurrent states: 4e-4 with OpenBLAS's Zen kernels, below 1e-4 with those for SkylakeX
-            np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=f"{layers} layers, chunks of {step_size}")
+            np.testing.assert_allclose(found, expected, atol=atol, err_msg=f"{layers} layers, chunks of {step_size}")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "gpt_oss", "gemma3", "lfm2", "glm4_moe_lite", "qwen3_moe"])
