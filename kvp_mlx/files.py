@@ -276,6 +276,17 @@ def _exchange(work: Path, out: Path) -> None:
         shutil.rmtree(old)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory of ours in one step: whoever looks, after a kill too, finds all of it or nothing.
+
+    Raises:
+        OSError: it is not there, or cannot be removed.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # ``atomic_directory`` knows such leftovers
+    path.replace(aside)
+    shutil.rmtree(aside)
+
+
 def _swap(first: Path, second: Path) -> bool:
     """Exchange two directories in one step, where system and file system can; returns whether that was done."""
     library = ctypes.CDLL(None, use_errno=True)

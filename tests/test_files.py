@@ -165,6 +165,31 @@ def test_a_kill_in_the_middle_of_a_replacement_loses_nothing(way: str, moves: in
     assert (out / "config.json").read_text() == "{}"
 
 
+REMOVED_BY_HALF = """
+import os, signal, sys
+from pathlib import Path
+from kvp_mlx import files
+unlink = os.unlink
+def last(*args, **options):
+    unlink(*args, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.unlink = last
+files.remove_directory(Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_in_the_middle_of_a_removal_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("one.json", "two.json"):
+        write_json(out / name, {})
+    command = [sys.executable, "-c", REMOVED_BY_HALF, str(out)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".out.*/*.json"))) == 1
+    recover(out)  # only what was left aside by a replacement is put back
+    assert not out.exists()
+
+
 def test_a_full_disk_is_said_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(KVPError, match="No space left"), atomic_directory(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -26,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
-from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, sha256_of
+from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, remove_directory, sha256_of
 from ..models.entries import one_token_cache
 from ..models.families import Cache
 from .context import Context, first_entries
@@ -285,7 +284,7 @@ def remove_cache(name: str) -> None:
         InputError: nothing of that name.
     """
     try:
-        shutil.rmtree(cache_place(name))
+        remove_directory(cache_place(name))
     except FileNotFoundError as error:  # another process may have removed it since it was listed
         raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them.") from error
 
@@ -393,7 +392,8 @@ def _remove_oldest(limit_bytes: int, keep: str) -> list[str]:
         if sum(sizes.values()) <= limit_bytes:
             break
         if place.name != keep:
-            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_directory(place)
             del sizes[place.name]
             removed.append(place.name)
     return removed

@@ -213,9 +213,9 @@ class Prefixes:
                     entry.is_saved = False
 
     def save_all(self) -> None:
-        """Write what is not on disk yet, and wait for it."""
+        """Write what is not on disk yet, remove what has no room there, and wait for both."""
         self._used = 0.0
-        while self._save_next():
+        while self._save_next() or (self._shelf is not None and self._shelf.is_writing):
             time.sleep(0.01)
 
     def _save_next(self) -> bool:

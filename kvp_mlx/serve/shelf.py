@@ -1,5 +1,6 @@
 """Contexts on disk, in the format of saved caches; they are written beside all other work."""
 
+import contextlib
 import logging
 import queue
 import re
@@ -25,7 +26,7 @@ from ..engine.saved_caches import (
     write_context,
 )
 from ..errors import InputError, KVPError
-from ..files import STALE_SECONDS, private_directory
+from ..files import STALE_SECONDS, private_directory, remove_directory
 
 NAME = re.compile(r"[0-9a-f]{24}")
 LEFT_OVER = re.compile(r"\.[0-9a-f]{24}\.[0-9a-f]{8}(\.old)?")
@@ -105,7 +106,7 @@ class Shelf:
         self._jobs.put(lambda: self._remove(place))
 
     def _lose(self, place: Path) -> None:
-        if self.holds(place):  # and not on its way out
+        if self.holds(place) and place.exists():  # and is not on its way out
             log.warning("a saved conversation is damaged or of another version; it is removed")
         self.remove(place)
 
@@ -134,7 +135,8 @@ class Shelf:
 
     def _remove(self, place: Path) -> None:
         self._sizes.pop(place, None)  # first, so that nobody thinks it damaged meanwhile
-        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_directory(place)
 
 
 def dial_from(saved: dict[str, Any] | None) -> Dial | None:

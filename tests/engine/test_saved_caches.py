@@ -398,13 +398,13 @@ def test_a_cache_that_another_process_removes_meanwhile_is_missing(
     tmp_path, kvp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path))
-    place, remove = store.cache_place("quick"), store.shutil.rmtree
+    place, remove = store.cache_place("quick"), store.remove_directory
     place.mkdir(parents=True)
 
     def second(path) -> None:
         remove(path)
         remove(path)
 
-    monkeypatch.setattr(store.shutil, "rmtree", second)
+    monkeypatch.setattr(store, "remove_directory", second)
     outcome = kvp("cache", "rm", "quick")
     assert (outcome.code, outcome.err) == (2, "kvp: there is no saved cache 'quick'; 'kvp cache ls' lists them.\n")

@@ -1,6 +1,7 @@
 """What was read is found again: in memory, on disk, exact or predicted, refined meanwhile."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -270,11 +271,13 @@ def test_damaged_and_other_models_conversations_are_passed_over(model: KVPModel,
 
 def test_only_what_is_damaged_is_said_to_be(model: KVPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shelf = Shelf(model, tmp_path, limit_bytes=2**30)
-    places = [shelf.write(read(model, ids_of(60, seed)), None, replacing=None) for seed in range(2)]
+    places = [shelf.write(read(model, ids_of(60, seed)), None, replacing=None) for seed in range(3)]
     shelf.remove(places[0])
     while shelf.is_writing:
         time.sleep(0.01)
     assert shelf.load(places[0]) is None
+    shutil.rmtree(places[2])  # by another server
+    assert shelf.load(places[2]) is None
     assert "damaged" not in caplog.text
     (places[1] / "cache.safetensors").write_bytes(b"")
     assert shelf.load(places[1]) is None
