@@ -234,8 +234,7 @@ def atomic_directory(out: Path, *, private: bool = False) -> Iterator[Path]:
     with unfinished(work):  # named before it is made, so that no moment is left in which a signal could orphan it
         try:
             recover(out)
-            if out.exists():  # otherwise what a kill left aside may be the only copy
-                _sweep(out)
+            sweep(out.parent, out.name)
             out.parent.mkdir(parents=True, exist_ok=True)
             work.mkdir(mode=0o700 if private else 0o777)
         except OSError as error:
@@ -273,7 +272,7 @@ def _exchange(work: Path, out: Path) -> None:
             f"the old {out.name} holds {found[0]}, which is not kvp's, so it is kept as {kept}.", stacklevel=1
         )
     else:
-        shutil.rmtree(old)
+        shutil.rmtree(old.replace(work))  # under a name that ``recover`` does not take for the only copy
 
 
 def remove_directory(path: Path) -> None:
@@ -282,9 +281,10 @@ def remove_directory(path: Path) -> None:
     Raises:
         OSError: it is not there, or cannot be removed.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # ``atomic_directory`` knows such leftovers
-    path.replace(aside)
-    shutil.rmtree(aside)
+    path = Path(os.path.realpath(path))  # "." has no name
+    for old in _replaced(path):  # which ``recover`` would put in its place
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(path.replace(path.with_name(f".{path.name}.{secrets.token_hex(4)}")))
 
 
 def _swap(first: Path, second: Path) -> bool:
@@ -303,18 +303,32 @@ def recover(out: Path) -> None:
     """Put back a directory that a kill in the middle of its replacement left aside, if nothing took its place."""
     if os.path.lexists(out) or not out.parent.is_dir():
         return
-    for old in sorted(out.parent.glob(f".{glob.escape(out.name)}.????????.old")):
+    for old in _replaced(out):
         with contextlib.suppress(OSError):
             old.rename(out)
             return
 
 
-def _sweep(out: Path) -> None:
-    """Remove what killed commands left beside ``out`` more than a day ago."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.????????*"):
-        is_leftover = re.fullmatch(r"[0-9a-f]{8}(\.old)?", left.name.removeprefix(f".{out.name}."))
-        if is_leftover and left.is_dir() and time.time() - left.lstat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+def _replaced(out: Path) -> list[Path]:
+    """Return what kills in the middle of replacements left aside."""
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.????????.old"))
+
+
+def sweep(folder: Path, name: str | None = None, *, older_than: float = STALE_SECONDS) -> None:
+    """Remove what killed commands left half written, half removed or replaced; not what may be the only copy.
+
+    Args:
+        folder: in which it was left.
+        name: of the directory that it was to be, or None for all.
+        older_than: seconds; less than a day only where nobody else can be writing.
+    """
+    for left in folder.glob(".*.????????*"):
+        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}(\.old)?", left.name)
+        if found is None or name not in (None, found[1]) or (found[2] and not (folder / found[1]).exists()):
+            continue
+        with contextlib.suppress(OSError):  # another command may be sweeping, too
+            if left.is_dir() and time.time() - left.lstat().st_mtime > older_than:
+                shutil.rmtree(left)
 
 
 def private_directory(path: Path) -> Path:

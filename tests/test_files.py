@@ -21,8 +21,10 @@ from kvp_mlx.files import (
     check_writable,
     parse_json,
     recover,
+    remove_directory,
     require_free,
     strangers,
+    sweep,
     write_json,
     write_text,
 )
@@ -188,6 +190,42 @@ def test_a_kill_in_the_middle_of_a_removal_leaves_nothing_that_looks_whole(tmp_p
     assert len(list(tmp_path.glob(".out.*/*.json"))) == 1
     recover(out)  # only what was left aside by a replacement is put back
     assert not out.exists()
+
+
+def test_what_a_kill_left_aside_does_not_come_back_for_what_was_removed(tmp_path: Path) -> None:
+    out, old = tmp_path / "out", tmp_path / ".out.0123abcd.old"
+    for place in (out, old):
+        place.mkdir()
+    remove_directory(out)
+    recover(out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_replaced_directory_is_removed_under_a_name_that_is_not_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, removed, remove = tmp_path / "out", [], shutil.rmtree
+    out.mkdir()
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(path.name) or remove(path))
+    with atomic_directory(out) as work:
+        (work / "config.json").write_text("{}")
+    assert len(removed) == 1
+    assert not removed[0].endswith(".old")
+
+
+def test_only_leftovers_are_swept(tmp_path: Path) -> None:
+    leftovers = (".gone.0123abcd", ".out.0123abcd", ".out.0123abcd.old")
+    others = (".gone.0123abcd.old", ".out.0123abcx", "out", ".out.12345678.zip", ".git")  # the first: an only copy
+    for name in (*leftovers, *others):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 8  # all too young
+    for place in tmp_path.iterdir():
+        os.utime(place, (0, 0))
+    sweep(tmp_path, "out")
+    assert {place.name for place in tmp_path.iterdir()} == {*others, ".gone.0123abcd"}
+    sweep(tmp_path)
+    assert {place.name for place in tmp_path.iterdir()} == set(others)
 
 
 def test_a_full_disk_is_said_to_be_one(tmp_path: Path) -> None:

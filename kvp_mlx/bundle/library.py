@@ -1,12 +1,11 @@
 """Models on this machine: bundles and bases, in folders and in the Hub's cache."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, InputError, KVPError
-from ..files import check_removable, read_json
+from ..files import check_removable, read_json, remove_directory
 from ..models.families import FAMILIES
 from . import named
 from .config import read_config
@@ -70,9 +69,10 @@ def remove_model(name: str) -> tuple[Path, int]:
     path = removable(name)
     size = _directory_bytes(path)
     try:
-        shutil.rmtree(path)
+        remove_directory(path)
     except OSError as error:
-        raise KVPError(f"{path} cannot be removed whole ({error.strerror}); check who may write there.") from error
+        left = error.filename or path
+        raise KVPError(f"{left} cannot be removed ({error.strerror}); check who may write there.") from error
     return path, size
 
 

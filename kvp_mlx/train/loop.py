@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError, KVPError
+from ..files import write_text
 from .objectives import Weights, auxiliary_loss, base_loss, consistency_loss, continuation_losses, predict
 from .state import TrainingState, load_state, read_log, save_state
 from .teacher import Batch, Reading, Teacher, make_batch, read, teach
@@ -257,8 +258,8 @@ class Log:
 
     def __init__(self, path: Path, keep: int):
         kept = [entry for entry in read_log(path) if entry["step"] <= keep] if keep else []
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line."""

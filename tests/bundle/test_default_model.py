@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from conftest import Kvp
 from mlx_lm.models.cache import make_prompt_cache
+from support.waiting import wait_until
 
 import kvp_mlx
 from kvp_mlx.bundle import named as default_model
@@ -93,6 +95,34 @@ def test_damaged_copy_in_the_cache_is_made_again(tmp_path: Path, monkeypatch: py
     (base / "model.safetensors").write_bytes(b"damaged")
     assert fingerprint(default_model.ensure_base()) == default_model.NAMED[default_model.ALIAS].fingerprint
     assert [path.name for path in tmp_path.iterdir()] == [base.name]
+
+
+def test_two_processes_make_a_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, begun, may_end = tmp_path / "fake.gguf", threading.Event(), threading.Event()
+    fake.write_bytes(b"GGUF")
+    made: list[Path] = []
+    told: list[str] = []
+
+    def convert(gguf: Path, work: Path, progress: object) -> None:
+        made.append(gguf)
+        begun.set()
+        may_end.wait(20)
+
+    monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(default_model, "find_gguf", lambda name: fake)
+    monkeypatch.setattr(default_model, "sha256_of", lambda path: default_model.NAMED[default_model.ALIAS].sha256)
+    monkeypatch.setattr(default_model, "_is_sound", lambda name: default_model.base_path(name).is_dir())
+    monkeypatch.setattr(default_model, "convert_gguf", convert)
+    processes = [threading.Thread(target=default_model.ensure_base, kwargs={"say": told.append}) for _ in range(2)]
+    processes[0].start()
+    assert begun.wait(20)
+    processes[1].start()
+    wait_until(lambda: bool(told))  # that it has to wait
+    may_end.set()
+    for process in processes:
+        process.join()
+    assert (made, len(told)) == ([fake], 1)
+    assert [place.name for place in (tmp_path / "cache").iterdir()] == ["smollm2-135m-base"]
 
 
 def test_no_model_and_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp) -> None:

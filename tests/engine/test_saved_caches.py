@@ -354,6 +354,26 @@ def test_a_cache_that_a_kill_left_aside_comes_back(place):
     assert store.load_cache(model, "a")[1].tokens == list(range(5, 30))
 
 
+@pytest.mark.parametrize("does", ["replaces", "removes"])
+def test_a_cache_that_another_process_changes_meanwhile_is_not_called_damaged(does, monkeypatch):
+    model, fingerprint = KINDS["prefix"](), store.base_fingerprint
+    store.save_cache(read(model, range(5, 30)), "a", "document", "text")
+
+    def other_process(loaded):
+        monkeypatch.setattr(store, "base_fingerprint", fingerprint)
+        store.remove_cache("a")
+        if does == "replaces":
+            store.save_cache(read(model, range(5, 40)), "a", "document", "text")
+        return fingerprint(loaded)
+
+    monkeypatch.setattr(store, "base_fingerprint", other_process)
+    if does == "replaces":
+        assert store.load_cache(model, "a")[1].tokens == list(range(5, 40))
+    else:
+        with pytest.raises(InputError, match="there is no saved cache 'a'"):
+            store.load_cache(model, "a")
+
+
 NO_TRANSCRIPTS = [
     "[]",
     '"x"',

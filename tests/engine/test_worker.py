@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from support.waiting import wait_until
 
 from kvp_mlx.engine import worker as module
 from kvp_mlx.engine.worker import StoppedError, Worker
@@ -146,6 +147,5 @@ def test_idle_work_that_fails_is_remembered_and_jobs_go_on(worker):
 
     one = worker(idle_work)
     assert one.call(lambda: 5) == 5
-    time.sleep(0.05)
-    assert isinstance(one.idle_error, ValueError)
+    wait_until(lambda: isinstance(one.idle_error, ValueError))
     assert one.call(lambda: 6) == 6

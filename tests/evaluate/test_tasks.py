@@ -195,8 +195,10 @@ def test_killed_and_resumed_is_as_uninterrupted(data: dict[str, Path], fitted: P
     outcome = kvp("eval", "squad", fitted, "--data", data["squad"], "--log", whole, "--seed", 1)
     assert outcome.code == 2
     assert "another" in outcome.err
-    whole.write_text("no log\n")
-    assert kvp("eval", "squad", fitted, "--data", data["squad"], "--log", whole).code == 2
+    for other in ("no log\n", '{"mine": 1}', '{"mine": 1}\n{"mine": 2}', '{"recipe": 1'):
+        whole.write_text(other)
+        assert kvp("eval", "squad", fitted, "--data", data["squad"], "--log", whole).code == 2
+        assert whole.read_text() == other
 
 
 def test_a_larger_limit_extends_a_smaller_one(data: dict[str, Path]) -> None:

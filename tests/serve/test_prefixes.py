@@ -1,5 +1,6 @@
 """What was read is found again: in memory, on disk, exact or predicted, refined meanwhile."""
 
+import errno
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from support.tiny import chat_tokenizer, llama, paired, prefixed, small_llama, t
 from support.waiting import wait_until
 
 from kvp_mlx.bundle.loading import KVPModel
+from kvp_mlx.engine import saved_caches
 from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import base_prefill
@@ -282,6 +284,24 @@ def test_only_what_is_damaged_is_said_to_be(model: KVPModel, tmp_path: Path, cap
     (places[1] / "cache.safetensors").write_bytes(b"")
     assert shelf.load(places[1]) is None
     assert "damaged" in caplog.text
+
+
+def test_what_cannot_be_written_leaves_no_earlier_state_that_nobody_knows(
+    model: KVPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = Shelf(model, tmp_path, limit_bytes=2**30)
+    first = shelf.write(read(model, ids_of(40)), None, replacing=None)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saved_caches, "_write_entries", full)
+    second = shelf.write(read(model, ids_of(60)), None, replacing=first)
+    while shelf.is_writing:
+        time.sleep(0.01)
+    assert "not kept" in caplog.text
+    assert (shelf.holds(first), shelf.holds(second), shelf.nbytes) == (False, False, 0)
+    assert not list(tmp_path.iterdir())
 
 
 SERVING = """

@@ -283,6 +283,7 @@ def test_bias_and_penalties_change_what_is_chosen(model: KVPModel) -> None:
 def test_progress_tells_how_far_a_prompt_is_read(model: KVPModel) -> None:
     (ids,) = prompts(600)
     with scheduler_of(model) as scheduler:
+        scheduler._prefixes._refining = lambda: iter(())
         ask(scheduler, ids[:100])
         predicted = ask(scheduler, ids, KVP)
         found = ask(scheduler, ids)

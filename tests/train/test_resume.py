@@ -44,8 +44,12 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen, seconds:
         time.sleep(0.005)
 
 
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def lines(path: Path, written_after: int = 0) -> int:
+    """Count them; none where the file is missing, which it is for a moment when a run begins anew."""
+    try:
+        return path.read_bytes().count(b"\n") if path.stat().st_mtime_ns > written_after else 0
+    except FileNotFoundError:
+        return 0
 
 
 def test_same_seed_same_losses(starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp) -> None:
@@ -122,12 +126,7 @@ def test_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     for number in range(3):
         process = subprocess.Popen([sys.executable, "-c", STEADY, *map(str, common)], stderr=subprocess.PIPE)
         seen = (training(out) / "log.jsonl").stat().st_mtime_ns if number else 0
-        wait_until(
-            lambda seen=seen: (
-                lines(training(out) / "log.jsonl") > 0 and (training(out) / "log.jsonl").stat().st_mtime_ns > seen
-            ),
-            process,
-        )
+        wait_until(lambda seen=seen: lines(training(out) / "log.jsonl", written_after=seen) > 0, process)
         time.sleep(0.2 * rng.random())
         process.kill()
         process.wait()
