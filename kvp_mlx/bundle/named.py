@@ -149,11 +149,12 @@ def _alone(name: str, say: Say) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write {place}: {error.strerror}; set KVP_CACHE_DIR elsewhere.") from error
     try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"Another process is making a base; {name} has to wait for it ...")
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"Another process is making a base; {name} has to wait for it ...")
+                fcntl.flock(directory, fcntl.LOCK_EX)
         yield
     finally:
         os.close(directory)
