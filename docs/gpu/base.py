@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H hidden, NH query heads, NKV key heads, HD a head's 
 
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32  # of matmuls' inputs
+DTYPE = torch.bfloat16 if CUDA or os.environ.get("BF16") else torch.float32  # of matmuls' inputs
 
 
 def tensor(name, arrays, meta):
