@@ -1,7 +1,7 @@
 """Low-rank updates (LoRA, arXiv 2106.09685, as mlx-lm has them) of whatever reads the prompt.
 
-The base decodes with its own weights; only the pass over the prompt takes the update. A prefix keeps it in the
-bundle's adapter.safetensors, an auxiliary of its own takes it up into its weights.
+The base decodes with its own weights; only the pass over the prompt takes the update. A prefix and a named model keep
+it in the bundle's adapter.safetensors, an auxiliary in the bundle has taken it up into its weights.
 """
 
 import copy
@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -40,6 +40,25 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """Return the updates alone, by their names in the model."""
     parameters = dict(tree_flatten(model.parameters()))
     return {name: array for name, array in parameters.items() if name.split(".")[-1] in LORA_PARAMETERS}
+
+
+def take_up(model: nn.Module) -> None:
+    """Replace every map that has a low-rank update by one that has taken it up."""
+    fused = {name: module.fuse(dequantize=True) for name, module in model.named_modules() if _is_adapted(module)}
+    model.update_modules(tree_unflatten(list(fused.items())))
+
+
+def quantised_like(array: mx.array, weight: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
+    """Return the group size and bits a matrix (.., width) was quantised with, from the shapes of what is stored.
+
+    Raises:
+        ValueError: as mlx quantises nothing.
+    """
+    width = array.shape[-1]
+    groups, words = scales[-1], weight[-1]
+    if not groups or width % groups or 32 * words % width:
+        raise ValueError(f"{words} words and {groups} groups for {width} numbers")
+    return width // groups, 32 * words // width
 
 
 def fused_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -22,6 +22,7 @@ FORMAT_VERSION: Final = 2
 HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
 
 Sources = tuple[NonNegativeInt, ...]
+Alias = Literal["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
 
 
 class _Part(BaseModel):
@@ -53,7 +54,7 @@ class BaseConfig(_Part):
     path: str | None = None
     hub_id: str | None = None
     revision: str | None = None
-    alias: Literal["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"] | None = None
+    alias: Alias | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "BaseConfig":
@@ -67,7 +68,8 @@ class BaseConfig(_Part):
 class AuxiliaryConfig(_Part):
     """The auxiliary: the base's first ``layers`` layers (prefix), or the model in ``auxiliary/`` of that depth.
 
-    A prefix may read the prompt with low-rank updates of ``adapter_rank``, kept in adapter.safetensors.
+    Kind ``model`` may be a named base (``alias``) instead. That, and a prefix, may read the prompt with low-rank
+    updates of ``adapter_rank``, kept in adapter.safetensors.
     """
 
     kind: Literal["prefix", "model", "pruned"]
@@ -75,13 +77,16 @@ class AuxiliaryConfig(_Part):
     retained_layers: tuple[NonNegativeInt, ...] | None = None
     fingerprint: str | None = None
     adapter_rank: PositiveInt | None = None
+    alias: Alias | None = None
 
     @model_validator(mode="after")
     def _fields_of_its_kind(self) -> "AuxiliaryConfig":
         if (self.kind == "pruned") != (self.retained_layers is not None):
             raise ValueError("retained_layers belongs to kind 'pruned', and only there")
-        if self.adapter_rank is not None and self.kind != "prefix":
-            raise ValueError("adapter_rank belongs to kind 'prefix', and only there")
+        if self.alias is not None and self.kind != "model":
+            raise ValueError("alias belongs to kind 'model', and only there")
+        if self.adapter_rank is not None and self.kind != "prefix" and self.alias is None:
+            raise ValueError("adapter_rank belongs to kind 'prefix' or to a named model, and only there")
         if self.retained_layers is not None and len(self.retained_layers) != self.layers:
             raise ValueError(f"{len(self.retained_layers)} retained_layers do not make {self.layers} layers")
         return self

@@ -27,7 +27,7 @@ from ..models.loading import (
 )
 from ..models.safetensors import TensorInfo, fingerprint, read_header
 from ..models.sections import prefix_model
-from .adapter import adapted_prefix, adapter_weights
+from .adapter import adapted_prefix, adapter_weights, add_adapter, quantised_like, take_up
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
 from .mark import check_mark
 from .named import ALIAS, find_model, shipped_bundle
@@ -132,12 +132,13 @@ def load(
     if not is_known and config.base.mark is not None:
         check_mark(config.base.mark, base, tokenizer)
     fit_to_device(base, progress, hosts)
-    if config.auxiliary.adapter_rank is not None:
-        auxiliary = _load_adapter(base, config.auxiliary, directory / "adapter.safetensors")
-    elif config.auxiliary.kind == "prefix":
-        auxiliary = prefix_model(base, config.auxiliary.layers)  # again, now that the base has its final weights
-    else:
+    if config.auxiliary.kind != "prefix":
         fit_to_device(auxiliary)
+    elif config.auxiliary.adapter_rank is not None:
+        auxiliary = adapted_prefix(base, config.auxiliary.layers, config.auxiliary.adapter_rank)
+        _load_adapter(auxiliary, compute_dtype(base), directory / "adapter.safetensors")
+    else:
+        auxiliary = prefix_model(base, config.auxiliary.layers)  # again, now that the base has its final weights
     predictor.load_weights(str(weights))
     dequantize_model(predictor)  # the maps are small, and prefill computes with them what it computes with
     predictor.set_dtype(compute_dtype(base))
@@ -253,14 +254,14 @@ def base_directory(base: BaseConfig, bundle: Path, progress: Progress | None = N
 
 
 def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Module:
-    """Cut the prefix off the base, or load the bundle's ``auxiliary/``.
+    """Cut the prefix off the base, or load the bundle's ``auxiliary/`` or a named base with the bundle's updates.
 
     Raises:
         BundleError: an auxiliary with other weights than kvp.json says, or that cannot read the base's token ids.
     """
     if config.auxiliary.kind == "prefix":
         return prefix_model(base, config.auxiliary.layers)
-    place = bundle / "auxiliary"
+    place = bundle / "auxiliary" if config.auxiliary.alias is None else find_model(config.auxiliary.alias)
     if config.auxiliary.fingerprint is not None:
         _check_fingerprint(place, config.auxiliary.fingerprint)
     auxiliary, _ = load_model(place)
@@ -269,6 +270,10 @@ def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Mo
             f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
             "choose an auxiliary of the same tokeniser."
         )
+    if config.auxiliary.adapter_rank is not None:
+        add_adapter(auxiliary, config.auxiliary.adapter_rank)
+        _load_adapter(auxiliary, compute_dtype(auxiliary), bundle / "adapter.safetensors")
+        take_up(auxiliary)
     return auxiliary
 
 
@@ -299,7 +304,7 @@ def build_predictor(base: nn.Module, auxiliary: nn.Module, config: BundleConfig)
 
 def _check_spreadable(config: BundleConfig) -> None:
     """Refuse a prefix that hosts could not read alike without asking each other."""
-    if config.auxiliary.adapter_rank is not None:
+    if config.auxiliary.adapter_rank is not None and config.auxiliary.kind == "prefix":
         raise InputError("a prefix with low-rank updates is not spread over hosts; use one host.")
     if config.auxiliary.kind == "prefix" and config.predictor.input == KEYS_VALUES:
         raise InputError("a predictor that reads the prefix's keys and values is not spread over hosts; use one host.")
@@ -325,16 +330,29 @@ def _check_architecture(expected: Any, base: nn.Module, path: Path) -> None:
         )
 
 
-def _load_adapter(base: nn.Module, config: AuxiliaryConfig, path: Path) -> nn.Module:
-    """Return the prefix with the low-rank updates of ``adapter.safetensors``."""
-    found = read_header(path)
-    prefix = adapted_prefix(base, config.layers, config.adapter_rank or 0)
-    _check_tensors(list(adapter_weights(prefix).items()), found, path)
-    prefix.load_weights(str(path), strict=False)
-    updates = {name: array.astype(compute_dtype(base)) for name, array in adapter_weights(prefix).items()}
+def _load_adapter(model: nn.Module, dtype: mx.Dtype, path: Path) -> None:
+    """Load the low-rank updates of ``adapter.safetensors``, plain or quantised, into an adapted model."""
+    found, needed = read_header(path), adapter_weights(model)
+    schemes: dict[str, tuple[int, int]] = {}
+    stored_as: list[tuple[str, mx.array]] = []
+    for name, array in needed.items():
+        if name not in found or f"{name}.scales" not in found:
+            stored_as.append((name, array))
+            continue
+        try:
+            size, bits = schemes[name] = quantised_like(array, found[name].shape, found[f"{name}.scales"].shape)
+            parts = mx.quantize(mx.zeros(array.shape), group_size=size, bits=bits)
+        except (ValueError, IndexError) as error:
+            raise BundleError(f"{path} is quantised in a way that mlx does not know; get the bundle again.") from error
+        stored_as += zip((name, f"{name}.scales", f"{name}.biases"), parts, strict=True)
+    _check_tensors(stored_as, found, path)
+    stored: Any = mx.load(str(path))
+    updates: dict[str, mx.array] = {name: stored[name] for name in needed}
+    for name, (size, bits) in schemes.items():
+        scales, biases = stored[f"{name}.scales"], stored[f"{name}.biases"]
+        updates[name] = mx.dequantize(stored[name], scales, biases, group_size=size, bits=bits)
     _check_finite(updates, path)
-    prefix.load_weights(list(updates.items()), strict=False)
-    return prefix
+    model.load_weights([(name, array.astype(dtype)) for name, array in updates.items()], strict=False)
 
 
 def _check_finite(parameters: Any, path: Path) -> None:

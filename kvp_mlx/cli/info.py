@@ -50,7 +50,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             "base",
             f"{base['alias'] or base['hub_id'] or base['path']}{pinned}{', in any precision' * bool(base['mark'])}",
         ),
-        ("auxiliary", f"{auxiliary['kind']}, {plural(auxiliary['layers'], 'layer')}"),
+        ("auxiliary", f"{auxiliary['alias'] or auxiliary['kind']}, {plural(auxiliary['layers'], 'layer')}"),
         ("predictor", f"reads {reads}, predicts {predicted} of {len(predictor['layer_map'])} layers"),
     ]
     if predictor["parameters"] is not None:

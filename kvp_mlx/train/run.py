@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..bundle.adapter import adapted_prefix, adapter_weights, add_adapter, fused_weights
-from ..bundle.config import read_config
+from ..bundle.config import AuxiliaryConfig, read_config
 from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
+from ..bundle.named import find_model
 from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import atomic_directory, read_json, require_free, write_json
@@ -377,15 +378,27 @@ def write_trained(model: KVPModel, trained: Trained, training: dict[str, Any], s
     config = model.config.model_copy(update={"training": training, "dials": ()})  # measured on other maps
     with atomic_directory(out) as work:
         write_predictor(model.predictor, work / "predictor.safetensors")
-        if config.auxiliary.adapter_rank is not None:
+        auxiliary = _write_auxiliary(model, "auxiliary" in trained, start, work)
+        config.model_copy(update={"auxiliary": auxiliary}).save(work)
+
+
+def _write_auxiliary(model: KVPModel, is_trained: bool, start: Path, work: Path) -> AuxiliaryConfig:
+    """Write what a bundle holds of its auxiliary into ``work``, and return what kvp.json says of it."""
+    config = model.config.auxiliary
+    if model.is_prefix:
+        if config.adapter_rank is not None:
             write_float16(adapter_weights(model.auxiliary), work / "adapter.safetensors")
-        elif not model.is_prefix:
-            shutil.copytree(start / "auxiliary", work / "auxiliary")
-            if "auxiliary" in trained:
-                rewrite_weights(work / "auxiliary", fused_weights(model.auxiliary))
-                mark = {"fingerprint": fingerprint(work / "auxiliary")}
-                config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update=mark)})
-        config.save(work)
+        return config
+    if config.alias is not None and not is_trained:
+        if config.adapter_rank is not None:
+            shutil.copy(start / "adapter.safetensors", work)
+        return config
+    shutil.copytree(start / "auxiliary" if config.alias is None else find_model(config.alias), work / "auxiliary")
+    if not is_trained:
+        return config
+    rewrite_weights(work / "auxiliary", fused_weights(model.auxiliary))
+    own = {"alias": None, "adapter_rank": None, "fingerprint": fingerprint(work / "auxiliary")}
+    return config.model_copy(update=own)
 
 
 def rewrite_weights(directory: Path, weights: dict[str, mx.array]) -> None:

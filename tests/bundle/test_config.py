@@ -19,6 +19,7 @@ FORMAT_1 = {
         "retained_layers": None,
         "fingerprint": None,
         "adapter_rank": None,
+        "alias": None,
     },
     "predictor": {"input": "hidden_state", "layer_map": [None, None, [1]], "recompute": 0.25},
     "training": {"method": "ridge"},

@@ -209,6 +209,7 @@ def test_info_tells_kind_sizes_and_recipe(bundle: Path, kvp: Kvp) -> None:
         "retained_layers": None,
         "fingerprint": None,
         "adapter_rank": None,
+        "alias": None,
     }
     assert result["predictor"]["preceding"] == 1
     assert result["predictor"]["parameters"] == (2 * 64 + 1) * 2 * 32 + (2 * 64 + 1)  # maps, estimator
