@@ -44,26 +44,12 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
 
 def take_up(model: nn.Module) -> None:
     """Replace every map that has a low-rank update by one that has taken it up."""
-    fused = {name: module.fuse(dequantize=True) for name, module in model.named_modules() if _is_adapted(module)}
-    model.update_modules(tree_unflatten(list(fused.items())))
-
-
-def quantised_like(array: mx.array, weight: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
-    """Return the group size and bits a matrix (.., width) was quantised with, from the shapes of what is stored.
-
-    Raises:
-        ValueError: as mlx quantises nothing.
-    """
-    width = array.shape[-1]
-    groups, words = scales[-1], weight[-1]
-    if not groups or width % groups or 32 * words % width:
-        raise ValueError(f"{words} words and {groups} groups for {width} numbers")
-    return width // groups, 32 * words // width
+    model.update_modules(tree_unflatten(list(_fused(model).items())))
 
 
 def fused_weights(model: nn.Module) -> dict[str, mx.array]:
     """Return a model's weights with the updates taken up, under the names they have without any."""
-    fused = {name: module.fuse(dequantize=True) for name, module in model.named_modules() if _is_adapted(module)}
+    fused = _fused(model)
     weights: dict[str, Any] = {
         name: array
         for name, array in tree_flatten(model.parameters())
@@ -74,8 +60,10 @@ def fused_weights(model: nn.Module) -> dict[str, mx.array]:
     return weights
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, LoRALinear)
+def _fused(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what takes the place of each map that has an update, by its name."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module.fuse(dequantize=True) for name, module in adapted.items()}
 
 
 def _with_own_modules(module: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from ..models.loading import (
 )
 from ..models.safetensors import TensorInfo, fingerprint, read_header
 from ..models.sections import prefix_model
-from .adapter import adapted_prefix, adapter_weights, add_adapter, quantised_like, take_up
+from .adapter import adapted_prefix, adapter_weights, add_adapter, take_up
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
 from .mark import check_mark
 from .named import ALIAS, find_model, shipped_bundle
@@ -340,9 +340,9 @@ def _load_adapter(model: nn.Module, dtype: mx.Dtype, path: Path) -> None:
             stored_as.append((name, array))
             continue
         try:
-            size, bits = schemes[name] = quantised_like(array, found[name].shape, found[f"{name}.scales"].shape)
+            size, bits = schemes[name] = _scheme(array, found[name], found[f"{name}.scales"])
             parts = mx.quantize(mx.zeros(array.shape), group_size=size, bits=bits)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, ZeroDivisionError) as error:
             raise BundleError(f"{path} is quantised in a way that mlx does not know; get the bundle again.") from error
         stored_as += zip((name, f"{name}.scales", f"{name}.biases"), parts, strict=True)
     _check_tensors(stored_as, found, path)
@@ -360,15 +360,20 @@ def _check_finite(parameters: Any, path: Path) -> None:
         raise BundleError(f"{path} holds numbers that are not finite; get the bundle again.")
 
 
+def _scheme(array: mx.array, weight: TensorInfo, scales: TensorInfo) -> tuple[int, int]:
+    """Return the group size and bits that a matrix (.., width) was quantised with, from what is stored of it."""
+    width = array.shape[-1]
+    return width // scales.shape[-1], 32 * weight.shape[-1] // width
+
+
 def _match_quantisation(predictor: Predictor, found: dict[str, TensorInfo], path: Path) -> None:
     """Quantise the maps that are stored quantised, which their scales tell, as mlx-lm does."""
 
     def scheme(name: str, module: nn.Module) -> dict[str, int] | bool:
         if f"{name}.scales" not in found or f"{name}.weight" not in found:
             return False
-        width = module.weight.shape[-1]
-        groups, words = (found[f"{name}.{part}"].shape[-1] for part in ("scales", "weight"))
-        return {"group_size": width // groups, "bits": 32 * words // width}
+        size, bits = _scheme(module.weight, found[f"{name}.weight"], found[f"{name}.scales"])
+        return {"group_size": size, "bits": bits}
 
     try:
         nn.quantize(predictor, class_predicate=scheme)
