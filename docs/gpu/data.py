@@ -1,12 +1,12 @@
 """Make the token ids that train.py reads: text to train on, text held back, and prompts for the model to answer.
 
-usage: data.py BASE OUT.npz [--train-data FOLDER] [--stdlib FILE] [--qa FILE]
+usage: data.py BASE OUT.npz [--train-data FOLDER] [--stdlib FILE] [--qa FILE] [--long N] [--short N]
 
 BASE is the base model's folder (its tokenizer is read). For a Qwen, where the folder's name begins with "qwen", the
 vocabulary is cut to about 49,000 tokens, and all ids are places in the cut one. Written:
   ids               (V,) int32, the tokenizer's ids of the vocabulary that is kept
   train, val        uint16, texts in random order, each with its end token; one text in forty goes to val
-  long, short       (640, 768), (512, 256) uint16, prompts of one length each
+  long, short       (--long, 768), (--short, 256) uint16, prompts of one length each
   vlong             (16, 768) uint16, prompts to validate with, of the texts in train like the others
   stops             the two ids that end a reply
 Needs transformers, and kvp_mlx for the words of its HumanEval prompt.
@@ -127,6 +127,8 @@ def main():
     """Write the file."""
     parser = parser_of(__doc__)
     parser.add_argument("out", help="name of the .npz")
+    parser.add_argument("--long", type=int, default=640, help="prompts of 768 tokens, at least 640 (%(default)s)")
+    parser.add_argument("--short", type=int, default=512, help="prompts of 256 tokens, at least 512 (%(default)s)")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     rng = random.Random(7)
@@ -143,9 +145,11 @@ def main():
     heads, sums = functions(args.stdlib), list(records(args.train_data / "gsm8k_train.jsonl.gz"))
     print(len(heads), "functions")
     p = Prompts(tokenizer, encode, passages, sums, heads, rng)
-    long = [[p.chat, p.chat, p.chat, p.squad, p.squad, p.raw, p.gsm][i % 7](768) for i in range(640)]
-    short = [[p.human, p.human, p.chat, p.squad][i % 4](256) for i in range(512)]
+    of_long, of_short = [p.chat, p.chat, p.chat, p.squad, p.squad, p.raw, p.gsm], [p.human, p.human, p.chat, p.squad]
+    long, short = [of_long[i % 7](768) for i in range(640)], [of_short[i % 4](256) for i in range(512)]
     vlong = [[p.chat, p.squad, p.raw, p.gsm][i % 4](768) for i in range(16)]
+    long += [of_long[i % 7](768) for i in range(640, args.long)]
+    short += [of_short[i % 4](256) for i in range(512, args.short)]
     counts = collections.Counter(train)
     for prompt in long + short + vlong:
         counts.update(prompt)

@@ -4,9 +4,10 @@ usage: kvpc.py BASE.npz AUXILIARY.npz DATA.npz OUT SECONDS [BITS] [options]
 
 BASE and AUXILIARY are what pack.py wrote (of one vocabulary), DATA what data.py wrote; AUXILIARY may arrive while the
 base writes its replies. The maps begin in closed form, the updates at nothing; both are trained by the divergence of
-what the base says after predicted entries from what it says after its own, as in train.py. Every base layer reads the
-auxiliary's layer that the paper's rule gives it: the state of a token and of the one before. SECONDS and BITS as there.
-With --updates the updates are taken from an earlier run's OUT and stay as they are; the maps begin anew.
+what the base says after predicted entries from what it says after its own, as in train.py, and on windows to recite,
+that end in pieces of themselves. Every base layer reads the auxiliary's layer that the paper's rule gives it, of the
+first --depth: the state of a token and of the one before. SECONDS and BITS as there.
+With --updates the updates begin as an earlier run's OUT has them; the maps begin anew.
 
 Written to OUT at each save, fp16: W0.npy, W1.npy, .. (maps' rows by base layer: keys, then values), b.npy, and
 lora0.npz, lora1.npz, .. (LAYER.NAME.a (in,rank), LAYER.NAME.b (rank,out), to be added SCALE times); at the end `done`.
@@ -39,10 +40,10 @@ def by_rule(n_base, n_aux):
 class Auxiliary(Model):
     """The model that reads, with low-rank updates of all its matrices; rank 0 leaves it as it is."""
 
-    def __init__(self, file, rank):
+    def __init__(self, file, rank, depth):
         super().__init__(file)
-        self.updates, n = {}, self.NH * self.HD
-        for i, layer in enumerate(self.layers):
+        self.updates, n, self.depth = {}, self.NH * self.HD, depth or len(self.layers)
+        for i, layer in enumerate(self.layers[: self.depth]):
             rows = {"q": n, "k": self.KV, "v": self.KV, "gate": len(layer.gate_up) // 2, "up": len(layer.gate_up) // 2}
             rows |= {"o": len(layer.o), "down": len(layer.down)}
             for part in PARTS if rank else ():
@@ -51,8 +52,8 @@ class Auxiliary(Model):
                 b = torch.zeros(rank, rows[part], device=DEVICE)
                 self.updates[i, part] = a.requires_grad_(), b.requires_grad_()
 
-    def take_up(self, folder):
-        """Take up updates that an earlier run wrote, once and for all."""
+    def take_up(self, folder, freeze):
+        """Begin with the updates that an earlier run wrote, or take them up once and for all."""
         stored = {}
         for file in Path(folder).glob("lora?.npz"):
             stored |= dict(np.load(file))
@@ -60,15 +61,15 @@ class Auxiliary(Model):
             for (i, part), ab in self.updates.items():
                 for name, x in zip("ab", ab, strict=True):
                     x.copy_(torch.from_numpy(stored[f"{i}.{part}.{name}"].astype(np.float32)))
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(self.layers[: self.depth] if freeze else ()):
                 layer.qkv, layer.o = self.updated(i, layer.qkv, "q", "k", "v"), self.updated(i, layer.o, "o")
                 layer.gate_up = self.updated(i, layer.gate_up, "gate", "up")
                 layer.down = self.updated(i, layer.down, "down")
-        self.updates = {}
+        self.updates = {} if freeze else self.updates
 
     def updated(self, i, weight, *parts):
         """Return a stored matrix with its updates, for matmuls."""
-        if not self.updates:
+        if (i, parts[0]) not in self.updates:
             return weight
         change = torch.cat([(self.updates[i, part][0] @ self.updates[i, part][1]).T for part in parts])
         return (weight.float() + SCALE * change).to(DTYPE)
@@ -80,7 +81,7 @@ class Auxiliary(Model):
         for i, layer in enumerate(self.layers):
             h = self.normalise(x, layer.norm1)
             found.append(h)
-            if i == len(self.layers) - 1 and not with_stream:
+            if i == self.depth - 1 and not with_stream:
                 break
             qkv = self.updated(i, layer.qkv, "q", "k", "v")
             q, k, v = (F.linear(h, qkv).float() + layer.bias).split([self.NH * self.HD, self.KV, self.KV], -1)
@@ -185,6 +186,17 @@ def student(model, predicted, reading, splits, r, with_error=True):
     return kl.reshape(shape), (error / len(model.layers)).reshape(shape) if with_error else None
 
 
+def draw_or_recite(stream, pools, args, rng):
+    """Return what `draw` does; or a passage and pieces of it that the base can recite, with a split at each piece."""
+    if rng.random() >= args.recite:
+        return draw(stream, pools, args, rng)[:4]
+    tokens, r, n = rng.choice([args.window, args.window, 2 * args.window]), args.after, args.splits
+    passages = random_windows(stream, max(1, args.batch * args.window // tokens), tokens - n * r, rng)
+    pieces = [random_windows(passage, n, r, rng).flatten() for passage in passages]
+    ids = torch.cat([passages, torch.stack(pieces)], 1)
+    return ids, torch.ones_like(ids, dtype=torch.bool), list(range(tokens - n * r, tokens, r)), r
+
+
 @torch.no_grad()
 def validate(base, auxiliary, maps, checks, alone=False):
     """Return the mean KL of each check over 16 tokens after the exact ones, and the rest; or the auxiliary's own."""
@@ -245,7 +257,7 @@ def train(base, auxiliary, maps, stream, pools, checks, args, rng):
         maps.rounds |= args.bits > 0 and done > 0.7
         for group, own in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = own * min(1, (steps + 1) / 30) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-        ids, kept, splits, r, _ = draw(stream, pools, args, rng)
+        ids, kept, splits, r = draw_or_recite(stream, pools, args, rng)
         reading = base.read(ids, 0)
         weight = kept[:, after_splits(splits, r)].float()  # (B,S,r)
         weight[..., :EXACT] = 0
@@ -293,11 +305,14 @@ def main():
         ("after", 64, "tokens read after a split"),
         ("rate", 5e-3, "learning rate of the maps, relative to the weights' root mean square"),
         ("update-rate", 1e-3, "learning rate of the updates"),
-        ("updates", "", "folder of updates to take up; the maps alone are trained"),
+        ("updates", "", "folder of updates to begin with"),
+        ("depth", 0, "layers of the auxiliary that read; 0: all"),
+        ("recite", 0.15, "share of steps with windows to recite"),
         ("error", 5.0, "weight of the streams' error"),
         ("every", 60.0, "seconds between validations"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} (%(default)s)")
+    parser.add_argument("--freeze", action="store_true", help="leave --updates as they are")
     args = parser.parse_args()
     if CUDA:
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -310,13 +325,15 @@ def main():
     stops = torch.from_numpy(data["stops"]).to(DEVICE)
     long, short, checked = (answer(base, data[name], stops, args) for name in ("long", "short", "vlong"))
     replied = [round(float(kept[:, -args.reply_tokens :].float().mean()), 3) for _, kept in (long, short)]
+    if CUDA:
+        torch.cuda.empty_cache()
     say("replies", [tuple(ids.shape) for ids, _ in (long, short)], replied)
     while not args.auxiliary.exists():
         time.sleep(0.5)
-    auxiliary = Auxiliary(args.auxiliary, args.rank)
-    maps = Maps(base, by_rule(len(base.layers), len(auxiliary.layers)), args.bits)
+    auxiliary = Auxiliary(args.auxiliary, args.rank, args.depth)
+    maps = Maps(base, by_rule(len(base.layers), auxiliary.depth), args.bits)
     if args.updates:
-        auxiliary.take_up(args.updates)
+        auxiliary.take_up(args.updates, args.freeze)
     fit(base, auxiliary, maps, batches(text, (long, short), args, rng))
     T, r, n = args.window, args.after, min(16, len(held_back) // args.window)
     rows, end = held_back[: n * T].reshape(n, T), checked[0].shape[1] - args.reply_tokens - EXACT

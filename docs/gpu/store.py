@@ -11,7 +11,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.utils import load_config
 
 from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, RecomputeConfig
 from kvp_mlx.bundle.layer_map import spread_layer_map
@@ -49,7 +48,8 @@ def main():
     args = parser.parse_args()
     base_path = find_model(args.base)
     base, base_config = load_model(base_path)
-    layers = load_config(find_model(args.auxiliary))["num_hidden_layers"]
+    stored = {name: array for file in args.updates.glob("lora?.npz") for name, array in np.load(file).items()}
+    layers = 1 + max(int(name.split(".")[0]) for name in stored)  # that read
     layer_map = spread_layer_map(len(base.layers), layers)
     weight = np.concatenate([np.load(file) for file in sorted(args.maps.glob("W?.npy"))])
     bias, maps = np.load(args.maps / "b.npy"), {}
@@ -62,11 +62,10 @@ def main():
     maps = quantised(maps, {name for name in maps if name.endswith("weight")}, args.bits, 64)
     maps |= {"deviation.linear.weight": mx.zeros((1, weight.shape[2])), "deviation.linear.bias": mx.zeros(1)}
     updates, rank = {}, 0
-    for file in args.updates.glob("lora?.npz"):
-        for name, array in np.load(file).items():
-            layer, part, end = name.split(".")
-            updates[f"model.layers.{layer}.{PARTS[part]}.lora_{end}"] = mx.array(array)
-            rank = array.shape[0] if end == "b" else rank
+    for name, array in stored.items():
+        layer, part, end = name.split(".")
+        updates[f"model.layers.{layer}.{PARTS[part]}.lora_{end}"] = mx.array(array)
+        rank = array.shape[0] if end == "b" else rank
     updates = quantised(updates, updates, args.bits, 32)
     mark = mark_of(base, load_tokenizer(base_path, base_config))
     config = BundleConfig(

@@ -68,8 +68,8 @@ class BaseConfig(_Part):
 class AuxiliaryConfig(_Part):
     """The auxiliary: the base's first ``layers`` layers (prefix), or the model in ``auxiliary/`` of that depth.
 
-    Kind ``model`` may be a named base (``alias``) instead. That, and a prefix, may read the prompt with low-rank
-    updates of ``adapter_rank``, kept in adapter.safetensors.
+    Kind ``model`` may be a named base's (``alias``) first ``layers`` layers instead. These, and a prefix, may read the
+    prompt with low-rank updates of ``adapter_rank``, kept in adapter.safetensors.
     """
 
     kind: Literal["prefix", "model", "pruned"]

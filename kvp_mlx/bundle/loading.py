@@ -26,7 +26,7 @@ from ..models.loading import (
     load_tokenizer,
 )
 from ..models.safetensors import TensorInfo, fingerprint, read_header
-from ..models.sections import prefix_model
+from ..models.sections import only_layers, prefix_model
 from .adapter import adapted_prefix, adapter_weights, add_adapter, take_up
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
 from .mark import check_mark
@@ -270,6 +270,8 @@ def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Mo
             f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
             "choose an auxiliary of the same tokeniser."
         )
+    if config.auxiliary.alias is not None:
+        auxiliary = only_layers(auxiliary, range(len(auxiliary.layers))[: config.auxiliary.layers])
     if config.auxiliary.adapter_rank is not None:
         add_adapter(auxiliary, config.auxiliary.adapter_rank)
         _load_adapter(auxiliary, compute_dtype(auxiliary), bundle / "adapter.safetensors")

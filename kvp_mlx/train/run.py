@@ -27,6 +27,7 @@ from ..files import atomic_directory, read_json, require_free, write_json
 from ..models.description import model_without_weights
 from ..models.families import layers_of
 from ..models.loading import read_config as read_model_config
+from ..models.pruning import write_pruned
 from ..models.safetensors import fingerprint
 from .capacity import require_memory
 from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
@@ -393,7 +394,11 @@ def _write_auxiliary(model: KVPModel, is_trained: bool, start: Path, work: Path)
         if config.adapter_rank is not None:
             shutil.copy(start / "adapter.safetensors", work)
         return config
-    shutil.copytree(start / "auxiliary" if config.alias is None else find_model(config.alias), work / "auxiliary")
+    if config.alias is None:
+        shutil.copytree(start / "auxiliary", work / "auxiliary")
+    else:
+        (work / "auxiliary").mkdir()
+        write_pruned(find_model(config.alias), list(range(config.layers)), work / "auxiliary")
     if not is_trained:
         return config
     rewrite_weights(work / "auxiliary", fused_weights(model.auxiliary))

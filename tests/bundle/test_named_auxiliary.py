@@ -14,6 +14,7 @@ from support.directories import write_llama
 from kvp_mlx.bundle.adapter import SCALE
 from kvp_mlx.bundle.loading import KVPModel, load
 from kvp_mlx.errors import BundleError
+from kvp_mlx.models.pruning import write_pruned
 from kvp_mlx.models.safetensors import fingerprint
 from kvp_mlx.train.fit import FitOptions, fit_bundle
 from kvp_mlx.train.loop import TrainOptions
@@ -118,6 +119,30 @@ def test_training_the_auxiliary_as_well_puts_it_into_the_bundle(adapted: Path, t
     before, after = weights_of(load(str(adapted))), weights_of(load(str(out)))
     assert before.keys() == after.keys()
     assert max(np.abs(before[name] - after[name]).max() for name in before) < 0.05
+
+
+def test_the_first_layers_of_a_named_model_can_read(
+    small: Path, base_dir: Path, text_file: Path, texts: Path, tmp_path: Path
+) -> None:
+    cut, bundle, trained = tmp_path / "cut", tmp_path / "bundle", tmp_path / "trained"
+    cut.mkdir()
+    write_pruned(small, [0, 1], cut)
+    fit_bundle(str(base_dir), [text_file], bundle, FitOptions(auxiliary=cut, tokens=600, window=64))
+    expected = weights_of(load(str(bundle)))
+    shutil.rmtree(bundle / "auxiliary")
+    config = json.loads((bundle / "kvp.json").read_text())
+    named = {"alias": NAME, "fingerprint": fingerprint(small)}
+    (bundle / "kvp.json").write_text(json.dumps(config | {"auxiliary": config["auxiliary"] | named}))
+    found = weights_of(load(str(bundle)))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    train_bundle(str(bundle), [str(texts)], trained, TrainOptions(minutes=None, tokens=128, window=64, lora_rank=2))
+    assert weights_of(load(str(trained))).keys() == expected.keys()
+    depth = json.loads((small / "config.json").read_text())["num_hidden_layers"]
+    config["auxiliary"] |= named | {"layers": depth + 1}
+    (bundle / "kvp.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=f"{depth + 1} auxiliary layers do not fit"):
+        load(str(bundle))
 
 
 def test_what_is_wrong_with_updates_is_named(adapted: Path) -> None:
