@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, quantize_model, save_config
 
 from ..errors import InputError, KVPError
-from ..files import atomic_directory, require_free, write_json
+from ..files import write_json
+from ..files.directories import atomic_directory, require_free
 from ..models.loading import MEGABYTE, load_model
 from ..models.safetensors import fingerprint, write_tensors
 from .card import describe_source, write_card

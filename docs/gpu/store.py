@@ -16,7 +16,7 @@ from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, Pre
 from kvp_mlx.bundle.layer_map import spread_layer_map
 from kvp_mlx.bundle.mark import mark_of
 from kvp_mlx.bundle.named import NAMED, find_model
-from kvp_mlx.files import atomic_directory
+from kvp_mlx.files.directories import atomic_directory
 from kvp_mlx.models.loading import load_model, load_tokenizer
 
 PARTS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {n: f"mlp.{n}_proj" for n in ("gate", "up", "down")}

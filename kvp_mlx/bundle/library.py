@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, InputError, KVPError
-from ..files import check_removable, read_json, remove_directory
+from ..files import read_json
+from ..files.directories import check_removable, remove_directory
 from ..models.families import FAMILIES
 from . import named
 from .config import read_config

@@ -22,7 +22,8 @@ from typing import Final
 from ..convert.gguf import convert_gguf
 from ..convert.output import NO_PROGRESS, Progress
 from ..errors import InputError, KVPError
-from ..files import atomic_directory, cache_dir, scratch_directory, sha256_of, sweep
+from ..files import cache_dir, sha256_of
+from ..files.directories import atomic_directory, scratch_directory, sweep
 from ..models.loading import model_directory
 from ..models.safetensors import fingerprint
 

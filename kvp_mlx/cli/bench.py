@@ -34,7 +34,8 @@ from ..bundle.loading import load_any
 from ..device.hosts import launched_rank
 from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError, KVPError
-from ..files import check_writable, remove_unfinished, scratch_directory
+from ..files import check_writable, remove_unfinished
+from ..files.directories import scratch_directory
 from .device import DeviceOption, use_device
 from .options import (
     DEFAULT_EXACT_TAIL,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from ..bundle.named import find_model
 from ..device.hosts import launched_rank
 from ..device.machine import matmul_flops_per_s
-from ..files import scratch_directory
+from ..files.directories import scratch_directory
 from ..train import SAMPLE
 from ..train.fit import FitOptions, fit_bundle, fit_bundles
 from ..train.loop import TrainOptions

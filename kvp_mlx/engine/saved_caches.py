@@ -25,16 +25,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
-from ..files import (
-    atomic_directory,
-    cache_dir,
-    private_directory,
-    read_json,
-    recover,
-    remove_directory,
-    sha256_of,
-    sweep,
-)
+from ..files import cache_dir, private_directory, read_json, sha256_of
+from ..files.directories import atomic_directory, recover, remove_directory, sweep
 from ..models.entries import one_token_cache
 from ..models.families import Cache
 from .context import Context, first_entries

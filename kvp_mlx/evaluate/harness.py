@@ -13,7 +13,7 @@ from ..arms.arm import Arm
 from ..arms.kinds import parse_arm, with_dial
 from ..bundle.loading import KVPModel
 from ..errors import InputError
-from ..files import scratch_directory
+from ..files.directories import scratch_directory
 from ..models.families import Cache
 from .answer import Question, generate
 from .likelihood import Scoring, all_predicted, check_continuations, predicted_losses, prefix_token, split_choices

@@ -22,7 +22,8 @@ from transformers import PretrainedConfig
 from ..device import blas, jit
 from ..device.hosts import Hosts
 from ..errors import BundleError, InputError
-from ..files import read_json, recover
+from ..files import read_json
+from ..files.directories import recover
 from .families import check_architecture, check_cache, is_listed, text_model
 from .hub import download
 from .pruning import DEPTH_KEYS

@@ -24,7 +24,8 @@ from ..engine.saved_caches import (
     write_context,
 )
 from ..errors import InputError, KVPError
-from ..files import private_directory, remove_directory, sweep
+from ..files import private_directory
+from ..files.directories import remove_directory, sweep
 
 NAME = re.compile(r"[0-9a-f]{24}")
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..device.hosts import joined
 from ..errors import InputError
-from ..files import atomic_directory, copy_ours, require_free
+from ..files.directories import atomic_directory, copy_ours, require_free
 from ..models.description import check_pruned
 from ..models.families import fixed_kinds, kinds_of, targets_of
 from ..models.kinds import Target

@@ -23,7 +23,8 @@ from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
 from ..bundle.named import find_model
 from ..engine.prefill import Progress
 from ..errors import InputError
-from ..files import atomic_directory, read_json, require_free, write_json
+from ..files import read_json, write_json
+from ..files.directories import atomic_directory, require_free
 from ..models.description import model_without_weights
 from ..models.families import layers_of
 from ..models.loading import read_config as read_model_config

@@ -225,7 +225,7 @@ def test_ctrl_c_that_a_library_takes_for_its_own_error_is_ctrl_c() -> None:
 def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     code = (
         "import hashlib; from pathlib import Path; from kvp_mlx.cli.screen import leaving_on_ctrl_c\n"
-        "from kvp_mlx.files import atomic_directory\n"
+        "from kvp_mlx.files.directories import atomic_directory\n"
         f"with leaving_on_ctrl_c(), atomic_directory(Path({str(tmp_path / 'out')!r})) as work:\n"
         "    (work / 'part').write_text('x'); print('busy', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"

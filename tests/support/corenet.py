@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .directories import TEXT
+from .files.directories import TEXT
 
 VOCABULARY = 131
 PIECES = 400  # of a trained tokeniser
