@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import BundleError, InputError, KVPError
 from ..files import read_json
-from ..files.directories import check_removable, remove_directory
+from ..files.directories import check_removable, directory_bytes, remove_directory
 from ..models.families import FAMILIES
 from . import named
 from .config import read_config
@@ -68,7 +68,7 @@ def remove_model(name: str) -> tuple[Path, int]:
         InputError: nothing of that name, or a folder that holds more than a model.
     """
     path = removable(name)
-    size = _directory_bytes(path)
+    size = directory_bytes(path)
     try:
         remove_directory(path)
     except OSError as error:
@@ -106,7 +106,7 @@ def _is_model(path: Path) -> bool:
 
 def _entry(name: str, where: str, path: Path) -> Entry | None:
     """Describe one directory; None for a model of an architecture that is not ours."""
-    size = _directory_bytes(path)
+    size = directory_bytes(path)
     if (path / "kvp.json").is_file():
         config = read_config(path)
         kind = f"bundle ({config.auxiliary.kind}, {config.auxiliary.layers} layers)"
@@ -119,10 +119,6 @@ def _entry(name: str, where: str, path: Path) -> Entry | None:
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         return None
     return Entry(name, f"base ({architecture})", where, str(path), size, None, {})
-
-
-def _directory_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _hub_repositories() -> list[Any]:

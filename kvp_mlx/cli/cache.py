@@ -6,18 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle.loading import load_any
+from ..engine.cache_format import Role, read_saved
 from ..engine.saved_caches import (
-    Role,
     build_cache,
     cache_place,
-    directory_bytes,
     limit_from_environment,
-    read_saved,
     remove_cache,
     save_cache,
     saved_places,
 )
 from ..errors import BundleError, InputError
+from ..files.directories import directory_bytes
 from ..models.families import is_listed
 from .options import DEFAULT_MODEL, AllowMismatch, AnyModel, Json, OtherBase, open_model
 from .output import clean_stdout, plural, print_json, progress_bar, progress_lines, read_text, say, show

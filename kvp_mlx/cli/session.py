@@ -9,10 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..engine.cache_format import DOCUMENT_END
 from ..engine.conversation import Conversation
 from ..engine.dial import QUALITIES, Dial
 from ..engine.reply import Piece
-from ..engine.saved_caches import DOCUMENT_END, cache_place, load_cache, save_cache
+from ..engine.saved_caches import cache_place, load_cache, save_cache
 from ..engine.transcripts import load_conversation, save_conversation
 from ..engine.worker import Emit, StoppedError, Worker
 from ..errors import InputError, KVPError

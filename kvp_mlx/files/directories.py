@@ -286,3 +286,12 @@ def sweep(folder: Path, name: str | None = None, *, older_than: float = STALE_SE
         with contextlib.suppress(OSError):  # another command may be sweeping, too
             if left.is_dir() and time.time() - left.lstat().st_mtime > older_than:
                 shutil.rmtree(left)
+
+
+def directory_bytes(place: Path) -> int:
+    """Return the size of all files in a directory, 0 where it has gone."""
+    size = 0
+    for file in place.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.loading import KVPModel
-from ..engine.context import Context
-from ..engine.dial import Dial
-from ..engine.saved_caches import (
+from ..engine.cache_format import (
     SavedCache,
     base_fingerprint,
-    directory_bytes,
     predictor_fingerprint,
     read_context,
     read_saved,
     write_context,
 )
+from ..engine.context import Context
+from ..engine.dial import Dial
 from ..errors import InputError, KVPError
 from ..files import private_directory
-from ..files.directories import remove_directory, sweep
+from ..files.directories import directory_bytes, remove_directory, sweep
 
 NAME = re.compile(r"[0-9a-f]{24}")
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from support.directories import TEXT
 from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, small_llama
 
 import kvp_mlx
+from kvp_mlx.engine import cache_format, transcripts
 from kvp_mlx.engine import saved_caches as store
-from kvp_mlx.engine import transcripts
 from kvp_mlx.engine.context import Context, refine
 from kvp_mlx.engine.conversation import Conversation
 from kvp_mlx.engine.dial import Dial
@@ -327,7 +327,7 @@ def test_a_full_disk_is_said_to_be_one(bundle, kvp, tmp_path, monkeypatch, place
     def full(*_):
         raise RuntimeError("[write] Unable to write 512 bytes to file")
 
-    monkeypatch.setattr(store, "save_prompt_cache", full)
+    monkeypatch.setattr(cache_format, "save_prompt_cache", full)
     (tmp_path / "a.txt").write_text(TEXT)
     outcome = kvp("cache", "build", tmp_path / "a.txt", "--model", bundle)
     assert outcome.code == 1

@@ -18,11 +18,11 @@ from support.tiny import chat_tokenizer, llama, paired, prefixed, small_llama, t
 from support.waiting import wait_until
 
 from kvp_mlx.bundle.loading import KVPModel
-from kvp_mlx.engine import saved_caches
+from kvp_mlx.engine import cache_format
+from kvp_mlx.engine.cache_format import read_saved
 from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import base_prefill
-from kvp_mlx.engine.saved_caches import read_saved
 from kvp_mlx.serve.prefixes import Prefixes
 from kvp_mlx.serve.shelf import Shelf
 
@@ -295,7 +295,7 @@ def test_what_cannot_be_written_leaves_no_earlier_state_that_nobody_knows(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saved_caches, "_write_entries", full)
+    monkeypatch.setattr(cache_format, "_write_entries", full)
     second = shelf.write(read(model, ids_of(60)), None, replacing=first)
     while shelf.is_writing:
         time.sleep(0.01)

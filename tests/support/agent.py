@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .chat_models import write_tool_model
-from .files.directories import write_tokenizer
+from .directories import write_tokenizer
 
 Message = dict[str, Any]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from .files.directories import write_llama
+from .directories import write_llama
 
 THINKING = ["<think>", "</think>"]
 TOOL_TEMPLATE = """{%- if tools %}<|im_start|>system

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .files.directories import TEXT
+from .directories import TEXT
 
 VOCABULARY = 131
 PIECES = 400  # of a trained tokeniser

@@ -12,7 +12,7 @@ from kvp_mlx.convert.gguf_config import ARCHITECTURES, TOP_TENSORS
 from kvp_mlx.convert.gguf_tensors import half_split_rows
 from tokenizers import pre_tokenizers
 
-from .files.directories import LLAMA
+from .directories import LLAMA
 
 Types = gguf.GGMLQuantizationType
 Kind = Types | Callable[[str], Types]
