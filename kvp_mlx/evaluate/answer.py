@@ -1,7 +1,7 @@
 """Answers of arms to prompts: each arm reads alone, on the clock, then answers are decoded side by side."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..arms.arm import Arm
 from ..arms.clock import first_token
 from ..bundle.loading import KVPModel
 from ..engine.clock import Chooser, FirstToken
-from ..engine.decode import Answer, decode_alone, decode_together
+from ..engine.decode import BATCH_TOKENS, Answer, decode_alone, decode_together
 from ..engine.prompt import check_window
 
 
@@ -40,23 +40,41 @@ def generate(
     *,
     stop: Sequence[str] = (),
     max_tokens: int,
-) -> list[list[Generated]]:
+) -> Iterator[list[Generated]]:
     """Let arms answer prompts: each reads alone, which is timed; then answers of one model are decoded side by side.
 
     Args:
         model: the bundle.
-        questions: what is asked; all their caches are in memory together.
+        questions: what is asked; as many are read before they are answered as ``BATCH_TOKENS`` allows.
         stop: strings that end an answer; empty ones are left out.
         max_tokens: of an answer, at most; fewer where the context window ends before.
 
     Returns:
-        For each question an answer per sampler.
+        For each question an answer per sampler, as soon as they are there.
 
     Raises:
         InputError: a prompt does not fit the context window.
     """
     for question in questions:
         check_window(model, len(question.ids), max_tokens)
+    return (found for group in _groups(questions) for found in _answered(model, group, stop, max_tokens))
+
+
+def _groups(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Yield questions together whose prompts have no more than ``BATCH_TOKENS`` tokens, or one that has."""
+    group: list[Question] = []
+    for question in questions:
+        if sum(len(each.ids) for each in [*group, question]) > BATCH_TOKENS and group:
+            yield group
+            group = []
+        group.append(question)
+    if group:
+        yield group
+
+
+def _answered(
+    model: KVPModel, questions: Sequence[Question], stop: Sequence[str], max_tokens: int
+) -> list[list[Generated]]:
     window, stop = model.context_length or sys.maxsize, [text for text in stop if text]
     read = [read_prompt(model, question.arm, question.ids) for question in questions]
     answers = [

@@ -91,7 +91,7 @@ def test_an_empty_stop_is_none(until: Any, model: KVPModel) -> None:
 
 def test_empty_stops_are_left_out_of_ours_too(model: KVPModel) -> None:
     question = Question(parse_arm("full"), model.text_tokenizer.encode("The harbour lies"))
-    texts = {generate(model, [question], stop=stop, max_tokens=6)[0][0].text for stop in ((), ("",), ("", "\0\0"))}
+    texts = {next(generate(model, [question], stop=stop, max_tokens=6))[0].text for stop in ((), ("",), ("", "\0\0"))}
     assert len(texts) == 1
     assert texts != {""}
 

@@ -15,10 +15,13 @@ from support.losses import log_softmax
 from support.tiny import chat_tokenizer, itself, llama, paired, prefixed, small_llama, token_ids
 
 import kvp_mlx
+from kvp_mlx.arms.arm import Arm
 from kvp_mlx.arms.kinds import parse_arm, parse_arms, with_dial
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine import decode
+from kvp_mlx.engine.clock import FirstToken
 from kvp_mlx.errors import InputError
+from kvp_mlx.evaluate import answer
 from kvp_mlx.evaluate.answer import Question, generate
 from kvp_mlx.evaluate.likelihood import Scoring, all_predicted, continuation_losses, predicted_losses, split_choices
 from kvp_mlx.evaluate.passages import grid_items
@@ -273,7 +276,7 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
     encoded = [model.text_tokenizer.encode(TEXT[start : start + 60 + 9 * start]) for start in range(4)]
     arms = [parse_arm(name) for name in ("full", "kvp-4", "auxiliary", "lazy-0.5-0.25")]
     questions = [Question(arm, ids) for ids in encoded for arm in arms]
-    answers = generate(model, questions, max_tokens=8)
+    answers = list(generate(model, questions, max_tokens=8))
     for question, (found,) in zip(questions, answers, strict=True):
         answering, cache = question.arm.read(model, mx.array([question.ids]))
         expected = mlx_lms_tokens(model, answering, cache, question.ids[-1:], 8)
@@ -282,7 +285,7 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
         assert found.ttft_ms > 0
     text = answers[0][0].text
     mark = text[len(text) // 2 :][:2]
-    stopped = generate(model, questions, stop=[mark], max_tokens=8)
+    stopped = list(generate(model, questions, stop=[mark], max_tokens=8))
     lengths = []
     for (whole,), (cut,) in zip(answers, stopped, strict=True):
         assert cut.text == whole.text.split(mark)[0]
@@ -292,6 +295,24 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
     assert any(cut == whole for cut, whole in lengths)  # while others of its batch went on
     with pytest.raises(InputError, match="context window"):
         generate(model, [Question(arms[0], encoded[0] * 40)], max_tokens=8)
+
+
+def test_no_more_prompts_are_read_than_memory_is_set_aside_for(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, read_prompt = kvp_mlx.load(str(fitted)), [], answer.read_prompt
+    questions = [Question(parse_arm("full"), list(range(3, 3 + tokens))) for tokens in (12, 8, 25, 1)]
+    whole = list(generate(model, questions, max_tokens=4))
+
+    def noted(model: KVPModel, arm: Arm, ids: list[int]) -> FirstToken:
+        read.append(len(ids))
+        return read_prompt(model, arm, ids)
+
+    monkeypatch.setattr(answer, "read_prompt", noted)
+    monkeypatch.setattr(answer, "BATCH_TOKENS", 20)
+    answers, known = generate(model, questions, max_tokens=4), []
+    for (found,), (expected,) in zip(answers, whole, strict=True):
+        known.append(list(read))
+        assert found.tokens == expected.tokens
+    assert known == [[12, 8], [12, 8], [12, 8, 25], [12, 8, 25, 1]]
 
 
 def test_answers_end_where_the_window_does() -> None:
