@@ -7,7 +7,7 @@ base writes its replies. The maps begin in closed form, the updates at nothing; 
 what the base says after predicted entries from what it says after its own, as in train.py, and on windows to recite,
 that end in pieces of themselves. Every base layer reads the auxiliary's layer that the paper's rule gives it, of the
 first --depth: the state of a token and of the one before. SECONDS and BITS as there.
-With --updates the updates begin as an earlier run's OUT has them; the maps begin anew.
+With --updates and --maps they begin as an earlier run's OUT has them.
 
 Written to OUT at each save, fp16: W0.npy, W1.npy, .. (maps' rows by base layer: keys, then values), b.npy, and
 lora0.npz, lora1.npz, .. (LAYER.NAME.a (in,rank), LAYER.NAME.b (rank,out), to be added SCALE times); at the end `done`.
@@ -99,6 +99,12 @@ class Maps:
     def __init__(self, base, sources, bits):
         self.base, self.sources, self.bits, self.rounds = base, sources, bits, False
         self.weight, self.bias = None, None
+
+    def take_up(self, folder):
+        """Begin with the maps that an earlier run wrote."""
+        weight = np.concatenate([np.load(file) for file in sorted(Path(folder).glob("W?.npy"))])
+        self.weight = torch.from_numpy(weight.astype(np.float32)).to(DEVICE).requires_grad_()
+        self.bias = torch.from_numpy(np.load(Path(folder) / "b.npy").astype(np.float32)).to(DEVICE).requires_grad_()
 
     @staticmethod
     def input(h):
@@ -306,6 +312,7 @@ def main():
         ("rate", 5e-3, "learning rate of the maps, relative to the weights' root mean square"),
         ("update-rate", 1e-3, "learning rate of the updates"),
         ("updates", "", "folder of updates to begin with"),
+        ("maps", "", "folder of maps to begin with, in place of the closed form"),
         ("depth", 0, "layers of the auxiliary that read; 0: all"),
         ("recite", 0.15, "share of steps with windows to recite"),
         ("error", 5.0, "weight of the streams' error"),
@@ -334,7 +341,10 @@ def main():
     maps = Maps(base, by_rule(len(base.layers), auxiliary.depth), args.bits)
     if args.updates:
         auxiliary.take_up(args.updates, args.freeze)
-    fit(base, auxiliary, maps, batches(text, (long, short), args, rng))
+    if args.maps:
+        maps.take_up(args.maps)
+    else:
+        fit(base, auxiliary, maps, batches(text, (long, short), args, rng))
     T, r, n = args.window, args.after, min(16, len(held_back) // args.window)
     rows, end = held_back[: n * T].reshape(n, T), checked[0].shape[1] - args.reply_tokens - EXACT
     checks = {
@@ -342,7 +352,7 @@ def main():
         "reply": (*checked, [end], min(80, args.reply_tokens + EXACT)),
     }
     say("auxiliary alone", json.dumps(validate(base, auxiliary, maps, checks, alone=True)))
-    say("closed form", json.dumps(validate(base, auxiliary, maps, checks)))
+    say("start", json.dumps(validate(base, auxiliary, maps, checks)))
     train(base, auxiliary, maps, text, (long, short), checks, args, rng)
 
 

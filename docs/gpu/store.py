@@ -1,6 +1,6 @@
 """Make a bundle of what kvpc.py wrote: a named base that reads for another one, with updates and maps, quantised.
 
-usage: store.py MAPS UPDATES AUXILIARY BASE OUT [--bits BITS]
+usage: store.py MAPS UPDATES AUXILIARY BASE OUT [--bits BITS] [--share SHARE]
 
 MAPS and UPDATES are kvpc.py's OUT (of two runs, if the maps were trained after the updates), AUXILIARY and BASE names
 of `kvp models`. The estimator of deviation is not fitted: which tokens are recomputed is chosen by attention alone.
@@ -45,6 +45,7 @@ def main():
     for name, kind in ("maps", Path), ("updates", Path), ("auxiliary", str), ("base", str), ("out", Path):
         parser.add_argument(name, type=kind)
     parser.add_argument("--bits", type=int, default=6)
+    parser.add_argument("--share", type=float, default=0.1, help="of a prompt's tokens to recompute (%(default)s)")
     args = parser.parse_args()
     base_path = find_model(args.base)
     base, base_config = load_model(base_path)
@@ -78,7 +79,7 @@ def main():
             alias=args.auxiliary,
         ),
         predictor=PredictorConfig(input="hidden_state", layer_map=layer_map, preceding=1),
-        recompute=RecomputeConfig(attention_weight=1.0, attention_reach_before=4, lower_layers=1.0),
+        recompute=RecomputeConfig(share=args.share, attention_weight=1.0, attention_reach_before=4, lower_layers=1.0),
         training={"method": "docs/gpu/kvpc.py"},
     )
     with atomic_directory(args.out) as work:
