@@ -47,6 +47,7 @@ from .work import flops_per_token
 
 HELD_BACK_WINDOWS = 6
 MIN_TRAINING_TOKENS = 128
+
 Phase = Callable[[str], AbstractContextManager[Progress]]
 """Tells what is being done while a block lasts; yields what is told how far it is."""
 
