@@ -82,7 +82,7 @@ OPTIONS: dict[str, Any] = {
         int, typer.Option("--samples", min=1, help="Completions per problem: 1 is greedy; 10 gives pass@10.")
     ],
     "temperature": Annotated[float, typer.Option("--temperature", min=0.0, help="Of more than one.")],
-    "chat": Annotated[bool, typer.Option("--chat", help="Ask through the chat template; the first code block counts.")],
+    "chat": Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")],
     "limit": Limit,
     "seed": DataSeed,
 }

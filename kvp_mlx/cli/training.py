@@ -34,7 +34,10 @@ Prefixes = Annotated[
     str | None,
     typer.Option("--layers", help="As for train; several, as 8,12, in one pass: bundles OUT/8 and OUT/12."),
 ]
-Auxiliary = Annotated[Path | None, typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser.")]
+Auxiliary = Annotated[
+    Path | None,
+    typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser; a named base is not copied."),
+]
 Prune = Annotated[float | None, typer.Option("--prune", help="Keep 0.75, 0.5 or 0.25 of the base's layers.")]
 Sources = Annotated[int, typer.Option("--sources", min=1, help="Auxiliary layers that each base layer reads.")]
 Preceding = Annotated[

@@ -40,7 +40,7 @@ class FitOptions:
 
     Attributes:
         layers: prefix of this many base layers.
-        auxiliary: mlx-lm model directory of the same tokeniser.
+        auxiliary: mlx-lm model of the same tokeniser: a directory, which the bundle gets a copy of, or a named base.
         prune: fraction of base layers that a layer-pruned auxiliary keeps.
         sources: auxiliary layers that each base layer reads (kinds ``model`` and ``pruned``).
         preceding: tokens before each one that the maps read as well; None: one for a prefix, else none.
@@ -227,7 +227,7 @@ def served(layer_map: LayerMap, base: nn.Module, auxiliary: Sequence[tuple[Targe
 
 
 def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work: Path) -> AuxiliaryConfig:
-    """Put the auxiliary into the bundle ``work`` (nothing to put for a prefix) and describe it."""
+    """Put the auxiliary into the bundle ``work`` (nothing to put for a prefix or a named base) and describe it."""
     if options.layers is not None:
         return AuxiliaryConfig(kind="prefix", layers=options.layers)
     if options.prune is not None:
@@ -236,10 +236,17 @@ def write_auxiliary(base: nn.Module, base_path: Path, options: FitOptions, work:
         write_pruned(base_path, retained, work / "auxiliary")
         mark = fingerprint(work / "auxiliary")
         return AuxiliaryConfig(kind="pruned", layers=len(retained), retained_layers=tuple(retained), fingerprint=mark)
-    source = find_model(str(options.auxiliary))
+    name = str(options.auxiliary)
+    source = find_model(name)
     auxiliary, _ = load_model(source)
-    copy_ours(source, work / "auxiliary")
-    return AuxiliaryConfig(kind="model", layers=len(auxiliary.layers), fingerprint=fingerprint(source))
+    if name not in NAMED:
+        copy_ours(source, work / "auxiliary")
+    return AuxiliaryConfig(
+        kind="model",
+        layers=len(auxiliary.layers),
+        fingerprint=fingerprint(source),
+        alias=name if name in NAMED else None,  # type: ignore[arg-type] # as a base's
+    )
 
 
 def base_reference(name: str, path: Path, mark: ModelMark) -> BaseConfig:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -39,11 +40,8 @@ def weights_of(model: KVPModel) -> dict[str, np.ndarray]:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model that goes by the name of a named base."""
     place = write_llama(tmp_path / "small", seed=5)
-    for module in ("loading", "named"):
-        monkeypatch.setattr(
-            f"kvp_mlx.bundle.{module}.find_model", lambda name, **_: place if name == NAME else Path(name)
-        )
-    monkeypatch.setattr("kvp_mlx.train.run.find_model", lambda name: place)
+    for module in ("bundle.loading", "bundle.named", "train.fit", "train.run"):
+        monkeypatch.setattr(f"kvp_mlx.{module}.find_model", lambda name, **_: place if name == NAME else Path(name))
     return place
 
 
@@ -51,8 +49,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def adapted(small: Path, base_dir: Path, text_file: Path, tmp_path: Path) -> Path:
     """A bundle whose auxiliary is that base with random updates in adapter.safetensors."""
     out = tmp_path / "bundle"
-    fit_bundle(str(base_dir), [text_file], out, FitOptions(auxiliary=small, tokens=600, window=64))
-    shutil.rmtree(out / "auxiliary")
+    fit_bundle(str(base_dir), [text_file], out, FitOptions(auxiliary=Path(NAME), tokens=600, window=64))
     rng, updates = np.random.default_rng(7), {}
     for name, array in mx.load(str(small / "model.safetensors")).items():
         if name.endswith("proj.weight"):
@@ -62,10 +59,24 @@ def adapted(small: Path, base_dir: Path, text_file: Path, tmp_path: Path) -> Pat
                 updates[f"{name.removesuffix('.weight')}.lora_{part}"] = mx.array(values)
     mx.save_safetensors(str(out / "adapter.safetensors"), updates)
     config = json.loads((out / "kvp.json").read_text())
-    config["auxiliary"] |= {"alias": NAME, "adapter_rank": RANK, "fingerprint": fingerprint(small)}
-    config["sha256"] = {}
+    config["auxiliary"] |= {"adapter_rank": RANK}
     (out / "kvp.json").write_text(json.dumps(config))
     return out
+
+
+def test_a_bundle_names_a_named_model_and_keeps_no_copy(
+    small: Path, base_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options, named, copied = FitOptions(auxiliary=small, tokens=600, window=64), tmp_path / "named", tmp_path / "copied"
+    fit_bundle(str(base_dir), [text_file], copied, options)
+    fit_bundle(str(base_dir), [text_file], named, replace(options, auxiliary=Path(NAME)))
+    assert (copied / "auxiliary").is_dir() and not (named / "auxiliary").exists()
+    configs = [json.loads((bundle / "kvp.json").read_text())["auxiliary"] for bundle in (copied, named)]
+    assert configs[1] == configs[0] | {"alias": NAME, "fingerprint": fingerprint(small)}
+    assert (named / "predictor.safetensors").read_bytes() == (copied / "predictor.safetensors").read_bytes()
+    found, expected = (weights_of(load(str(bundle))) for bundle in (named, copied))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 def test_updates_are_taken_up_into_the_named_model(adapted: Path, small: Path) -> None:

@@ -20,6 +20,7 @@ from kvp_mlx.arms.kinds import parse_arm, parse_arms, with_dial
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine import decode
 from kvp_mlx.engine.clock import FirstToken
+from kvp_mlx.engine.prompt import encode
 from kvp_mlx.errors import InputError
 from kvp_mlx.evaluate import answer
 from kvp_mlx.evaluate.answer import Question, generate
@@ -235,8 +236,20 @@ def test_humaneval_in_a_chat_begins_the_answers_code_block(data: dict[str, Path]
     assert outcome.json()["recipe"]["chat"] is True
 
 
+def test_sums_in_a_chat_are_a_users_message(data: dict[str, Path], fitted: Path) -> None:
+    model, place = kvp_mlx.load(str(fitted)), [str(data["gsm8k"])]
+    bare, asked = (gsm8k.run(place, shots=0, chat=chat) for chat in (False, True))
+    (item, *_) = asked.items(model)
+    assert item.prompt == bare.items(model)[0].prompt
+    assert asked.encode(model, item) == encode(model, item.prompt) != bare.encode(model, item)
+    assert asked.options == bare.options | {"chat": True}
+
+
 def test_scores_of_answers() -> None:
     problem = Item("1", "", [" 1,200"])
+    assert gsm8k.score(problem, r"so \(\boxed{1200}\) in 3 years")["exact_match"] == 1
+    assert gsm8k.score(problem, r"\[\boxed{\$1,200}\]. #### 5")["exact_match"] == 1
+    assert gsm8k.score(problem, r"\boxed{1200}, or rather \boxed{7}")["exact_match"] == 0
     assert gsm8k.score(problem, " so\n#### 1200")["exact_match"] == 1
     assert gsm8k.score(problem, "it is 1200.")["exact_match"] == 1
     assert gsm8k.score(problem, "1200 or 7")["exact_match"] == gsm8k.score(problem, "")["exact_match"] == 0

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..generation import Generation, measure_generation
@@ -9,6 +10,8 @@ from ..records import TEXT, after_examples, hashes, read_records
 from ..task import Item, Place, Run, Scores, Task
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+"""How models that were trained on sums mark the solution in a chat."""
 
 
 def items(places: Sequence[str], shots: int, seed: int) -> list[Item]:
@@ -27,8 +30,15 @@ def question(record: dict[str, Any]) -> str:
 
 
 def score(item: Item, text: str) -> Scores:
-    """Whether the number after the last ``####`` (or the last number there is) is the solution's."""
-    return {"exact_match": float(last_number(text.rsplit("####", maxsplit=1)[-1]) == last_number(item.answers[0]))}
+    """Whether the answer's solution is the problem's."""
+    return {"exact_match": float(solution(text) == last_number(item.answers[0]))}
+
+
+def solution(text: str) -> float | None:
+    """Return the number that an answer gives: the last one boxed, else the last after ``####``, or of all there are."""
+    if boxed := BOXED.findall(text):
+        return last_number(boxed[-1])
+    return last_number(text.rsplit("####", maxsplit=1)[-1])
 
 
 def last_number(text: str) -> float | None:
@@ -38,17 +48,27 @@ def last_number(text: str) -> float | None:
 
 
 ANSWER = Generation(score, stop=("Question:", "</s>", "<|im_end|>"), max_tokens=256)
+CHAT_MAX_TOKENS = 512
+"""Of a solution in steps, as it is written unless solved examples show another form."""
 
 
-def run(data: list[str], shots: int = 5, max_tokens: int | None = None, limit: int | None = None, seed: int = 0) -> Run:
+def run(
+    data: list[str],
+    shots: int = 5,
+    chat: bool = False,
+    max_tokens: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Run:
     """GSM8K, word problems after solved examples: the right last number.
 
     Records have question and answer.
     """
-    options = {"data": hashes(data), "shots": shots, "max_tokens": max_tokens}
-    measure = measure_generation(ANSWER, max_tokens)
-    return Run("gsm8k", lambda _: items(data, shots, seed), measure, ANSWER.encode, limit, seed, options)
+    answer = replace(ANSWER, chat=True, max_tokens=CHAT_MAX_TOKENS) if chat else ANSWER
+    options = {"data": hashes(data), "shots": shots, "max_tokens": max_tokens} | ({"chat": True} if chat else {})
+    measure = measure_generation(answer, max_tokens)
+    return Run("gsm8k", lambda _: items(data, shots, seed), measure, answer.encode, limit, seed, options)
 
 
-PLACE = Place("gsm8k", {"data": "gsm8k_test.jsonl.gz"}, {"shots": 1, "limit": 500}, is_matched=False)
+PLACE = Place("gsm8k", {"data": "gsm8k_test.jsonl.gz"}, {"shots": 0, "chat": True, "limit": 500}, is_matched=False)
 TASK = Task("gsm8k", "right number", run, places=(PLACE,))

@@ -136,9 +136,6 @@ def run(
 
 
 PLACE = Place(
-    "humaneval",
-    {"data": "humaneval.jsonl.gz"},
-    {"samples": 1, "temperature": 0.0, "limit": 164},
-    is_matched=False,
+    "humaneval", {"data": "humaneval.jsonl.gz"}, {"samples": 1, "temperature": 0.0, "chat": True, "limit": 164}
 )
 TASK = Task("humaneval", "pass@1", run, places=(PLACE,), runs_code=True)
