@@ -10,14 +10,14 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
@@ -28,7 +28,7 @@ from ..models.families import Cache
 from .context import Context, first_entries
 from .prompt import Message
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 DOCUMENT_END = "\n\n"
 
 Role = Literal["document", "system", "head", "conversation"]
@@ -52,7 +52,7 @@ class SavedCache(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: PositiveInt = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
     role: Role
     text: str | None
     tokens: tuple[NonNegativeInt, ...]

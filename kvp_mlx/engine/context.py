@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import (
     ConcatenateKVCache,
@@ -184,11 +185,15 @@ class Context:
         return other
 
     def compacted(self) -> "Context":
-        """Give back the memory that the tokens do not need, evaluate all, and return this context."""
+        """Give back the memory that the tokens do not need, evaluate all, and return this context.
+
+        Another thread cannot evaluate what this one has begun.
+        """
         for layer in (layer for cache in self._caches for layer in cache):
             if isinstance(layer, KVCache) and layer.offset:
                 layer.keys, layer.values = (mx.contiguous(entries) for entries in layer.keys_and_values())
-                mx.eval(layer.keys, layer.values)
+            if not layer.empty():
+                mx.eval([array for _, array in tree_flatten(layer.state) if isinstance(array, mx.array)])
         return self
 
     @property

@@ -31,6 +31,7 @@ from .prefill import Progress
 from .prompt import check_size, check_text, check_window, render
 
 DEFAULT_LIMIT_GB = 4.0
+FILES = {"cache.json", "cache.safetensors"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -136,18 +137,28 @@ def _load(model: KVPModel, place: Path, name: str, *, exact: bool) -> tuple[Save
 
 def saved_places() -> list[Path]:
     """Return the directories of all saved caches, least recently used first."""
-    places = [place for place in _caches().glob("*") if place.is_dir() and NAME.fullmatch(place.name)]
+    places = [place for place in _caches().glob("*") if NAME.fullmatch(place.name) and _is_cache(place)]
     return sorted(places, key=_last_used)
+
+
+def _is_cache(place: Path) -> bool:
+    """Return whether a directory holds a cache, sound or damaged, and nothing else."""
+    with contextlib.suppress(OSError):
+        return not place.is_symlink() and {path.name for path in place.iterdir()} <= FILES
+    return False
 
 
 def remove_cache(name: str) -> None:
     """Remove a saved cache.
 
     Raises:
-        InputError: nothing of that name.
+        InputError: nothing of that name, or something else.
     """
+    place = cache_place(name)
+    if place.exists() and not _is_cache(place):
+        raise InputError(f"{place} is no saved cache, or holds more than one; move or remove it yourself.")
     try:
-        remove_directory(cache_place(name))
+        remove_directory(place)
     except FileNotFoundError as error:  # another process may have removed it since it was listed
         raise InputError(f"there is no saved cache '{name}'; 'kvp cache ls' lists them.") from error
 
@@ -229,8 +240,8 @@ def _remove_oldest(limit_bytes: int, keep: str) -> list[str]:
         if place.name != keep:
             with contextlib.suppress(OSError):
                 remove_directory(place)
-            del sizes[place.name]
-            removed.append(place.name)
+                del sizes[place.name]
+                removed.append(place.name)
     return removed
 
 

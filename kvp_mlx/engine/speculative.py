@@ -22,6 +22,7 @@ from ..bundle.loading import KVPModel
 from ..errors import InputError
 from ..models.entries import held_positions
 from ..models.families import Cache, kinds_of
+from ..models.sections import is_cut
 from .clock import Chooser, FirstStep, greedy
 from .context import TRIMMABLE, Context, trim_to
 from .decode import LogitsProcessor
@@ -88,8 +89,8 @@ NO_DRAFTS = Drafting()
 def _obstacle(model: KVPModel, is_quantised: bool) -> str | None:
     if not model.config.has_predictor:
         return "this model has none"
-    if model.is_prefix:
-        return "it is the base's own first layers, without a head that chooses tokens"
+    if is_cut(model.auxiliary):
+        return "it is a model's first layers, without those that choose tokens"
     if model.hosts is not None:
         return "the base is spread over several hosts"
     kinds = {kind for network in (model.base, model.auxiliary) for kind in kinds_of(network)}

@@ -34,7 +34,9 @@ class Sampler:
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Choose tokens."""
         sampling = self._sampling
-        if 0 < sampling.top_p < 1:
+        if sampling.top_p == 0:  # the narrowest nucleus
+            logprobs = apply_top_k(logprobs, 1)
+        elif sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p > 0:
             logprobs = apply_min_p(logprobs, sampling.min_p)

@@ -90,9 +90,10 @@ class Prefixes:
         self._used = time.monotonic()
         self._shelf = None if cache_dir is None else Shelf(model, cache_dir, cache_bytes)
         if self._shelf is not None:
+            can_be_cut = Context(model).is_plain
             for place, saved in self._shelf.find():
-                tokens = np.array(saved.tokens, np.int64)
-                entry = Entry(tokens, saved.exact_tokens, dial_from(saved.dial), place=place, is_saved=True)
+                tokens, dial = np.array(saved.tokens, np.int64), dial_from(saved.dial)
+                entry = Entry(tokens, saved.exact_tokens, dial, 0, can_be_cut, place=place, is_saved=True)
                 self._entries.append(entry)
             self._make_room_on_disk()
 
@@ -123,10 +124,10 @@ class Prefixes:
         """
         self._used, prompt = time.monotonic(), np.array(ids)
         found = [(length, entry) for entry in self._entries if (length := entry.shared(prompt, dial))]
-        for length, entry in sorted(found, key=lambda each: each[0], reverse=True):
+        for _, entry in sorted(found, key=lambda each: each[0], reverse=True):
             if (context := self._context_of(entry)) is not None:
                 self._touch(entry)
-                return context.copy(length)
+                return context.copy(entry.shared(prompt, dial))
         return Context(self._model)
 
     def put(self, context: Context, dial: Dial, stable_tokens: int = 0) -> None:
@@ -182,12 +183,16 @@ class Prefixes:
             self._remove(next(entry for entry in self._entries if entry.place))
 
     def _context_of(self, entry: Entry) -> Context | None:
-        """Return an entry's context, from disk where it must be; a damaged one goes."""
+        """Return an entry's context, from disk where it must be; a damaged one goes.
+
+        What is on disk may be an earlier state, less of it exact.
+        """
         if entry.context is None and self._shelf is not None and entry.place is not None:
             entry.hold(self._shelf.load(entry.place))
             if entry.context is None:
                 self._remove(entry)
                 return None
+            entry.exact_tokens = entry.context.exact_tokens
             self._touch(entry)
             self._make_room()
         return entry.context

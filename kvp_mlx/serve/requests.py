@@ -12,7 +12,7 @@ class Sampling:
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: nucleus; 1 is all.
+        top_p: nucleus; 1 is all, 0 the likeliest token alone.
         top_k: 0 is all.
         min_p: share of the likeliest token's probability; 0 is all.
         seed: of this request alone; None draws one.

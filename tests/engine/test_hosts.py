@@ -33,7 +33,7 @@ def bundles(
     """A bundle of each kind; the small auxiliary's heads could not be shared by two hosts."""
     folder = tmp_path_factory.mktemp("kinds")
     small = write_llama(folder / "small", seed=3, hidden_size=48, num_hidden_layers=2, num_key_value_heads=1)
-    options = FitOptions(auxiliary=small, tokens=256, window=64)
+    options = FitOptions(auxiliary=str(small), tokens=256, window=64)
     fit_bundle(str(base_dir), [str(texts)], folder / "model", options)
     return starts | {"model": folder / "model"}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,31 @@ def test_transcripts_of_other_shapes_are_named(text, tmp_path):
     (tmp_path / "kvp" / "conversations" / "a.json").write_text(text)
     with pytest.raises(BundleError, match=r"a\.json is damaged"):
         transcripts.load_conversation("a")
+
+
+def test_what_is_no_cache_is_neither_listed_nor_removed(place, tmp_path):
+    context = read(KINDS["prefix"](), range(5, 30))
+    store.save_cache(context, "a", "document", "text")
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.tex").write_text("years of work")
+    elsewhere = shutil.move(place / "a", tmp_path / "elsewhere")
+    (place / "linked").symlink_to(elsewhere)
+    store.save_cache(context, "b", "document", "text", limit_bytes=store.directory_bytes(elsewhere))
+    assert [path.name for path in store.saved_places()] == ["b"]
+    assert sorted(path.name for path in place.iterdir()) == ["b", "linked", "mine"]
+    for name in ("mine", "linked"):
+        with pytest.raises(InputError, match="is no saved cache"):
+            store.remove_cache(name)
+    assert (place / "mine" / "thesis.tex").exists() and (elsewhere / "cache.json").exists()
+
+
+def test_a_newer_format_is_refused(place):
+    model = KINDS["prefix"]()
+    store.save_cache(read(model, range(5, 30)), "a", "document", "text")
+    path = place / "a" / "cache.json"
+    path.write_text(path.read_text().replace('"format_version":1', '"format_version":2'))
+    with pytest.raises(BundleError, match="of another version"):
+        store.load_cache(model, "a")
 
 
 @pytest.mark.parametrize("text", ["[" * 99_999, "[]", '{"tokens": "abc"}'])

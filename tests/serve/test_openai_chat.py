@@ -127,7 +127,7 @@ def test_several_answers_to_one_prompt(client: openai.OpenAI) -> None:
         assert (mine[0].delta.role, mine[-1].finish_reason) == ("assistant", "length")
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"top_p": 0}])
 def test_what_leaves_one_token_is_greedy(client: openai.OpenAI, options: dict[str, float]) -> None:
     narrowed = ask(client, temperature=1.0, extra_body=options).choices[0].message.content
     assert narrowed == ask(client).choices[0].message.content

@@ -253,6 +253,27 @@ def test_the_disk_is_bounded_and_memory_gives_way_to_it(model: KVPModel, tmp_pat
     assert prefixes.shared(asked[0], FULL) < 5
 
 
+def test_what_is_loaded_again_is_as_exact_as_it_was_saved(model: KVPModel, tmp_path: Path) -> None:
+    """Refining went on after saving, and was interrupted before the conversation left memory."""
+    ids, other = ids_of(100), ids_of(100, 1)
+    prefixes = Prefixes(model, 150 * BYTES_PER_TOKEN, tmp_path)
+    prefixes.put(read(model, ids, KVP).compacted(), KVP)
+    refining, prefixes._refining = prefixes._refining, lambda: iter(())
+    prefixes.save_all()
+    (entry,) = prefixes._entries
+    saved = entry.exact_tokens
+    steps = refining()
+    while entry.context.exact_tokens == saved:
+        next(steps)
+    steps.close()
+    assert saved < prefixes.shared(ids, FULL) < 100
+    prefixes.put(read(model, other).compacted(), FULL)
+    assert entry.context is None
+    found = prefixes.take(ids, FULL)
+    assert (found.tokens, found.exact_tokens) == (ids[:saved], saved)
+    assert_exact(model, found)
+
+
 def test_damaged_and_other_models_conversations_are_passed_over(model: KVPModel, tmp_path: Path) -> None:
     ids = ids_of(60)
     with scheduler_of(model, cache_dir=tmp_path) as scheduler:

@@ -27,6 +27,7 @@ from support.tiny import chat_tokenizer, llama, paired, prefixed, small_llama
 
 from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.bundle.loading import KVPModel, load_any
+from kvp_mlx.engine.cache_format import read_saved
 from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial, dial_of
 from kvp_mlx.engine.pace import Pace, Steps
@@ -421,6 +422,22 @@ def test_models_whose_caches_cannot_be_cut(kind: str, base_dir, tmp_path) -> Non
     assert longer.tokens == plain(model.base, [*asked[0], *again.tokens, 5])
     assert edited.tokens == plain(model.base, [*asked[0][:12], 5, 6, 7])
     assert [each.usage.cached_tokens for each in (again, longer, edited)] == [89, 98, 10]
+
+
+def test_on_disk_too_a_shorter_conversation_is_found_where_the_longer_cannot_be_cut(base_dir, tmp_path) -> None:
+    place, saved = tmp_path / "model", tmp_path / "saved"
+    place.mkdir()
+    write_random(place, OTHER_KINDS["rotating"])
+    for file in base_dir.glob("token*"):
+        (place / file.name).write_bytes(file.read_bytes())
+    model, (ids,) = endless(load_any(str(place))), prompts(90)
+    with scheduler_of(model, cache_dir=saved) as scheduler:
+        replies(scheduler.submit(GenerationRequest(ids, FULL, 6, stable_tokens=10)))
+    assert {10, len(ids) - 1} < {len(read_saved(each).tokens) for each in saved.iterdir()}
+    with scheduler_of(model, cache_dir=saved) as scheduler:
+        edited = ask(scheduler, [*ids[:12], 5, 6, 7])
+    assert edited.usage.cached_tokens == 10
+    assert edited.tokens == plain(model.base, [*ids[:12], 5, 6, 7])
 
 
 def test_what_one_measured_dial_predicted_is_not_given_to_the_next(model: KVPModel) -> None:
