@@ -83,7 +83,6 @@ RECORDS ?= $(RESULTS)/records
 PAGE ?= docs/evaluation.md
 # Folders in RESULTS are of other bundles than the default.
 REPORTED = $(sort $(patsubst %/squad.json,%,$(wildcard $(RESULTS)/*/squad.json))) $(RESULTS)
-PICTURED = $(firstword $(REPORTED))
 # One process per core on Linux CPU, where decoding in one process gains little from a second core; a GPU takes one.
 WORKERS ?= $(if $(filter Linux,$(shell uname)),2,1)
 EVAL = $(PYTHON) -m kvp_mlx eval
@@ -99,8 +98,7 @@ ifeq (,$(findstring --dry-run,$(OPTIONS)))
 endif
 
 report: setup ## the page and the picture of the evaluation, from its JSON documents
-	@test ! -e $(PICTURED)/squad.json || $(EVAL) pareto $(PICTURED)/squad.json --plot $(dir $(PAGE))pareto-squad.png
-	@$(EVAL) report $(REPORTED) --out $(PAGE)
+	@$(EVAL) report $(REPORTED) --out $(PAGE) --plot $(dir $(PAGE))tasks.png
 
 wheel: setup ## build the wheel into dist/
 	@rm -rf build

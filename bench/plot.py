@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError
+from ..files.figures import save_figure
 from .document import TTFTResult, other_file, read_result
 
 # Published: FLOPs ratio and speed-up on an M2 Pro CPU at 64 x 59 tokens (arXiv 2410.08391, OpenELM-1.1B).
@@ -65,10 +66,7 @@ def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:
     machine = first["machine"]
     where = f"{machine.get('chip', 'unknown chip')}, {machine.get('cores', 'unknown')} cores"
     figure.suptitle(f"{first['model']}, {first['precision']}, {where}", fontsize=11)
-    try:
-        figure.savefig(picture, dpi=150)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{picture} cannot be drawn ({error}); name a .png, .svg or .pdf file.") from error
+    save_figure(figure, picture)
 
 
 def draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:

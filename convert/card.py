@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from ..files import sha256_of
+from ..files import expanded, sha256_of
 
 UNKNOWN_LICENCE = "not stated by the source; look it up before sharing"
 
@@ -22,7 +22,7 @@ def describe_source(path: Path, name: str, files: Sequence[Path] = ()) -> dict[s
     """
     files = files or ([path] if path.is_file() else sorted(path.glob("*.safetensors")))
     return {
-        "source": path.name if Path(name).expanduser().exists() else name,
+        "source": path.name if expanded(name).exists() else name,
         "source_sha256": {file.name: sha256_of(file) for file in files},
         "licence": _licence(path) or UNKNOWN_LICENCE,
     }

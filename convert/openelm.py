@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import openelm
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import expanded, write_json
 from ..models.openelm import CONTEXT_LENGTH, SIZES, openelm_config
 from ..models.pruning import prune_config, retained_layers
 from .checkpoint import Checkpoint, Shapes, open_checkpoint
@@ -56,7 +56,7 @@ def convert_openelm(
         InputError: an unusable source or output.
         KVPError: the output cannot be written.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         return convert_hf(
             source, out, precision, tokenizer=tokenizer, force=force, progress=progress, architecture="openelm"

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import expanded, read_json, write_json
 from ..models.loading import load_tokenizer, model_directory
 
 FILES = (
@@ -39,7 +39,7 @@ def write_tokenizer(source: str, directory: Path) -> None:
     Raises:
         InputError: no tokeniser there, one that cannot be read, or one with more tokens than the model.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         _write_sentencepiece(path, directory)
     else:

@@ -18,6 +18,7 @@ from kvp_mlx.files import directories, write_json, write_text
 from kvp_mlx.files.directories import (
     atomic_directory,
     check_removable,
+    directory_bytes,
     recover,
     remove_directory,
     require_free,
@@ -211,3 +212,12 @@ def test_private_files_are_the_users_alone(tmp_path: Path) -> None:
         os.umask(before)
     for place in tmp_path.rglob("*"):
         assert stat.S_IMODE(place.stat().st_mode) & 0o077 == 0, place
+
+
+def test_the_size_of_a_directory_is_that_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for place, size in (("a/one", 10), ("a/b/two", 5)):
+        (tmp_path / place).write_bytes(b"x" * size)
+    (tmp_path / "a" / "nowhere").symlink_to(tmp_path / "gone")
+    assert directory_bytes(tmp_path / "a") == 15
+    assert directory_bytes(tmp_path / "gone") == 0

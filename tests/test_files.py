@@ -1,14 +1,16 @@
 """Files appear whole or not at all."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
+from conftest import Kvp
 
 from kvp_mlx import files
 from kvp_mlx.errors import InputError
-from kvp_mlx.files import check_writable, parse_json, write_json, write_text
+from kvp_mlx.files import check_writable, claim, parse_json, write_json, write_text
 
 
 def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
@@ -68,3 +70,30 @@ def test_json_as_everyone_writes_it() -> None:
     assert parse_json(b"\xef\xbb\xbf[1]", "x") == [1]
     assert parse_json(json.dumps([[{"a": []}]] * 1000), "x") == [[{"a": []}]] * 1000
     assert files.MAX_NESTING >= 64
+
+
+def test_a_lock_is_one_processs_and_everybodys_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "lock", "w") as first, open(tmp_path / "lock", "w") as second:
+        assert [claim(first), claim(second)] == [True, False]
+
+        def no_locks(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        assert claim(second)
+
+
+@pytest.mark.parametrize("command", [("info", "~nobody-here/x"), ("eval", "needle", "--data", "~nobody-here/x.txt")])
+def test_a_home_that_nobody_has_is_a_name_like_others(command: tuple[str, ...], kvp: Kvp) -> None:
+    outcome = kvp(*command)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "~nobody-here/x" in outcome.err
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_numbers_of_the_command_line_are_finite(value: str, kvp: Kvp) -> None:
+    outcome = kvp("serve", f"--cache-gib={value}", "--port", "1")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "--cache-gib" in outcome.err

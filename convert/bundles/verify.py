@@ -49,10 +49,14 @@ def verify_conversion(directory: Path, source: Path, *, progress: Progress = NO_
     is_bundle = (directory / "kvp.json").exists()
     precision = stored_precision(directory / "base" if is_bundle else directory)
     compute = _bundle_logits(directory, checkpoint) if is_bundle else _model_logits(directory, checkpoint)
+    if precision not in TOLERANCES:
+        raise InputError(f"{directory} is stored in {precision}, which is not verified; convert it to 8 or 4 bits.")
     rounds: list[Logits] = []
     for seed in range(PROMPTS):
         try:
             rounds.append(compute(seed))
+            if any(found.shape != expected.shape for found, expected in rounds[-1].values()):
+                raise IndexError("its vocabulary is another")
         except (KeyError, IndexError, RuntimeError) as error:
             raise InputError(f"{source} is not the checkpoint that {directory} was made from ({error}).") from error
         progress(seed + 1, PROMPTS)

@@ -195,8 +195,9 @@ def student(model, predicted, reading, splits, r, with_error=True):
 def draw_or_recite(stream, pools, args, rng):
     """Return what `draw` does; or a passage and pieces of it that the base can recite, with a split at each piece."""
     if rng.random() >= args.recite:
-        return draw(stream, pools, args, rng)[:4]
-    tokens, r, n = rng.choice([args.window, args.window, 2 * args.window]), args.after, args.splits
+        return draw(stream, pools, args, rng, args.before)[:4]
+    tokens, r = rng.choice([args.window, args.window, 2 * args.window]), args.after
+    n = max(1, min(args.splits, tokens // (2 * r)))
     passages = random_windows(stream, max(1, args.batch * args.window // tokens), tokens - n * r, rng)
     pieces = [random_windows(passage, n, r, rng).flatten() for passage in passages]
     ids = torch.cat([passages, torch.stack(pieces)], 1)
@@ -315,6 +316,7 @@ def main():
         ("maps", "", "folder of maps to begin with, in place of the closed form"),
         ("depth", 0, "layers of the auxiliary that read; 0: all"),
         ("recite", 0.15, "share of steps with windows to recite"),
+        ("before", 0, "tokens before the end of a prompt that its split lies at most, besides those that are exact"),
         ("error", 5.0, "weight of the streams' error"),
         ("every", 60.0, "seconds between validations"),
     ):

@@ -1,6 +1,6 @@
 """Make a bundle of what kvpc.py wrote: a named base that reads for another one, with updates and maps, quantised.
 
-usage: store.py MAPS UPDATES AUXILIARY BASE OUT [--bits BITS] [--share SHARE]
+usage: store.py MAPS UPDATES AUXILIARY BASE OUT [--bits BITS] [--share SHARE] [--depth DEPTH]
 
 MAPS and UPDATES are kvpc.py's OUT (of two runs, if the maps were trained after the updates), AUXILIARY and BASE names
 of `kvp models`. The estimator of deviation is not fitted: which tokens are recomputed is chosen by attention alone.
@@ -46,11 +46,13 @@ def main():
         parser.add_argument(name, type=kind)
     parser.add_argument("--bits", type=int, default=6)
     parser.add_argument("--share", type=float, default=0.1, help="of a prompt's tokens to recompute (%(default)s)")
+    parser.add_argument("--depth", type=int, help="layers that read, as MAPS was trained with (those of UPDATES)")
     args = parser.parse_args()
     base_path = find_model(args.base)
     base, base_config = load_model(base_path)
     stored = {name: array for file in args.updates.glob("lora?.npz") for name, array in np.load(file).items()}
-    layers = 1 + max(int(name.split(".")[0]) for name in stored)  # that read
+    layers = args.depth or 1 + max(int(name.split(".")[0]) for name in stored)  # that read
+    stored = {name: array for name, array in stored.items() if int(name.split(".")[0]) < layers}
     layer_map = spread_layer_map(len(base.layers), layers)
     weight = np.concatenate([np.load(file) for file in sorted(args.maps.glob("W?.npy"))])
     bias, maps = np.load(args.maps / "b.npy"), {}

@@ -172,8 +172,11 @@ def answer(model, prompts, stops, args):
     return ids, F.pad(stopped.int().cumsum(1), (1, -1)) == 0
 
 
-def draw(stream, pools, args, rng):
-    """Return a step's ids and which of them count, (B,T) each, splits, r and the share of exact tokens."""
+def draw(stream, pools, args, rng, before=0):
+    """Return a step's ids and which of them count, (B,T) each, splits, r and the share of exact tokens.
+
+    A split at the end of a prompt may lie up to `before` tokens earlier, so that its request is predicted.
+    """
     kind = rng.random()
     share = rng.choice([0.0, 0.0, 0.05, 0.05, 0.1])
     if kind < 0.55:
@@ -187,6 +190,7 @@ def draw(stream, pools, args, rng):
     rows = torch.tensor([rng.randrange(len(ids)) for _ in range(batch)], device=DEVICE)
     r, end = min(args.reply_tokens, 160), ids.shape[1] - args.reply_tokens - EXACT
     if rng.random() < 0.7:
+        end -= rng.randrange(before + 1) if before else 0
         splits = [end, rng.randrange(24, end - r)] if end + EXACT > 400 else [end]
     else:
         splits = [end + rng.randrange(0, max(1, args.reply_tokens - r))]

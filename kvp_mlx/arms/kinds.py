@@ -164,7 +164,7 @@ KINDS: dict[str, Kind] = {
     "fast": quality_kind("fast"),
     "auxiliary": Kind(
         form="auxiliary",
-        help="the auxiliary answers alone (a prefix: its layers under the base's norm and head)",
+        help="the auxiliary answers alone (first layers: under the norm and head of their model)",
         read=lambda model, _, ids, reading: read_alone(baselines.auxiliary_alone(model), model, ids, reading),
         work=lambda model, _, tokens, batch: alone_work(baselines.auxiliary_alone(model), tokens, batch),
         networks=lambda model, _: [baselines.auxiliary_alone(model)],

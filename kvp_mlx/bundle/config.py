@@ -19,6 +19,8 @@ from ..errors import BundleError, InputError
 from ..files import read_json, sha256_of, write_json
 
 FORMAT_VERSION: Final = 2
+MAX_PRECEDING: Final = 8
+MAX_RANK: Final = 4096
 HASHED_FILES: Final = ("predictor.safetensors", "adapter.safetensors")
 
 Sources = tuple[NonNegativeInt, ...]
@@ -76,7 +78,7 @@ class AuxiliaryConfig(_Part):
     layers: PositiveInt
     retained_layers: tuple[NonNegativeInt, ...] | None = None
     fingerprint: str | None = None
-    adapter_rank: PositiveInt | None = None
+    adapter_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     alias: Alias | None = None
 
     @model_validator(mode="after")
@@ -103,7 +105,7 @@ class PredictorConfig(_Part):
 
     input: Literal["hidden_state", "keys_values"]
     layer_map: tuple[Sources | None, ...] = Field(min_length=1)
-    preceding: NonNegativeInt = 0
+    preceding: int = Field(default=0, ge=0, le=MAX_PRECEDING)
 
 
 class RecomputeConfig(_Part):

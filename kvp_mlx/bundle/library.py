@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, InputError, KVPError
-from ..files import read_json
+from ..files import expanded, read_json
 from ..files.directories import check_removable, directory_bytes, remove_directory
 from ..models.families import FAMILIES
 from . import named
@@ -86,7 +86,7 @@ def removable(name: str) -> Path:
             raise InputError(f"{name} {ships}, and its base is not in the cache; nothing to remove.")
         check_removable(path, name)
         return path
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_symlink():
         raise InputError(f"{name} is a link; name the directory itself.")
     if path.is_dir():

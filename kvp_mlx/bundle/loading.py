@@ -25,7 +25,7 @@ from ..models.loading import (
     load_model,
     load_tokenizer,
 )
-from ..models.safetensors import TensorInfo, fingerprint, read_header
+from ..models.safetensors import GROUP_SIZES, QUANTISED_BITS, TensorInfo, fingerprint, read_header
 from ..models.sections import only_layers, prefix_model
 from .adapter import adapted_prefix, adapter_weights, add_adapter, take_up
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig, read_config
@@ -270,7 +270,7 @@ def load_auxiliary(base: nn.Module, config: BundleConfig, bundle: Path) -> nn.Mo
             f"the auxiliary's vocabulary ({auxiliary.args.vocab_size}) is not the base's ({base.args.vocab_size}); "
             "choose an auxiliary of the same tokeniser."
         )
-    if config.auxiliary.alias is not None:
+    if config.auxiliary.alias is not None and config.auxiliary.layers < len(auxiliary.layers):
         auxiliary = only_layers(auxiliary, range(len(auxiliary.layers))[: config.auxiliary.layers])
     if config.auxiliary.adapter_rank is not None:
         add_adapter(auxiliary, config.auxiliary.adapter_rank)
@@ -363,9 +363,16 @@ def _check_finite(parameters: Any, path: Path) -> None:
 
 
 def _scheme(array: mx.array, weight: TensorInfo, scales: TensorInfo) -> tuple[int, int]:
-    """Return the group size and bits that a matrix (.., width) was quantised with, from what is stored of it."""
+    """Return the group size and bits that a matrix (.., width) was quantised with, from what is stored of it.
+
+    Raises:
+        ValueError: none that mlx knows, or no numbers at all (IndexError, ZeroDivisionError).
+    """
     width = array.shape[-1]
-    return width // scales.shape[-1], 32 * weight.shape[-1] // width
+    size, bits = width // scales.shape[-1], 32 * weight.shape[-1] // width
+    if size not in GROUP_SIZES or bits not in QUANTISED_BITS:
+        raise ValueError(f"groups of {size} in {bits} bits")
+    return size, bits
 
 
 def _match_quantisation(predictor: Predictor, found: dict[str, TensorInfo], path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Final
 from ..convert.gguf import convert_gguf
 from ..convert.output import NO_PROGRESS, Progress
 from ..errors import InputError, KVPError
-from ..files import cache_dir, sha256_of
+from ..files import cache_dir, claim, sha256_of
 from ..files.directories import atomic_directory, scratch_directory, sweep
 from ..models.loading import model_directory
 from ..models.safetensors import fingerprint
@@ -150,12 +150,9 @@ def _alone(name: str, say: Say) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write {place}: {error.strerror}; set KVP_CACHE_DIR elsewhere.") from error
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"Another process is making a base; {name} has to wait for it ...")
-                fcntl.flock(directory, fcntl.LOCK_EX)
+        if not claim(directory):
+            say(f"Another process is making a base; {name} has to wait for it ...")
+            fcntl.flock(directory, fcntl.LOCK_EX)
         yield
     finally:
         os.close(directory)

@@ -14,6 +14,8 @@ from ..convert.hf import convert_hf
 from ..convert.openelm import convert_openelm
 from ..convert.output import Precision
 from ..errors import InputError
+from ..files import expanded
+from ..files.directories import directory_bytes
 from ..models.hub import push_directory
 from .options import Dtype, DtypeOption, Force, Json, OutDirectory, QBits
 from .output import clean_stdout, print_json, progress_bar, progress_lines, say, show
@@ -168,17 +170,12 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload a bundle or model to the Hugging Face Hub."""
-    with clean_stdout(json), progress_lines(f"uploading {directory} ({directory_megabytes(directory)} MB)"):
+    with clean_stdout(json), progress_lines(f"uploading {directory} ({directory_bytes(directory) // 10**6} MB)"):
         url = push_directory(directory, repository, private=private)
     if json:
         print_json({"repository": repository, "url": url})
     else:
         say(f"Pushed {directory} to {url}.")
-
-
-def directory_megabytes(directory: Path) -> int:
-    """Return the size of a directory's files."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) // 10**6
 
 
 def make_precision(dtype: Dtype | None, q_bits: int | None, q_group_size: int | None) -> Precision:
@@ -196,7 +193,7 @@ def find_tokenizer(name: str | None) -> str | None:
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
     """
-    return name if name is None or Path(name).expanduser().is_file() else str(find_model(name))
+    return name if name is None or expanded(name).is_file() else str(find_model(name))
 
 
 def parse_layer_map(text: str | None) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import signal
 import sys
@@ -102,7 +103,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class StrictCommand(TyperCommand):
-    """A command that refuses an option given twice, and shows options under their headings."""
+    """A command that refuses options given twice and numbers that are none, and shows options under their headings."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, after a look at which options come more often than they may (typer takes the last in silence)."""
@@ -112,7 +113,11 @@ class StrictCommand(TyperCommand):
             if twice := [option for option in options if options.count(option) > 1]:
                 name = max(twice[0].opts, key=len)
                 raise InputError(f"{name} is given twice; give it once.")
-        return super().parse_args(ctx, args)
+        rest: list[str] = super().parse_args(ctx, args)
+        for parameter in self.params:  # the ranges that typer checks let nan through, and mostly infinity
+            if isinstance(value := ctx.params.get(parameter.name), float) and not math.isfinite(value):
+                raise InputError(f"{max(parameter.opts, key=len)} is a finite number, not {value}.")
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for the arguments, one for each heading of options, and one for the others."""

@@ -9,6 +9,7 @@ import typer
 from ..bundle import library
 from ..bundle.config import read_config
 from ..bundle.loading import base_directory, bundle_directory
+from ..bundle.named import find_model
 from ..errors import InputError
 from .options import Json
 from .output import print_json, progress_lines, say, show
@@ -66,12 +67,15 @@ def _is_number(value: Any) -> bool:
 
 @app.command()
 def pull(name: Annotated[str, typer.Argument(help="Hub id (owner/name, owner/name@revision) or alias.")]) -> None:
-    """Get a bundle with its base, or a base, so that it works offline."""
+    """Get a bundle with its models, or a base, so that it works offline."""
     with progress_lines(f"getting {name}"):
         directory = bundle_directory(name)
         places = [directory]
         if (directory / "kvp.json").is_file():
-            places.append(base_directory(read_config(directory).base, directory))
+            config = read_config(directory)
+            places.append(base_directory(config.base, directory))
+            if config.auxiliary.alias is not None:
+                places.append(find_model(config.auxiliary.alias))
     for place in places:
         show(str(place))
 

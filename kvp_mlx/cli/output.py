@@ -24,6 +24,7 @@ from rich.text import Text
 from ..device.hosts import is_launched
 from ..engine.reply import Piece
 from ..errors import InputError
+from ..files import expanded
 from .screen import STARTED, is_utf8, visible
 from .screen import show as show  # noqa: PLC0414 - it belongs here, but has to be quick to import
 
@@ -193,7 +194,7 @@ def read_text(path: str, remedy: str = "check --prompt-file") -> str:
         if path == "-":
             data = _standard_input()
         else:
-            with open(Path(path).expanduser(), "rb") as file:
+            with open(expanded(path), "rb") as file:
                 data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in a name; a home that nobody has
         raise InputError(f"{name} cannot be read ({getattr(error, 'strerror', error)}); {remedy}.") from error

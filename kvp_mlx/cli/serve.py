@@ -17,6 +17,7 @@ from ..bundle.loading import KVPModel, load_any
 from ..device.hosts import Hosts, joined
 from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError
+from ..files import expanded
 from .options import (
     DEFAULT_MODEL,
     READING,
@@ -203,5 +204,5 @@ def end_with(hosts: Hosts, is_ending: Callable[[], bool]) -> None:
 
 def served_name(model: str) -> str:
     """Return what clients call a model: its name or Hub id, of a path only the last part."""
-    place = Path(model).expanduser()
+    place = expanded(model)
     return place.resolve().name if place.is_dir() else model

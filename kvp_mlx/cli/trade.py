@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..evaluate.dial_map import dial_points, is_of_dials
 from ..evaluate.pareto import draw, draw_dials, points, read_documents
 from ..evaluate.records import hashes
-from ..evaluate.report import page, read_results
+from ..evaluate.report import page, read_results, title
 from ..evaluate.runs import setting
 from ..evaluate.trade_off import (
     Followed,
@@ -191,7 +191,7 @@ def pareto(
     rows = points(documents)
     document = {"task": documents[0]["task"], "points": rows}
     if plot is not None:
-        draw(rows, documents[0]["task"], plot)
+        draw({documents[0]["task"]: rows}, plot)
         say_written(plot)
     if not hand_out(document, out, json):
         return
@@ -224,8 +224,15 @@ def report(
         list[Path], typer.Argument(help="Hold what 'kvp eval TASK --out' wrote, of one bundle each, and no other JSON.")
     ],
     out: Annotated[Path, typer.Option(help="Markdown file to write.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the first folder's results here (.png, .svg, .pdf).")
+    ] = None,
 ) -> None:
-    """Write the page of results from their JSON documents."""
-    check_writable(out)
-    write_text(out, page([read_results(folder) for folder in folders]))
+    """Write the page of results from their JSON documents, and the picture: a row for each task."""
+    check_writable(out, plot)
+    parts = [read_results(folder) for folder in folders]
+    if plot is not None:
+        draw({title(document): points([document]) for document in parts[0]}, plot)
+        say_written(plot)
+    write_text(out, page(parts))
     say_written(out)

@@ -11,11 +11,16 @@ import mlx.core as mx
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..bundle.config import MAX_PRECEDING, MAX_RANK, BundleConfig, read_config
+from ..bundle.loading import bundle_directory
 from ..bundle.named import find_model
 from ..device.hosts import launched_rank
 from ..device.machine import matmul_flops_per_s
+from ..errors import InputError
 from ..files.directories import scratch_directory
+from ..models.safetensors import fingerprint
 from ..train import SAMPLE
+from ..train.directory import starting_bundle
 from ..train.fit import FitOptions, fit_bundle, fit_bundles
 from ..train.loop import TrainOptions
 from ..train.objectives import weights_of
@@ -35,7 +40,7 @@ Prefixes = Annotated[
     typer.Option("--layers", help="As for train; several, as 8,12, in one pass: bundles OUT/8 and OUT/12."),
 ]
 Auxiliary = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--auxiliary", help="A smaller mlx-lm model of the same tokeniser; a named base is not copied."),
 ]
 Prune = Annotated[float | None, typer.Option("--prune", help="Keep 0.75, 0.5 or 0.25 of the base's layers.")]
@@ -45,7 +50,7 @@ Preceding = Annotated[
     typer.Option(
         "--preceding",
         min=0,
-        max=8,
+        max=MAX_PRECEDING,
         help="Tokens before each one that the maps read, too.  [default: 1 for a prefix, else 0]",
     ),
 ]
@@ -136,7 +141,9 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = 0.01,
     window: Window = 512,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Fill windows with several pieces of text.")] = True,
-    lora_rank: Annotated[int | None, typer.Option(min=1, help="The auxiliary reads with low-rank updates.")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, max=MAX_RANK, help="The auxiliary reads with low-rank updates.")
+    ] = None,
     train_auxiliary: Annotated[bool, typer.Option("--train-auxiliary", help="Train all of it (no prefix).")] = False,
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Save memory, at a third more work.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Windows run together.")] = 1,
@@ -192,6 +199,9 @@ def train(
         else FitOptions(layers, auxiliary, prune, sources, preceding, fit_tokens, window, seed=seed)
     )
     with clean_stdout(json), scratch_directory() as scratch, display() as (phase, progress):
+        begun = starting_bundle(out) if resume else None if start is None else bundle_directory(start)
+        if begun is not None and (begun / "kvp.json").is_file():
+            check_goes_on(read_config(begun), base, layers, auxiliary, prune)
 
         def beginning() -> str:
             if fitting is None:
@@ -210,6 +220,27 @@ def train(
         print_json({"out": str(out), **result, "floor_tokens_per_second": round(floor, 1)})
     else:
         say_result(out, result, floor, "the start's" if fitting is None else "the closed form's")
+
+
+def check_goes_on(
+    config: BundleConfig, base: str, layers: int | None, auxiliary: str | None, prune: float | None
+) -> None:
+    """Refuse a base or an auxiliary other than those of the bundle that training is to go on from.
+
+    Raises:
+        InputError: it has another one.
+    """
+    own = config.auxiliary
+    given = {"--layers": layers, "--auxiliary": auxiliary, "--prune": prune}
+    fits = {"--layers": own.kind == "prefix" and layers == own.layers, "--auxiliary": own.kind == "model"}
+    fits["--prune"] = own.kind == "pruned"
+    if wrong := [name for name, value in given.items() if value is not None and not fits[name]]:
+        raise InputError(
+            f"training goes on from a {own.kind} of {plural(own.layers, 'layer')}, to which {wrong[0]} "
+            f"{given[wrong[0]]} does not fit; leave it out, or begin anew without --start and --resume."
+        )
+    if fingerprint(find_model(base)) != config.base.fingerprint:
+        raise InputError(f"training goes on from a bundle that was made for another base than {base}; name its own.")
 
 
 def say_result(out: Path, result: dict[str, Any], floor: float, start: str) -> None:

@@ -1,6 +1,6 @@
 """Score against time to first token and against prefill work, over all arms and dials: the figure of the paper."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from ..arms.kinds import parse_arm
 from ..errors import InputError
 from ..files import read_json
+from ..files.figures import save_figure
 from .dial_map import is_of_dials
 from .document import Dials, Points, checked_document
 from .tasks import all_tasks
@@ -80,26 +81,39 @@ def colour_of(arm: str) -> str:
     return "tab:orange" if arm == "full" else "0.6"
 
 
-def draw(rows: Sequence[Point], task: str, out: Path) -> None:
-    """Draw both pictures side by side: score over TTFT, and over prefill work relative to the full model's.
+SIDES: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
+    ("time to first token, ms (median)", "fastest_so_good", lambda row: row["ttft_ms"]),
+    ("prefill work, share of full prefill's", "cheapest_so_good", lambda row: 1 / row["flops_ratio"]),
+)
+
+
+def draw(tasks: Mapping[str, Sequence[Point]], out: Path) -> None:
+    """Draw a row of two panels per task: score over TTFT, and over prefill work relative to the full model's.
+
+    Args:
+        tasks: what ``points`` returned, by the name that is to stand beside it.
+        out: the picture.
 
     Raises:
         InputError: see ``picture``.
     """
-    sides = (
-        ("time to first token, ms (median)", "fastest_so_good", lambda row: row["ttft_ms"]),
-        ("prefill work, share of full prefill's", "cheapest_so_good", lambda row: 1 / row["flops_ratio"]),
-    )
-    with picture(out, len(sides)) as panels:
-        for panel, (title, front, place) in zip(panels, sides, strict=True):
-            for row in rows:
-                low, high = row["interval"]
-                bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
-                panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour_of(row["arm"]), ecolor="0.85")
-                annotate(panel, row["label"], place(row), row["score"])
-            draw_front(panel, [(place(row), row["score"]) for row in rows if row[front]])
-            panel.set_xlabel(title)
-        panels[0].set_ylabel(f"{task}, n = {rows[0]['n']}")
+    with picture(out, len(SIDES), len(tasks)) as grid:
+        for panels, (task, rows) in zip(grid, tasks.items(), strict=True):
+            for panel, (title, front, place) in zip(panels, SIDES, strict=True):
+                draw_points(panel, rows, front, place)
+                panel.set_xlabel(title)
+            panels[0].set_ylabel(f"{task}, n = {rows[0]['n']}")
+            panels[0].set_ylim(bottom=0)
+
+
+def draw_points(panel: Any, rows: Sequence[Point], front: str, place: Callable[[Point], float]) -> None:
+    """Draw a task's points with their intervals, and join those on a front."""
+    for row in rows:
+        low, high = row["interval"]
+        bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
+        panel.errorbar(place(row), row["score"], yerr=bars, fmt="o", color=colour_of(row["arm"]), ecolor="0.85")
+        annotate(panel, row["label"], place(row), row["score"])
+    draw_front(panel, [(place(row), row["score"]) for row in rows if row[front]])
 
 
 def annotate(panel: Any, text: str, x: float, y: float) -> None:
@@ -113,11 +127,11 @@ def draw_front(panel: Any, places: list[tuple[float, float]]) -> None:
 
 
 @contextmanager
-def picture(out: Path, count: int) -> Iterator[Sequence[Any]]:
-    """Give so many panels side by side, with one scale of scores, to draw on; at the end they are a file.
+def picture(out: Path, columns: int, rows: int = 1) -> Iterator[Sequence[Sequence[Any]]]:
+    """Give rows of panels, with one scale of scores in each, to draw on; at the end they are a file.
 
     Raises:
-        InputError: matplotlib is not installed, or does not know this kind of file.
+        InputError: matplotlib is not installed, or as ``save_figure``.
     """
     try:
         import matplotlib
@@ -126,13 +140,11 @@ def picture(out: Path, count: int) -> Iterator[Sequence[Any]]:
         from matplotlib import pyplot
     except ImportError as error:
         raise InputError("pictures need matplotlib; pip install 'kvp-mlx[plot]', or leave out --plot.") from error
-    figure, panels = pyplot.subplots(1, count, figsize=(6 * count, 5), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(6 * columns, 5 * rows), sharey="row", squeeze=False)
     try:
-        yield panels[0]
+        yield panels.tolist()
         figure.tight_layout()
-        figure.savefig(out, dpi=130)
-    except ValueError as error:
-        raise InputError(f"{out} names no kind of picture; end it in .png, .svg or .pdf.") from error
+        save_figure(figure, out)
     finally:
         pyplot.close(figure)
 
@@ -145,7 +157,7 @@ def draw_dials(rows: Sequence[Point], out: Path) -> None:
     """
     lengths = sorted({row["prompt_tokens"] for row in rows})
     models = list(dict.fromkeys(row["model"] for row in rows))
-    with picture(out, len(lengths)) as panels:
+    with picture(out, len(lengths)) as (panels,):
         for panel, length in zip(panels, lengths, strict=True):
             here = [row for row in rows if row["prompt_tokens"] == length]
             for number, model in enumerate(models):

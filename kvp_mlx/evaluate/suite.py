@@ -6,7 +6,6 @@ version, the weights, the share that is recomputed and the machine: others begin
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import statistics
@@ -23,7 +22,7 @@ from ..bundle.loading import KVPModel
 from ..engine.dial import PREDICT
 from ..engine.prefill import Progress
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import claim, read_json, write_json
 from .equal_ttft import match, match_by_work
 from .runs import carry_out, items_of, setting
 from .task import Item, Place, Run, Task
@@ -146,12 +145,7 @@ def records_of(model: KVPModel, name: str, records: Path) -> Path:
 def claimed(path: Path) -> Iterator[bool]:
     """Hold a lock that ends with the process; yields False where another process holds it."""
     with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield claim(file)
 
 
 def matched_arms(entry: Entry, model: KVPModel, arms: Sequence[Arm], folder: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from ..engine.prefill import Progress
 from ..engine.prompt import check_window
 from ..engine.reply import first_token_on
 from ..errors import InputError
+from ..files import expanded
 from ..models.families import Cache
 from ..train.recovery import recoveries, token_losses
 from .rows import run_items
@@ -242,7 +243,7 @@ def own_directory(name: str) -> Path:
     Raises:
         InputError: it ships with the package, came from the Hub, or is read-only.
     """
-    place = Path(name).expanduser()
+    place = expanded(name)
     is_own = name not in NAMED and place.is_dir() and DATA not in place.resolve().parents
     if not is_own or not all(os.access(path, os.W_OK) for path in (place, place / "kvp.json") if path.exists()):
         raise InputError(f"{name} is no bundle of your own that can be written; copy its directory, and name the copy.")

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, JSON, hashes, and the user's cache."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InputError
 
@@ -23,10 +24,15 @@ ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def cache_dir() -> Path:
     """Return the per-user directory for converted models (``KVP_CACHE_DIR`` overrides it)."""
     if override := os.environ.get("KVP_CACHE_DIR"):
-        return Path(override).expanduser()
+        return expanded(override)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "kvp-mlx"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvp-mlx"
+
+
+def expanded(name: str | Path) -> Path:
+    """Return the path that a name means, ``~`` being the user's home; one of an unknown user's stays as it is."""
+    return Path(os.path.expanduser(name))
 
 
 _unfinished: set[Path] = set()
@@ -144,6 +150,20 @@ def tensor_header(path: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise InputError(f"{path} is not a safetensors file.")
     return header, 8 + length
+
+
+def claim(file: int | IO[Any]) -> bool:
+    """Take the system's lock of an open file, which ends with the process, unless another process has it.
+
+    On a file system without locks everybody gets it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def sha256_of(path: Path) -> str:

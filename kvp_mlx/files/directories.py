@@ -291,7 +291,8 @@ def sweep(folder: Path, name: str | None = None, *, older_than: float = STALE_SE
 def directory_bytes(place: Path) -> int:
     """Return the size of all files in a directory, 0 where it has gone."""
     size = 0
-    for file in place.rglob("*"):
-        with contextlib.suppress(OSError):
-            size += file.stat().st_size if file.is_file() else 0
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(folder, name)).st_size
     return size

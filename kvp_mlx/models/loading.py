@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from ..device import blas, jit
 from ..device.hosts import Hosts
 from ..errors import BundleError, InputError
-from ..files import read_json
+from ..files import expanded, read_json
 from ..files.directories import recover
 from .families import check_architecture, check_cache, is_listed, text_model
 from .hub import download
@@ -52,7 +52,7 @@ def model_directory(name: str, revision: str | None = None, *, known: str | None
     """
     if not name.strip():
         raise InputError("the model's name is empty; give a directory or a Hub id.")
-    path = Path(name).expanduser()
+    path = expanded(name)
     recover(path)
     if path.is_dir():
         return path

@@ -89,14 +89,14 @@ def _not_safetensors(path: Path) -> str:
     return f"{path} is not a safetensors file; convert or download the model again."
 
 
-def write_tensors(arrays: dict[str, mx.array], path: Path) -> None:
-    """Write a safetensors file as mlx-lm does.
+def write_tensors(arrays: dict[str, mx.array], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with metadata of one's own or as mlx-lm does.
 
     Raises:
         KVPError: there is no room, or no right to write there.
     """
     try:
-        mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+        mx.save_safetensors(str(path), arrays, metadata=metadata or {"format": "mlx"})
         if path.stat().st_size == 0:
             raise RuntimeError("nothing was written")
     except (RuntimeError, OSError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .families import Cache, family_of, hidden_size, inner_model, kinds_of, mixer_of, text_model
+from .families import Cache, Family, family_of, hidden_size, inner_model, kinds_of, mixer_of, text_model
 from .kinds import Kind, RawOutputs, Target
 
 
@@ -131,6 +131,11 @@ def only_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     return _cut(model, layers, takes_ids=True, is_normed=True)
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Return whether a model is some layers of another one, by any of the functions above."""
+    return isinstance(inner_model(model), _Cut)
+
+
 def output_head(model: nn.Module, hidden: mx.array) -> mx.array:
     """Return logits ``(B, T, vocab)`` of the inner model's output ``(B, T, hidden)``, by the model's own call."""
     result = _Result(inner_model(model), hidden)
@@ -167,7 +172,7 @@ def _cut(model: nn.Module, layers: Sequence[int], *, takes_ids: bool, is_normed:
     if not takes_ids:
         cut.start, cut[family.embedding] = _as_it_is, nn.Identity()
     elif not isinstance(inner, _Cut):
-        cut.start = partial(_embedded, inner, family.norm)
+        cut.start = partial(_embedded, inner, family)
     if not is_normed:
         cut[family.norm] = nn.Identity()
     cut.norm_name = family.norm
@@ -189,17 +194,17 @@ class _Cut(_StandIn):
     Attributes:
         kinds: of its layers.
         width: of the residual stream.
-        start: makes what the first layer takes.
+        start: makes what the first layer takes, given the cut itself.
         norm_name: of the module that comes last.
     """
 
     kinds: tuple[Kind, ...]
     width: int
-    start: Callable[[mx.array], mx.array]
+    start: Callable[["_Cut", mx.array], mx.array]
     norm_name: str
 
     def __call__(self, inputs: mx.array, cache: Cache | None = None, *_: Any, **__: Any) -> mx.array:
-        x, masks = self.start(inputs), {}
+        x, masks = self.start(self, inputs), {}
         caches: list[Any] = [*cache] if cache else [None] * len(self.layers)
         for layer, kind, own in zip(self.layers, self.kinds, caches, strict=False):
             if kind not in masks:
@@ -215,15 +220,18 @@ class _Cut(_StandIn):
         return list(self.layers)
 
 
-def _as_it_is(x: mx.array) -> mx.array:
+def _as_it_is(_: _Cut, x: mx.array) -> mx.array:
     return x
 
 
-def _embedded(inner: nn.Module, norm: str, ids: mx.array) -> mx.array:
-    """Return what a model's first layer takes: its own call without any layers, since some scale embeddings."""
+def _embedded(inner: nn.Module, family: Family, cut: _Cut, ids: mx.array) -> mx.array:
+    """Return what a cut's first layer takes: its model's own call without any layers, since some scale embeddings.
+
+    The embedding is the cut's: it may have been dequantised or trained since.
+    """
     bare = copy.copy(inner)
     bare.layers = []
-    bare[norm] = nn.Identity()
+    bare[family.norm], bare[family.embedding] = nn.Identity(), cut[family.embedding]
     x: mx.array = bare(ids, [_NoCache()] * len(inner.layers))
     return x
 

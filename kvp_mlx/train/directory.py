@@ -1,7 +1,6 @@
 """The directory beside a bundle in which a training run keeps its log, its state and its start; one run at a time."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import InputError
+from ..files import claim
 from ..files.directories import atomic_directory, require_free
 from .state import STATE_FILE
 
@@ -19,6 +19,11 @@ LOCK = "lock"
 def training_directory(out: Path) -> Path:
     """Return where a run keeps its log, its state and its picture: beside the bundle that it writes."""
     return out.with_name(out.name + ".training")
+
+
+def starting_bundle(out: Path) -> Path:
+    """Return where a run keeps a copy of the bundle that it began with."""
+    return training_directory(out) / "start"
 
 
 @contextlib.contextmanager
@@ -41,12 +46,7 @@ def sole_run(out: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write {directory}: {error.strerror}; choose another --out.") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK))
-        except OSError:
-            is_ours = False
-        if not is_ours:
+        if not (claim(file) and _is_still(directory / LOCK, file.fileno())):
             raise InputError(f"another process is training into {out}; wait for its end, or choose another --out.")
         try:
             yield
@@ -55,6 +55,14 @@ def sole_run(out: Path) -> Iterator[None]:
             for place in missing:
                 with contextlib.suppress(OSError):  # something is in it
                     place.rmdir()
+
+
+def _is_still(path: Path, file: int) -> bool:
+    """Return whether a path leads to an open file, which another process may have removed."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        return False
 
 
 def begin(start: Path, directory: Path) -> None:

@@ -22,6 +22,7 @@ from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..device.hosts import joined
 from ..errors import InputError
+from ..files import expanded
 from ..files.directories import atomic_directory, copy_ours, require_free
 from ..models.description import check_pruned
 from ..models.families import fixed_kinds, kinds_of, targets_of
@@ -51,7 +52,7 @@ class FitOptions:
     """
 
     layers: int | None = None
-    auxiliary: Path | None = None
+    auxiliary: str | None = None
     prune: float | None = None
     sources: int = 1
     preceding: int | None = None
@@ -107,7 +108,7 @@ def fit_bundles(
     start = time.perf_counter()
     base_path = find_model(base_name)
     for out, options in wanted.items():
-        sources = [base_path] if options.auxiliary is None else [base_path, find_model(str(options.auxiliary))]
+        sources = [base_path] if options.auxiliary is None else [base_path, find_model(options.auxiliary)]
         require_free(out, force, sources=sources)
     base, base_config = load_model(base_path)
     tokenizer = load_tokenizer(base_path, base_config)
@@ -254,7 +255,7 @@ def base_reference(name: str, path: Path, mark: ModelMark) -> BaseConfig:
     what: dict[str, Any] = {"fingerprint": fingerprint(path), "mark": mark}
     if name in NAMED:
         return BaseConfig(**what, alias=name)  # type: ignore[arg-type] # the table and the literal are one, by a test
-    if Path(name).expanduser().is_dir():
+    if expanded(name).is_dir():
         return BaseConfig(**what, path=str(path.resolve()))
     return BaseConfig(**what, hub_id=name, revision=path.name)
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from ..errors import InputError
+from ..files.figures import save_figure
 from .state import read_log
 
 LOSSES = ("continuation", "residual", "base", "auxiliary", "consistency")
@@ -45,7 +46,7 @@ def draw_training(log: Path, picture: Path) -> bool:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    figure.savefig(picture, dpi=150)
+    save_figure(figure, picture)
     return True
 
 

@@ -26,11 +26,11 @@ from ..files.directories import atomic_directory, require_free
 from ..models.description import model_without_weights
 from ..models.families import layers_of
 from ..models.loading import read_config as read_model_config
-from ..models.pruning import write_pruned
+from ..models.pruning import prune_config
 from ..models.safetensors import fingerprint
 from .capacity import require_memory
 from .deviation import DEVIATION_TOKENS, fit_deviation, with_estimator
-from .directory import begin, check_begun, sole_run, training_directory
+from .directory import begin, check_begun, sole_run, starting_bundle, training_directory
 from .fit import budgeted, write_float16, write_predictor
 from .loop import Trained, TrainOptions, train
 from .picture import draw_training
@@ -135,7 +135,7 @@ def _train(
         known = begun.get("deviation_explained") if record["step"] == 0 else None  # the maps are the start's own
         explained = estimate() if known is None else known
         training = training_record(files, options, begun) | {"deviation_explained": explained, "validation": record}
-        write_trained(model, trained, training, directory / "start", out)
+        write_trained(model, trained, training, starting_bundle(out), out)
 
     if not resume and mx.distributed.init().rank() == 0:
         begin(bundle_directory(start), directory)
@@ -229,7 +229,7 @@ def open_start(start: str, out: Path, resume: bool, force: bool, options: TrainO
     Raises:
         InputError: an output that is taken, or a bundle that cannot be trained into another.
     """
-    bundle = bundle_directory(str(training_directory(out) / "start") if resume else start)
+    bundle = bundle_directory(str(starting_bundle(out)) if resume else start)
     config = read_config(bundle)
     prefix = config.auxiliary.layers if config.auxiliary.kind == "prefix" else 0
     check_kinds(base_directory(config.base, bundle), options, prefix)
@@ -302,17 +302,15 @@ def _write_auxiliary(model: KVPModel, is_trained: bool, start: Path, work: Path)
         if config.adapter_rank is not None:
             write_float16(adapter_weights(model.auxiliary), work / "adapter.safetensors")
         return config
-    if config.alias is not None and not is_trained:
-        if config.adapter_rank is not None:
-            shutil.copy(start / "adapter.safetensors", work)
-        return config
     if config.alias is None:
         shutil.copytree(start / "auxiliary", work / "auxiliary")
-    else:
-        (work / "auxiliary").mkdir()
-        write_pruned(find_model(config.alias), list(range(config.layers)), work / "auxiliary")
+    elif config.adapter_rank is not None and not is_trained:
+        shutil.copy(start / "adapter.safetensors", work)
     if not is_trained:
         return config
+    if config.alias is not None:
+        whole = read_json(find_model(config.alias) / "config.json")
+        write_json(work / "auxiliary" / "config.json", prune_config(whole, list(range(config.layers))))
     rewrite_weights(work / "auxiliary", fused_weights(model.auxiliary))
     own = {"alias": None, "adapter_rank": None, "fingerprint": fingerprint(work / "auxiliary")}
     return config.model_copy(update=own)
@@ -339,8 +337,12 @@ def hold_back(files: list[Path], model: KVPModel, options: TrainOptions) -> dict
     held_back: dict[str, list[int]] = {}
     answered = [path for path in files if is_answered(path, tokenizer)]
     for kind in ([path for path in files if path not in answered], answered):
-        pieces = full_pieces(kind, tokenizer, options.window, options.seed)
-        held_back |= dict(itertools.islice(pieces, HELD_BACK_WINDOWS))
+        own: dict[str, list[int]] = {}
+        for piece, ids in full_pieces(kind, tokenizer, options.window, options.seed):
+            own[piece] = ids  # the same one may come again
+            if len(own) == HELD_BACK_WINDOWS:
+                break
+        held_back |= own
     if len(held_back) < HELD_BACK_WINDOWS:
         raise InputError(
             f"the data holds {len(held_back)} passages of {options.window} tokens, validation alone needs "

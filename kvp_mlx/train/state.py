@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import TypeAdapter
 
 from ..errors import InputError
-from ..files import parse_json
+from ..files import parse_json, unfinished
+from ..models.safetensors import write_tensors
 
 STATE_FILE = "state.safetensors"
 
@@ -44,11 +45,15 @@ class TrainingState:
 
 
 def save_state(directory: Path, state: TrainingState, trained: nn.Module, optimizer: optim.Optimizer) -> None:
-    """Write ``state.safetensors``; the file before stays until the new one is complete."""
+    """Write ``state.safetensors``; the file before stays until the new one is complete.
+
+    Raises:
+        KVPError: as ``write_tensors``.
+    """
     arrays = dict(tree_flatten(_arrays(trained, optimizer)))
-    work = directory / f".{STATE_FILE}"
-    mx.save_safetensors(str(work), arrays, metadata={"state": json.dumps(asdict(state) | {"speeds": []})})
-    work.replace(directory / STATE_FILE)
+    with unfinished(directory / f".{STATE_FILE}") as work:
+        write_tensors(arrays, work, metadata={"state": json.dumps(asdict(state) | {"speeds": []})})
+        work.replace(directory / STATE_FILE)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

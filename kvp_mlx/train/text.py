@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..engine.controls import encode_apart
 from ..engine.prompt import encode_text, render_text
 from ..errors import InputError
+from ..files import expanded
 from .reader import JSON_LINES, TEXTS, holds_records, read_json_lines, read_text_pieces
 
 HUB = "hub:"
@@ -54,13 +55,13 @@ def data_files(places: Iterable[str | Path]) -> list[Path]:
             text files are downloaded. A place that is named twice counts twice.
 
     Raises:
-        InputError: nothing there, or a file of another type.
+        InputError: nothing there, a file of another type, or one whose name is no UTF-8.
     """
     files = []
     for place in map(str, places):
         if not place.strip():
             raise InputError("--data is empty; name a file, a folder or a pattern.")
-        folder = _hub_dataset(place.removeprefix(HUB)) if place.startswith(HUB) else Path(place).expanduser()
+        folder = _hub_dataset(place.removeprefix(HUB)) if place.startswith(HUB) else expanded(place)
         if folder.is_dir():
             found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
         elif folder.exists():
@@ -75,6 +76,10 @@ def data_files(places: Iterable[str | Path]) -> list[Path]:
     for path in files:
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"data file {path} is none of {', '.join(SUFFIXES)}.")
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:  # it would not go into kvp.json
+            raise InputError(f"the name of data file {str(path)!a} is not UTF-8; rename it.") from error
     return files
 
 

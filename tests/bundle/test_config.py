@@ -82,6 +82,8 @@ def test_another_base_can_have_values_of_its_own(tmp_path: Path) -> None:
         ({"predictor": FORMAT_1["predictor"] | {"recompute": "much"}}, "recompute.share"),
         ({"predictor": None}, "predictor"),
         ({"format_version": 2}, "predictor.recompute"),
+        ({"auxiliary": {"kind": "prefix", "layers": 2, "adapter_rank": 2**40}}, "auxiliary.adapter_rank"),
+        ({"predictor": FORMAT_1["predictor"] | {"preceding": 10**7}}, "predictor.preceding"),
         ({"format_version": 3}, "format version 3, newer than 2"),
         ({"format_version": True}, "format_version"),
         ({"format_version": 0}, "format_version"),

@@ -14,7 +14,8 @@ from support.directories import write_llama
 
 from kvp_mlx.bundle.adapter import SCALE
 from kvp_mlx.bundle.loading import KVPModel, load
-from kvp_mlx.errors import BundleError
+from kvp_mlx.engine.speculative import Drafting
+from kvp_mlx.errors import BundleError, InputError
 from kvp_mlx.models.pruning import write_pruned
 from kvp_mlx.models.safetensors import fingerprint
 from kvp_mlx.train.fit import FitOptions, fit_bundle
@@ -40,7 +41,7 @@ def weights_of(model: KVPModel) -> dict[str, np.ndarray]:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model that goes by the name of a named base."""
     place = write_llama(tmp_path / "small", seed=5)
-    for module in ("bundle.loading", "bundle.named", "train.fit", "train.run"):
+    for module in ("bundle.loading", "bundle.named", "cli.models", "train.fit", "train.run"):
         monkeypatch.setattr(f"kvp_mlx.{module}.find_model", lambda name, **_: place if name == NAME else Path(name))
     return place
 
@@ -49,7 +50,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def adapted(small: Path, base_dir: Path, text_file: Path, tmp_path: Path) -> Path:
     """A bundle whose auxiliary is that base with random updates in adapter.safetensors."""
     out = tmp_path / "bundle"
-    fit_bundle(str(base_dir), [text_file], out, FitOptions(auxiliary=Path(NAME), tokens=600, window=64))
+    fit_bundle(str(base_dir), [text_file], out, FitOptions(auxiliary=NAME, tokens=600, window=64))
     rng, updates = np.random.default_rng(7), {}
     for name, array in mx.load(str(small / "model.safetensors")).items():
         if name.endswith("proj.weight"):
@@ -67,9 +68,13 @@ def adapted(small: Path, base_dir: Path, text_file: Path, tmp_path: Path) -> Pat
 def test_a_bundle_names_a_named_model_and_keeps_no_copy(
     small: Path, base_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options, named, copied = FitOptions(auxiliary=small, tokens=600, window=64), tmp_path / "named", tmp_path / "copied"
+    options, named, copied = (
+        FitOptions(auxiliary=str(small), tokens=600, window=64),
+        tmp_path / "named",
+        tmp_path / "copied",
+    )
     fit_bundle(str(base_dir), [text_file], copied, options)
-    fit_bundle(str(base_dir), [text_file], named, replace(options, auxiliary=Path(NAME)))
+    fit_bundle(str(base_dir), [text_file], named, replace(options, auxiliary=NAME))
     assert (copied / "auxiliary").is_dir() and not (named / "auxiliary").exists()
     configs = [json.loads((bundle / "kvp.json").read_text())["auxiliary"] for bundle in (copied, named)]
     assert configs[1] == configs[0] | {"alias": NAME, "fingerprint": fingerprint(small)}
@@ -77,6 +82,21 @@ def test_a_bundle_names_a_named_model_and_keeps_no_copy(
     found, expected = (weights_of(load(str(bundle))) for bundle in (named, copied))
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in found)
+
+
+def test_a_folder_of_a_named_models_name_is_that_folder(
+    base_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / NAME, seed=5)
+    options = ("--data", text_file, "--tokens", 600, "--window", 64, "--out", "bundle")
+    assert kvp("fit", base_dir, "--auxiliary", f"./{NAME}", *options).code == 0
+    assert json.loads(Path("bundle/kvp.json").read_text())["auxiliary"]["alias"] is None
+    assert Path("bundle/auxiliary").is_dir()
+
+
+def test_a_bundle_is_pulled_with_its_named_model(adapted: Path, small: Path, kvp: Kvp) -> None:
+    assert kvp("models", "pull", adapted).out.splitlines()[0::2] == [str(adapted), str(small)]
 
 
 def test_updates_are_taken_up_into_the_named_model(adapted: Path, small: Path) -> None:
@@ -138,7 +158,7 @@ def test_the_first_layers_of_a_named_model_can_read(
     cut, bundle, trained = tmp_path / "cut", tmp_path / "bundle", tmp_path / "trained"
     cut.mkdir()
     write_pruned(small, [0, 1], cut)
-    fit_bundle(str(base_dir), [text_file], bundle, FitOptions(auxiliary=cut, tokens=600, window=64))
+    fit_bundle(str(base_dir), [text_file], bundle, FitOptions(auxiliary=str(cut), tokens=600, window=64))
     expected = weights_of(load(str(bundle)))
     shutil.rmtree(bundle / "auxiliary")
     config = json.loads((bundle / "kvp.json").read_text())
@@ -149,6 +169,8 @@ def test_the_first_layers_of_a_named_model_can_read(
     assert all(np.array_equal(found[name], expected[name]) for name in found)
     train_bundle(str(bundle), [str(texts)], trained, TrainOptions(minutes=None, tokens=128, window=64, lora_rank=2))
     assert weights_of(load(str(trained))).keys() == expected.keys()
+    with pytest.raises(InputError, match="first layers, without those that choose"):
+        Drafting("auxiliary").settled(load(str(bundle)), is_quantised=False)
     depth = json.loads((small / "config.json").read_text())["num_hidden_layers"]
     config["auxiliary"] |= named | {"layers": depth + 1}
     (bundle / "kvp.json").write_text(json.dumps(config))
@@ -167,6 +189,7 @@ def test_what_is_wrong_with_updates_is_named(adapted: Path) -> None:
         (updates | {name: updates[name] * float("nan")}, "not finite"),
         (updates | {"stranger": mx.zeros(3)}, "unknown tensor stranger"),
         (updates | {name: mx.zeros((64, 3), mx.uint32), f"{name}.scales": mx.zeros((64, 5))}, "does not know"),
+        (updates | {name: mx.zeros((64, 8), mx.uint32), f"{name}.scales": mx.zeros((64, 64))}, "does not know"),
     ):
         mx.save_safetensors(str(path), change)
         with pytest.raises(BundleError, match=named):

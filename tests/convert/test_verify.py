@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -91,5 +92,12 @@ def test_another_checkpoint_is_refused(converted: Path, tmp_path: Path, kvp: Kvp
     outcome = kvp("convert", "verify", converted, other)
     assert outcome.code == 2
     assert "is not the checkpoint" in outcome.err
+    wide = replace(corenet.BASE, vocabulary=corenet.BASE.vocabulary + 64)
+    wider = corenet.save(
+        corenet.kv_prediction(wide, replace(corenet.AUXILIARY, vocabulary=wide.vocabulary)), tmp_path / "wider.pt"
+    )
+    outcome = kvp("convert", "verify", converted, wider)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "its vocabulary is another" in outcome.err
     different = corenet.save(corenet.kv_prediction(seed=9), tmp_path / "different.pt")
     assert kvp("convert", "verify", converted, different).code == 1

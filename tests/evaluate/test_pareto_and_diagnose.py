@@ -202,5 +202,14 @@ def test_the_page_shows_every_arm_and_cell(fitted: Path, text_file: Path, tmp_pa
         assert f"| {name} | {arm['score']:.3f} |" in text
         assert f"{arm['ttft_ms']:.0f} ms" in text
     assert "| kvp-4, 120 | " in text
+    (folder / "again.json").write_text((folder / "needle.json").read_text())
+    picture = tmp_path / "tasks.svg"
+    assert kvp("eval", "report", folder, "--out", page, "--plot", picture).code == 0
+    drawn = picture.read_text()
+    assert drawn.count("<!-- again, n = 2 -->") == drawn.count("<!-- needle, n = 2 -->") == 1
+    assert drawn.count("<!-- kvp-4 -->") == 4  # over TTFT and over work, of each
+    page.unlink()
+    assert kvp("eval", "report", folder, "--out", page, "--plot", tmp_path / "tasks.odd").code == 2
+    assert not page.exists()
     (folder / "other.json").write_text("{}")
     assert kvp("eval", "report", folder, "--out", page).code == 2

@@ -250,6 +250,8 @@ def test_scores_of_answers() -> None:
     assert gsm8k.score(problem, r"so \(\boxed{1200}\) in 3 years")["exact_match"] == 1
     assert gsm8k.score(problem, r"\[\boxed{\$1,200}\]. #### 5")["exact_match"] == 1
     assert gsm8k.score(problem, r"\boxed{1200}, or rather \boxed{7}")["exact_match"] == 0
+    for right in (r"\boxed{1200\text{ miles}} in 3 hours", r"\boxed{1{,}200}", r"\boxed{1,\!200}", r"\boxed{x}: 1200"):
+        assert gsm8k.score(problem, right)["exact_match"] == 1, right
     assert gsm8k.score(problem, " so\n#### 1200")["exact_match"] == 1
     assert gsm8k.score(problem, "it is 1200.")["exact_match"] == 1
     assert gsm8k.score(problem, "1200 or 7")["exact_match"] == gsm8k.score(problem, "")["exact_match"] == 0

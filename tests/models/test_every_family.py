@@ -11,13 +11,14 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from support.architectures import CONFIGS as ARCHITECTURES
 from support.families import CONFIGS, tiny_model
+from support.tiny import llama
 
 import kvp_mlx
 from kvp_mlx.bundle.config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
 from kvp_mlx.bundle.layer_map import prefix_layer_map, spread_layer_map
 from kvp_mlx.bundle.loading import KVPModel, build_predictor
 from kvp_mlx.models.families import FAMILIES
-from kvp_mlx.models.sections import output_head, prefix_model, run_layers
+from kvp_mlx.models.sections import is_cut, only_layers, output_head, prefix_model, run_layers
 
 
 def assembled(base: nn.Module, kind: str, layers: int) -> KVPModel:
@@ -71,3 +72,20 @@ def test_output_head_makes_the_models_own_logits(name: str) -> None:
     ids = mx.array([[3, 1, 4, 1, 5]])
     hidden, _ = run_layers(base, ids, make_prompt_cache(base))
     np.testing.assert_allclose(output_head(base, hidden), base(ids), atol=1e-6)
+
+
+def test_a_cut_reads_with_its_own_embedding() -> None:
+    """Which may have been dequantised or trained since it was cut; the model stays as it is."""
+    model, ids = llama(), mx.array([[5, 6, 7]])
+    cut = only_layers(model, range(2))
+    assert is_cut(cut) and not is_cut(model)
+    whole, before = np.array(model(ids)), np.array(cut(ids))
+    doubled = nn.Embedding(*model.model.embed_tokens.weight.shape)
+    doubled.weight = 2 * model.model.embed_tokens.weight
+    cut.model.embed_tokens = doubled
+    x = doubled(ids)
+    for layer in cut.layers:
+        x = layer(x, "causal")
+    np.testing.assert_allclose(cut.model(ids), model.model.norm(x), atol=1e-5)
+    assert np.abs(np.array(cut(ids)) - before).max() > 1e-3
+    np.testing.assert_array_equal(model(ids), whole)

@@ -1,6 +1,7 @@
 """``kvp train`` names bad data, bad options and too little memory in one line, and leaves nothing behind."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Kvp
-from support.directories import TEXT, prose
+from support.directories import TEXT, prose, write_llama
 from support.training import train_args
 
 
@@ -26,6 +27,7 @@ BAD_DATA = {
     "gzip cut short": (lambda d: write(d / "a.txt.gz", gzip.compress(prose(3000, 0).encode())[:-40]), "a.txt.gz"),
     "not JSON": (lambda d: write(d / "a.jsonl", '{"text": "' + prose(3000, 0) + '"}\nnonsense\n'), "line 2"),
     "not UTF-8": (lambda d: write(d / "a.txt", b"caf\xe9 " * 5000), "UTF-8"),
+    "name not UTF-8": (lambda d: write(d / os.fsdecode(b"caf\xe9.txt"), prose(3000, 0)).parent, "is not UTF-8; rename"),
     "too little": (lambda d: write(d / "a.txt", prose(60, 0)), "--data"),
     "empty": (lambda d: write(d / "a.txt", ""), "0 passages of 64 tokens"),
     "dataset of no such name": (lambda d: "hub:not a name", "not a name"),
@@ -94,6 +96,10 @@ def test_dataset_without_network_is_one_line(tmp_path: Path) -> None:
         (("--minutes", "inf"), "--minutes"),
         (("--lora-rank", -1), "--lora-rank"),
         (("--fit-tokens", 0), "--fit-tokens"),
+        (("--layers", 2), "to which --layers 2 does not fit"),
+        (("--prune", 0.5), "to which --prune 0.5 does not fit"),
+        (("--auxiliary", "x"), "to which --auxiliary x does not fit"),
+        (("--lora-rank", 2**31), "--lora-rank"),
     ],
 )
 def test_bad_options_are_named(
@@ -105,6 +111,27 @@ def test_bad_options_are_named(
     assert named in outcome.err
     assert outcome.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_another_base_than_the_starts_is_refused(
+    starts: dict[str, Path], texts: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    other = write_llama(tmp_path / "other", seed=9)
+    args = train_args(starts["prefix"], other, texts, "--tokens", 128, "--out", tmp_path / "out")
+    outcome = kvp(*args)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"another base than {other}" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_named_twice_counts_once_in_what_is_held_back(
+    starts: dict[str, Path], base_dir: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    data = write(tmp_path / "few.jsonl", "".join(json.dumps({"text": prose(90, seed)}) + "\n" for seed in range(8)))
+    for seed in range(4):
+        twice = train_args(starts["prefix"], base_dir, data, "--data", data, "--seed", seed, "--tokens", 64)
+        outcome = kvp(*twice, "--out", tmp_path / f"out{seed}")
+        assert outcome.code == 0, outcome.err
 
 
 def test_prefix_with_nothing_to_predict_is_refused(base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp) -> None:

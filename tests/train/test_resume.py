@@ -151,6 +151,8 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
         (("--tokens", 64 * 40), "tokens"),
         (("--no-pack",), "packed"),
         (("--lora-rank", 2), "lora"),
+        (("--layers", 2), "--layers 2"),
+        (("--prune", 0.5), "--prune 0.5"),
     ],
 )
 def test_resume_with_other_options_is_refused(
@@ -176,6 +178,23 @@ def test_resume_with_other_data_is_refused(run: Path, base_dir: Path, texts: Pat
     finished = kvp(*common, "--data", texts, "--json")
     assert finished.code == 0, finished.err
     assert finished.json()["step"] in {entry["step"] for entry in log_of(run) if "recovery" in entry}
+
+
+def test_a_full_disk_keeps_the_state_before(
+    starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp
+) -> None:
+    saved, out = [], tmp_path / "out"
+
+    def save(path: str, *_: object, **__: object) -> None:
+        saved.append(Path(path))
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 3 bytes to file.")
+
+    monkeypatch.setattr("kvp_mlx.models.safetensors.mx.save_safetensors", save)
+    outcome = kvp(*train_args(starts["prefix"], base_dir, texts, "--tokens", 64, "--out", out))
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
+    assert "make room on the disk" in outcome.err
+    assert saved and not [path for path in saved if path.exists()]
 
 
 @pytest.mark.parametrize("damage", ["cut short", "garbage", "empty", "another safetensors file", "one tensor less"])

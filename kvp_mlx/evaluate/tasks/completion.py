@@ -8,13 +8,13 @@ import random
 import tokenize
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...bundle.loading import KVPModel
 from ...engine.prompt import check_window, encode_text
 from ...errors import InputError
+from ...files import expanded
 from ..generation import Generation, measure_generation
 from ..records import read_texts, shuffled
 from ..task import Item, Place, Run, Scores, Task
@@ -33,7 +33,7 @@ def read_sources(places: Sequence[str]) -> list[str]:
     """
     texts: list[str] = []
     for place in places:
-        path = Path(place).expanduser()
+        path = expanded(place)
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.suffix == ".py" else []
         try:
             texts += [file.read_text(encoding="utf-8", errors="replace") for file in files] or read_texts([place])

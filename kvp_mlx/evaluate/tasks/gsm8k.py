@@ -1,4 +1,4 @@
-"""GSM8K: word problems after solved examples."""
+"""GSM8K: word problems, after solved examples or in a chat."""
 
 import re
 from collections.abc import Sequence
@@ -10,8 +10,10 @@ from ..records import TEXT, after_examples, hashes, read_records
 from ..task import Item, Place, Run, Scores, Task
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-"""How models that were trained on sums mark the solution in a chat."""
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+"""How models that were trained on sums mark the solution in a chat; braces of units may stand in it."""
+SPACING = re.compile(r"\\[,!]|\{,\}")
+"""LaTeX's, around separators of thousands."""
 
 
 def items(places: Sequence[str], shots: int, seed: int) -> list[Item]:
@@ -35,10 +37,9 @@ def score(item: Item, text: str) -> Scores:
 
 
 def solution(text: str) -> float | None:
-    """Return the number that an answer gives: the last one boxed, else the last after ``####``, or of all there are."""
-    if boxed := BOXED.findall(text):
-        return last_number(boxed[-1])
-    return last_number(text.rsplit("####", maxsplit=1)[-1])
+    """Return the number that an answer gives: the last that is boxed, else the last after ``####`` or of all."""
+    boxed = [number for box in BOXED.findall(text) if (number := last_number(SPACING.sub("", box))) is not None]
+    return boxed[-1] if boxed else last_number(text.rsplit("####", maxsplit=1)[-1])
 
 
 def last_number(text: str) -> float | None:
@@ -60,7 +61,7 @@ def run(
     limit: int | None = None,
     seed: int = 0,
 ) -> Run:
-    """GSM8K, word problems after solved examples: the right last number.
+    """GSM8K, word problems: the right number, in a box, after #### or the last.
 
     Records have question and answer.
     """
