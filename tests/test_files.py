@@ -24,6 +24,12 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["x.json"]
 
 
+def test_a_name_that_is_no_utf8_is_said_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"name in .*caf\\udce9.* rename"):
+        write_json(tmp_path / "x.json", {"data": [os.fsdecode(b"caf\xe9.txt")]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
     write_text(tmp_path / "link", "text")

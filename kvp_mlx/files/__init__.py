@@ -186,7 +186,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
         private: nobody but the user may read it, nor look into a folder that is made for it.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: the place cannot be written, or the text holds the name of a file that is no UTF-8.
     """
     place = Path(os.path.realpath(path))
     is_device = place.exists() and not place.is_file()  # /dev/stdout
@@ -202,6 +202,9 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
                 work.replace(place)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place.") from error
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 20) : error.end + 20]
+        raise InputError(f"{path} cannot hold the name in {near!a}, which is not UTF-8; rename that file.") from error
 
 
 def _private_opener(path: str, flags: int) -> int:
