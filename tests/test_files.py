@@ -18,14 +18,14 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(InputError, match="is no text"):
         write_text(path, "\ud800")
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(path.parent) == ["x.json"]
 
 
 def test_a_name_that_is_no_utf8_is_said_to_be_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"name in .*caf\\udce9.* rename"):
+    with pytest.raises(InputError, match=r"caf\\udce9.* rename"):
         write_json(tmp_path / "x.json", {"data": [os.fsdecode(b"caf\xe9.txt")]})
     assert not list(tmp_path.iterdir())
 

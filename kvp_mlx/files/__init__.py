@@ -186,7 +186,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
         private: nobody but the user may read it, nor look into a folder that is made for it.
 
     Raises:
-        InputError: the place cannot be written, or the text holds the name of a file that is no UTF-8.
+        InputError: the place cannot be written, or what it is to hold is no text: the name of a file, say.
     """
     place = Path(os.path.realpath(path))
     is_device = place.exists() and not place.is_file()  # /dev/stdout
@@ -204,7 +204,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place.") from error
     except UnicodeEncodeError as error:
         near = error.object[max(0, error.start - 20) : error.end + 20]
-        raise InputError(f"{path} cannot hold the name in {near!a}, which is not UTF-8; rename that file.") from error
+        raise InputError(f"{path} cannot hold {near!a}, which is no text; if it names a file, rename that.") from error
 
 
 def _private_opener(path: str, flags: int) -> int:
