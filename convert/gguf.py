@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..files import write_json
-from .gguf_config import ARCHITECTURES, mlx_name, model_config
+from .gguf_config import architecture_of, mlx_name, model_config
 from .gguf_file import PLAIN, GGUFFile, GGUFTensor, read_gguf
 from .gguf_tensors import (
     GROUP_SIZE,
@@ -145,12 +145,14 @@ class PlannedArray:
         part: weight, scales or biases of a matrix whose blocks are kept; None: the numbers themselves.
         dtype: of the numbers themselves.
         heads: whose rows are put back in order; 0: rows stay where they are.
+        above: by how much the file's numbers are too large.
     """
 
     tensor: GGUFTensor
     part: str | None
     dtype: type
     heads: int
+    above: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -165,10 +167,11 @@ class PlannedArray:
 def plan_tensors(file: GGUFFile, config: dict[str, Any], dense: type) -> dict[str, PlannedArray]:
     """Return all arrays of the output by mlx-lm's names.
 
-    F32 and F16 stay what they are in a file that has nothing else. Where most of the matrices' numbers are Q4_0, Q4_1
-    or Q8_0, such matrices stay as they are, bit for bit. Everything else is dequantised to ``dense``.
+    Matrices of F32 and F16 stay what they are in a file that has nothing else. Where most of the matrices' numbers are
+    Q4_0, Q4_1 or Q8_0, such matrices stay as they are, bit for bit. Everything else is dequantised to ``dense``. Norms
+    beside fp16 become fp16: from fp32 ones every activation would be fp32 on a GPU.
     """
-    architecture = ARCHITECTURES[config["model_type"]]
+    _, architecture = architecture_of(file)
     kinds = Counter[str]()
     for tensor in file.tensors.values():
         kinds[tensor.kind] += tensor.size * (len(tensor.shape) > 1)
@@ -182,13 +185,15 @@ def plan_tensors(file: GGUFFile, config: dict[str, Any], dense: type) -> dict[st
         heads = 0
         if architecture.interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
-        if keeps_blocks and tensor.kind in KEPT_BITS and len(tensor.shape) == 2:
+        if keeps_blocks and tensor.kind in KEPT_BITS and len(tensor.shape) > 1:
             module = place[0].removesuffix("weight")
-            # fp32 norms between fp16 scales would make every activation fp32 on a GPU
             plan |= {f"{module}{part}": PlannedArray(tensor, part, np.float16, heads) for part in PARTS}
-        else:
-            dtype = PLAIN[tensor.kind] if is_plain else np.float16 if keeps_blocks else dense
-            plan[place[0]] = PlannedArray(tensor, None, dtype, heads)
+            continue
+        dtype = np.float16 if keeps_blocks else dense
+        if is_plain:
+            dtype = PLAIN[tensor.kind] if len(tensor.shape) > 1 or not kinds["F16"] else np.float16
+        above = architecture.norms_above if name.endswith("norm.weight") else 0.0
+        plan[place[0]] = PlannedArray(tensor, None, dtype, heads, above)
     return plan
 
 
@@ -199,7 +204,7 @@ def read(plan: dict[str, PlannedArray], names: list[str]) -> Iterator[tuple[str,
     for name in names:
         wanted = plan[name]
         if wanted.part is None:
-            array = read_dense(wanted.tensor, wanted.dtype)
+            array = read_dense(wanted.tensor, wanted.dtype, above=wanted.above)
         else:
             if decoded is not wanted.tensor:
                 blocks, decoded = read_blocks(wanted.tensor), wanted.tensor

@@ -5,6 +5,7 @@ known to change nothing. Any other is refused by name: it may change the model.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,50 @@ FUSED = {
     "ffn_up.weight": ("mlp.gate_up_proj.weight", "gate_up hidden"),
     "ffn_down.weight": ("mlp.down_proj.weight", "hidden ffn"),
 }
+EXPERTS = {
+    "ffn_gate_inp.weight": ("mlp.gate.weight", "experts hidden"),
+    "ffn_gate_exps.weight": ("mlp.switch_mlp.gate_proj.weight", "experts expert_ffn hidden"),
+    "ffn_up_exps.weight": ("mlp.switch_mlp.up_proj.weight", "experts expert_ffn hidden"),
+    "ffn_down_exps.weight": ("mlp.switch_mlp.down_proj.weight", "experts hidden expert_ffn"),
+}
+FOUR_NORMS = {
+    "attn_norm.weight": ("input_layernorm.weight", "hidden"),
+    "post_attention_norm.weight": ("post_attention_layernorm.weight", "hidden"),
+    "ffn_norm.weight": ("pre_feedforward_layernorm.weight", "hidden"),
+    "post_ffw_norm.weight": ("post_feedforward_layernorm.weight", "hidden"),
+}
 Names = dict[str, tuple[str, str]]
+Sizes = dict[str, int]
+
+
+def _experts(file: GGUFFile, name: str, sizes: Sizes) -> dict[str, Any]:
+    """Return what config.json says of experts, all layers having them."""
+    used = file.integer(f"{name}.expert_used_count")
+    if not 0 < used <= sizes["experts"]:
+        raise InputError(f"{file.path}: {name}.expert_used_count is {used}, of {sizes['experts']}; download it again.")
+    return {
+        "num_experts": sizes["experts"],
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": sizes["expert_ffn"],
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+GEMMA3_27B_LAYERS = 62
+"""Of the only one whose queries are scaled by the width over the heads, as llama.cpp knows it, too."""
+
+
+def _windows(file: GGUFFile, name: str, sizes: Sizes) -> dict[str, Any]:
+    """Return what config.json says of Gemma 3's layers with sliding windows, five of six."""
+    is_largest = sizes["layers"] == GEMMA3_27B_LAYERS
+    return {
+        "query_pre_attn_scalar": sizes["hidden"] // sizes["heads"] if is_largest else sizes["head"],
+        "sliding_window": file.integer(f"{name}.attention.sliding_window"),
+        "sliding_window_pattern": file.integer(f"{name}.attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": file.number(f"{name}.rope.freq_base_swa", 10000.0),
+    }
 
 
 @dataclass(frozen=True)
@@ -62,6 +106,10 @@ class Architecture:
         interleaved: query and key rows lie in pairs for llama.cpp's own RoPE.
         free_head_dim: config.json may state ``head_dim``; otherwise it is the width over the heads.
         partial_rope: a part of each head may stay as it is.
+        model_type: mlx-lm's name, where it is another.
+        norms_above: by how much norms' weights are stored above mlx-lm's.
+        keys: of its own.
+        own: what these make of config.json.
     """
 
     class_name: str
@@ -70,22 +118,35 @@ class Architecture:
     interleaved: bool = False
     free_head_dim: bool = False
     partial_rope: bool = False
+    model_type: str | None = None
+    norms_above: float = 0.0
+    keys: frozenset[str] = frozenset()
+    own: Callable[[GGUFFile, str, Sizes], dict[str, Any]] = lambda file, name, sizes: {}
 
 
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", NORMS | ATTENTION | GATED_FFN, interleaved=True, free_head_dim=True),
     "qwen2": Architecture("Qwen2ForCausalLM", NORMS | ATTENTION | BIASES | GATED_FFN),
     "qwen3": Architecture("Qwen3ForCausalLM", NORMS | ATTENTION | HEAD_NORMS | GATED_FFN, free_head_dim=True),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        NORMS | ATTENTION | HEAD_NORMS | EXPERTS,
+        free_head_dim=True,
+        model_type="qwen3_moe",
+        keys=frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"}),
+        own=_experts,
+    ),
     "phi3": Architecture("Phi3ForCausalLM", NORMS | FUSED, scalings=("longrope",), partial_rope=True),
-}
-WINDOWED = "its layers with sliding windows have no plain KV cache, which prediction needs"
-EXPERTS = "mixtures of experts have no row in kvp_mlx's table of families"
-REASONS = {
-    "gemma2": WINDOWED,
-    "gemma3": WINDOWED,
-    "gpt-oss": WINDOWED,
-    "qwen2moe": EXPERTS,
-    "qwen3moe": EXPERTS,
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        FOUR_NORMS | ATTENTION | HEAD_NORMS | GATED_FFN,
+        scalings=("linear",),
+        free_head_dim=True,
+        model_type="gemma3_text",
+        norms_above=1.0,
+        keys=frozenset({"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}),
+        own=_windows,
+    ),
 }
 
 CARRIED = {
@@ -134,7 +195,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """What keys that mlx-lm's model files have nothing for may say: that there is no such thing."""
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(.+)")
-Sizes = dict[str, int]
 
 
 def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
@@ -148,9 +208,8 @@ def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
         raise InputError(f"{file.path} holds no model but a GGUF {shown(kind)[1:-1]}; name the model's own file.")
     name = file.text("general.architecture")
     if name not in ARCHITECTURES:
-        reason = f" ({REASONS[name]})" if name in REASONS else ""
         convertible = ", ".join(ARCHITECTURES)
-        raise InputError(f"{file.path} holds a {shown(name)[1:-1]} model{reason}; GGUF files of {convertible} convert.")
+        raise InputError(f"{file.path} holds a {shown(name)[1:-1]} model; GGUF files of {convertible} convert.")
     return name, ARCHITECTURES[name]
 
 
@@ -162,14 +221,14 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
             has nothing for; a tensor that is missing or has no place.
     """
     name, row = architecture_of(file)
-    _check_keys(file, name)
+    _check_keys(file, name, row)
     sizes = _sizes(file, name, row)
     _check_tensors(file, name, row, sizes)
     theta = file.number(f"{name}.rope.freq_base", 10000.0)
     if theta <= 1:
         raise InputError(f"{file.path}: {name}.rope.freq_base is {theta}; download it again.")
     config: dict[str, Any] = {
-        "model_type": name,
+        "model_type": row.model_type or name,
         "architectures": [row.class_name],
         "hidden_size": sizes["hidden"],
         "num_hidden_layers": sizes["layers"],
@@ -182,17 +241,19 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
         "vocab_size": sizes["vocab"],
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    if row.free_head_dim and (name == "qwen3" or sizes["head"] * sizes["heads"] != sizes["hidden"]):
+    if row.free_head_dim and (name != "llama" or sizes["head"] * sizes["heads"] != sizes["hidden"]):
         config["head_dim"] = sizes["head"]
     config |= _rope(file, name, row, sizes["head"], theta, config["max_position_embeddings"])
-    config |= _window(file, name, config)
+    config |= row.own(file, name, sizes) | (
+        {} if "attention.sliding_window" in row.keys else _window(file, name, config)
+    )
     return config | _token_ids(file, sizes["vocab"])
 
 
-def _check_keys(file: GGUFFile, name: str) -> None:
+def _check_keys(file: GGUFFile, name: str, row: Architecture) -> None:
     for key, value in file.metadata.items():
         short = key.removeprefix(f"{name}.")
-        if short == key or short in CARRIED or short in HARMLESS:
+        if short == key or short in CARRIED | HARMLESS | row.keys:
             continue
         if short not in NEUTRAL:
             raise InputError(
@@ -223,8 +284,11 @@ def _sizes(file: GGUFFile, name: str, row: Architecture) -> Sizes:
     kv_heads = number("attention.head_count_kv", heads)
     if heads % kv_heads or head % 2:
         raise InputError(f"{file.path}: {heads} heads of {head}, {kv_heads} of keys, cannot be; download it again.")
-    ffn = number("feed_forward_length")
-    return {
+    ffn, has_experts = number("feed_forward_length"), "expert_count" in row.keys
+    sizes = (
+        {"experts": number("expert_count"), "expert_ffn": number("expert_feed_forward_length")} if has_experts else {}
+    )
+    return sizes | {
         "layers": number("block_count"),
         "vocab": embedding.shape[0],
         "hidden": hidden,

@@ -160,7 +160,7 @@ def read_gguf(source: Path) -> GGUFFile:
     """
     metadata, tensors = _read_part(source)
     count = metadata.get("split.count", 1)
-    if count == 1:
+    if count in (0, 1):  # 0: llama.cpp's own tool has merged the parts
         return GGUFFile(source, metadata, tensors, (source,))
     parts = _part_names(source, metadata.get("split.no"), count)
     first, merged = metadata, dict[str, GGUFTensor]()

@@ -13,8 +13,8 @@ GROUP_SIZE = 32
 PARTS = ("weight", "scales", "biases")
 
 
-def read_dense(tensor: GGUFTensor, dtype: type = np.float32) -> np.ndarray:
-    """Return a tensor's numbers; what is too large for ``dtype`` becomes infinite."""
+def read_dense(tensor: GGUFTensor, dtype: type = np.float32, *, above: float = 0.0) -> np.ndarray:
+    """Return a tensor's numbers less ``above``; what is too large for ``dtype`` becomes infinite."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -24,20 +24,20 @@ def read_dense(tensor: GGUFTensor, dtype: type = np.float32) -> np.ndarray:
     with np.errstate(all="ignore"):
         for rows in tensor.rows():
             numbers = rows.view(stored) if stored else dequantize(rows, GGMLQuantizationType[tensor.kind])
-            out[done : done + len(numbers)] = numbers
+            out[done : done + len(numbers)] = numbers - np.float32(above) if above else numbers
             done += len(numbers)
     return out.reshape(tensor.shape)
 
 
 def read_blocks(tensor: GGUFTensor) -> dict[str, np.ndarray]:
-    """Return a matrix of ``KEPT_BITS`` as mlx has it: packed numbers, scales and biases, row by row.
+    """Return matrices of ``KEPT_BITS`` as mlx has them: packed numbers, scales and biases, row by row.
 
     A block is a scale ``d`` (and a minimum ``m``) in fp16, then the numbers: Q4_0 is ``d * (q - 8)``, Q4_1 is
     ``d * q + m``, Q8_0 is ``d * q`` with signed ``q``. The first half of a block's 4-bit numbers lies in the low halves
     of its bytes, the second half in the high ones; mlx wants neighbours side by side.
     """
     blocks = np.concatenate(list(tensor.rows())).reshape(-1, tensor.block_bytes)
-    bits, rows = KEPT_BITS[tensor.kind], tensor.shape[0]
+    bits, rows = KEPT_BITS[tensor.kind], tensor.shape[:-1]
     fields = tensor.block_bytes - GROUP_SIZE * bits // 8
     scales, numbers = blocks[:, :2].copy().view(np.float16), blocks[:, fields:]
     with np.errstate(all="ignore"):
@@ -51,7 +51,7 @@ def read_blocks(tensor: GGUFTensor) -> dict[str, np.ndarray]:
         halves = np.concatenate([numbers & 0x0F, numbers >> 4], axis=1)  # (N, 16) -> (N, 32)
         packed = halves[:, 0::2] | halves[:, 1::2] << 4  # -> (N, 16)
     arrays: tuple[np.ndarray, ...] = (np.ascontiguousarray(packed).view(np.uint32), scales, biases)
-    return {part: array.reshape(rows, -1) for part, array in zip(PARTS, arrays, strict=True)}
+    return {part: array.reshape(*rows, -1) for part, array in zip(PARTS, arrays, strict=True)}
 
 
 def half_split_rows(array: Any, heads: int) -> Any:

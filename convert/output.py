@@ -27,6 +27,8 @@ Reader = Callable[[list[str]], Iterable[tuple[str, mx.array]]]
 SHARD_BYTES = 2**30
 Q_BITS = (4, 8)
 Q_GROUP_SIZES = (32, 64, 128)
+TEXT_PREFIX = "language_model."
+"""Of weights in models that have other parts beside the language model, which is all that ``load_model`` returns."""
 
 
 def NO_PROGRESS(done: int, total: int) -> None:  # noqa: N802 - a constant that can be called
@@ -162,9 +164,17 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
     if precision.q_bits is not None:
         if "quantization" in config:
             raise InputError("the model is already quantised; leave out --q-bits.")
-        with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
-            model, config = quantize_model(model, config, precision.group_size, precision.q_bits)
-    weights = dict(tree_flatten(model.parameters()))  # not yet read
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
+                model, config = quantize_model(model, config, precision.group_size, precision.q_bits)
+        except ValueError as error:  # some layers have groups of their own
+            raise InputError(f"the model cannot be quantised: {error}") from error
+    prefix = "" if model.model_type == config["model_type"] else TEXT_PREFIX
+    weights = {f"{prefix}{name}": array for name, array in tree_flatten(model.parameters())}  # not yet read
+    for key in ("quantization", "quantization_config"):
+        if isinstance(config.get(key), dict) and prefix:
+            scheme = config[key].items()
+            config[key] = {f"{prefix}{k}" if "." in k or isinstance(v, dict) else k: v for k, v in scheme}
     del model
     write_weights(
         {name: array.nbytes for name, array in weights.items()},

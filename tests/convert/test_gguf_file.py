@@ -52,7 +52,7 @@ def test_short_decimals_come_back() -> None:
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"general.architecture": "gemma3"}, "gemma3"),
+        ({"general.architecture": "gemma2"}, "gemma2"),
         ({"tokenizer.ggml.pre": "poro-chat"}, "poro-chat"),
         ({"tokenizer.ggml.model": "bert"}, "bert"),
     ],

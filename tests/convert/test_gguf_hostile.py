@@ -62,7 +62,6 @@ METADATA: dict[str, tuple[dict, str]] = {
     "backwards": ({"llama.rope.scaling.factor": -4.0}, "llama.rope.scaling.factor is -4.0"),
     "odd RoPE": ({"llama.rope.dimension_count": 3}, "llama.rope.dimension_count"),
     "escapes": ({"llama.\x1b[2Jx": 1}, "llama.\\x1b[2Jx"),
-    "part of nothing": ({"split.count": 0, "split.no": 0}, "part 0 of 0"),
     "part of too many": ({"split.count": 2**31 - 1, "split.no": 0}, "part 0 of 2147483647"),
     "part with no number": ({"split.count": 2}, "part None of 2"),
     "parts in words": ({"split.count": "two", "split.no": 0}, "'two'"),

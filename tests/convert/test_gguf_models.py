@@ -22,12 +22,31 @@ CONFIGS = {
     "llama": {"head_dim": 32, "tie_word_embeddings": False},
     "qwen2": {},
     "qwen3": {"head_dim": 32},
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
     "phi3": {"partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "num_hidden_layers": 7,
+        "rope_theta": 1e6,
+    },
 }
 
 
 def config_of(name: str, **changes: object) -> dict:
-    return TINY | CONFIGS[name] | {"model_type": name, "rope_theta": 10000.0} | changes
+    return TINY | {"model_type": name, "rope_theta": 10000.0} | CONFIGS[name] | changes
 
 
 def logits(directory: Path) -> mx.array:
@@ -66,7 +85,8 @@ def test_names_are_those_of_llama_cpp(name: str) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], 2)
     for inner, (target, _) in ARCHITECTURES[name].layer.items():
         suffix = "." + inner.rpartition(".")[2]
-        assert names.get_name(f"model.layers.1.{target}", [suffix]) == f"blk.1.{inner}"
+        theirs = target.replace("switch_mlp", "experts")  # mlx-lm's name of all experts together
+        assert names.get_name(f"model.layers.1.{theirs}", [suffix]) == f"blk.1.{inner}"
 
 
 def finite_blocks(kind: Types, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -134,6 +154,48 @@ def test_few_other_types_among_kept_ones(tmp_path: Path, kvp: Kvp) -> None:
     plain, _ = load_model(model)
     plain.load_weights([(name, mx.array(array)) for name, array in mixed.items()])
     np.testing.assert_allclose(logits(out), plain(IDS), atol=1e-2, rtol=0)
+
+
+def test_experts_stay_in_blocks(tmp_path: Path, kvp: Kvp) -> None:
+    """They are nearly all of a mixture."""
+    model = write_random(tmp_path / "model", config_of("qwen3moe"))
+    kept = write_file(tmp_path / "m.gguf", model, Types.Q8_0)
+    out = converted(kvp, tmp_path / "m.gguf")
+    weights = mx.load(str(out / "model.safetensors"))
+    assert weights["model.layers.1.mlp.switch_mlp.down_proj.weight"].dtype == mx.uint32
+    assert weights["model.layers.1.mlp.gate.weight"].dtype == mx.float16
+    plain, _ = load_model(model)
+    plain.load_weights([(name, mx.array(array)) for name, array in kept.items()])
+    np.testing.assert_allclose(logits(out), plain(IDS), atol=1e-2, rtol=0)
+
+
+def test_norms_beside_fp16_are_fp16(tmp_path: Path, kvp: Kvp) -> None:
+    """From fp32 ones, which every F16 file has, all activations would be fp32 on a GPU."""
+    write_file(tmp_path / "m.gguf", write_random(tmp_path / "model", config_of("qwen3")), Types.F16)
+    weights = mx.load(str(converted(kvp, tmp_path / "m.gguf") / "model.safetensors"))
+    assert {array.dtype for array in weights.values()} == {mx.float16}
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "expected"),
+    [
+        (7, {}, {"query_pre_attn_scalar": 32, "sliding_window_pattern": 6, "rope_local_base_freq": 1e4}),
+        (62, {}, {"query_pre_attn_scalar": 16}),
+        (7, {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}, {}),
+        (7, {"gemma3.attention.sliding_window_pattern": 2, "gemma3.rope.freq_base_swa": 5e3}, {}),
+    ],
+)
+def test_gemma_3s_own_fields(layers: int, changes: dict, expected: dict, tmp_path: Path, kvp: Kvp) -> None:
+    scaling = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}} if "gemma3.rope.scaling.type" in changes else {}
+    if "gemma3.rope.freq_base_swa" in changes:
+        scaling = {"sliding_window_pattern": 2, "rope_local_base_freq": 5e3}
+    own = {"num_hidden_layers": layers, "query_pre_attn_scalar": 16 if layers == 62 else 32}
+    model = write_random(tmp_path / "model", config_of("gemma3", **own, **scaling))
+    write_file(tmp_path / "m.gguf", model, Types.F32, **changes)
+    out = converted(kvp, tmp_path / "m.gguf")
+    config = json.loads((out / "config.json").read_text())
+    assert config | expected | scaling == config
+    np.testing.assert_allclose(logits(out), logits(model), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -347,8 +409,12 @@ CHANGES_THE_MODEL: dict[str, tuple[str, dict, dict, str]] = {
     "bias": ("llama", {}, {"blk.0.attn_q.bias": np.ones(128)}, "blk.0.attn_q.bias"),
     "sinks": ("qwen3", {}, {"blk.1.attn_sinks.weight": np.ones(4)}, "blk.1.attn_sinks.weight"),
     "adapter": ("llama", {"general.type": "adapter"}, {}, "adapter"),
-    "mixture": ("llama", {"general.architecture": "qwen3moe"}, {}, "qwen3moe model (mixtures of experts"),
-    "windows": ("llama", {"general.architecture": "gemma3"}, {}, "gemma3 model (its layers with sliding windows"),
+    "another architecture": (
+        "llama",
+        {"general.architecture": "qwen2moe"},
+        {},
+        "holds a qwen2moe model; GGUF files of",
+    ),
     "unknown architecture": ("llama", {"general.architecture": "mamba"}, {}, "mamba"),
 }
 
@@ -377,6 +443,13 @@ def part_of(name: str) -> int:
 @pytest.fixture
 def two_layers(tmp_path: Path) -> Path:
     return write_random(tmp_path / "model", TINY)
+
+
+def test_parts_that_llama_cpp_merged_are_one_file(two_layers: Path, tmp_path: Path, kvp: Kvp) -> None:
+    """llama-gguf-split --merge leaves what it knew of the parts, with a count of 0."""
+    stated = {"split.no": 0, "split.count": 0, "split.tensors.count": 20}
+    write_file(tmp_path / "m.gguf", two_layers, Types.F32, **stated)
+    np.testing.assert_allclose(logits(converted(kvp, tmp_path / "m.gguf")), logits(two_layers), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("named", [0, 2])
@@ -434,7 +507,7 @@ def test_tables_cover_all_parameters() -> None:
     import importlib
 
     for name, row in ARCHITECTURES.items():
-        module = importlib.import_module(f"mlx_lm.models.{name}")
+        module = importlib.import_module(f"mlx_lm.models.{row.model_type or name}")
         model = module.Model(module.ModelArgs.from_dict(config_of(name) | {"tie_word_embeddings": False}))
         expected = {key for key, _ in tree_flatten(model.parameters()) if key.startswith("model.layers.0.")}
         assert {f"model.layers.0.{target}" for target, _ in row.layer.values()} == expected

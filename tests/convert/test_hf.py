@@ -9,7 +9,9 @@ import pytest
 from conftest import Kvp
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load, load_model, quantize_model
-from support.directories import TEXT, write_llama
+from support.architectures import CONFIGS as ARCHITECTURES
+from support.architectures import config_of
+from support.directories import TEXT, write_llama, write_random
 from support.families import CONFIGS, tiny_model
 
 IDS = mx.array([[5, 9, 10, 7, 25, 3]])
@@ -34,6 +36,23 @@ def test_every_family(name: str, tmp_path: Path, kvp: Kvp) -> None:
     assert outcome.json()["model"] == name
     assert outcome.json()["bits_per_weight"] == 32
     assert (load_model(out)[0](IDS) == tiny_model(name)(IDS)).all()
+
+
+WRAPPED = [name for name, config in ARCHITECTURES.items() if "text_config" in config]
+
+
+@pytest.mark.parametrize("options", [(), ("--q-bits", 8, "--q-group-size", 32)])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_models_with_other_parts_beside_the_language_model(name: str, options: tuple, tmp_path: Path, kvp: Kvp) -> None:
+    source, out = write_random(tmp_path / "source", config_of(name)), tmp_path / "out"
+    outcome = kvp("convert", "hf", source, "--out", out, *options)
+    if options and name == "qwen3_5_moe":  # whose router is quantised in groups of 64, and this one is 32 wide
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "cannot be quantised" in outcome.err
+        return
+    assert outcome.code == 0, outcome.err
+    difference = mx.abs(load_model(out)[0](IDS) - load_model(source)[0](IDS))
+    assert float(difference.mean()) < (0.2 if options else 1e-5)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])

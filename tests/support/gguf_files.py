@@ -18,6 +18,11 @@ Types = gguf.GGMLQuantizationType
 Kind = Types | Callable[[str], Types]
 
 
+def architecture_of(config: dict) -> str:
+    """Return llama.cpp's name of a config's architecture."""
+    return {"qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+
+
 def gguf_names(architecture: str) -> dict[str, str]:
     """Return GGUF's names by mlx-lm's, without layers."""
     table = ARCHITECTURES[architecture].layer | TOP_TENSORS
@@ -81,7 +86,7 @@ def _place(name: str, names: dict[str, str], config: dict, architecture: str) ->
 
 def model_metadata(config: dict) -> dict[str, object]:
     """Return what llama.cpp's converter writes of a config, with the tokeniser above."""
-    name, heads = config["model_type"], config["num_attention_heads"]
+    name, heads = architecture_of(config), config["num_attention_heads"]
     numbers = {
         "embedding_length": config["hidden_size"],
         "block_count": config["num_hidden_layers"],
@@ -92,6 +97,11 @@ def model_metadata(config: dict) -> dict[str, object]:
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "rope.freq_base": float(config.get("rope_theta", 10000.0)),
     }
+    if name == "qwen3moe":
+        numbers |= {"expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"]}
+        numbers["expert_feed_forward_length"] = config["moe_intermediate_size"]
+    if name == "gemma3":
+        numbers["attention.sliding_window"] = config["sliding_window"]
     if "head_dim" in config:
         numbers |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
     if "partial_rotary_factor" in config:
@@ -127,7 +137,7 @@ def write_file(
         The weights as these types keep them, by mlx-lm's names.
     """
     config = json.loads((model / "config.json").read_text())
-    name, order = config["model_type"], gguf.GGUFEndian.BIG if big_endian else gguf.GGUFEndian.LITTLE
+    name, order = architecture_of(config), gguf.GGUFEndian.BIG if big_endian else gguf.GGUFEndian.LITTLE
     metadata = model_metadata(config) | changes
     writer = gguf.GGUFWriter(path, str(metadata["general.architecture"]), endianess=order)
     for key, value in metadata.items():
@@ -138,7 +148,9 @@ def write_file(
         full, heads = _place(mlx_name, names, config, name)
         if only(full):
             rows = np.array(llama_cpp_rows(array, heads) if heads else array)
-            stored = Types.F32 if rows.ndim == 1 else kind if isinstance(kind, Types) else kind(full)
+            rows += 1 if name == "gemma3" and full.endswith("norm.weight") else 0
+            is_small = rows.ndim == 1 or "ffn_gate_inp" in full
+            stored = Types.F32 if is_small else kind if isinstance(kind, Types) else kind(full)
             data = quantize(rows, stored)
             writer.add_tensor(full, data, raw_dtype=stored)
             restored = dequantize(data, stored)
