@@ -24,7 +24,7 @@ def compare_results(before: Path, after: Path, fail_above: float | None) -> dict
     old, new = read_rows(before), read_rows(after)
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
-    for key in old.keys() & new.keys():
+    for key in sorted(old.keys() & new.keys()):  # in one order, for the seed's sake
         ratio, low, high = ratio_of_medians(old[key], new[key], rng)
         failed = fail_above is not None and ratio > fail_above and low > 1
         arm, tokens, batch = key

@@ -82,6 +82,11 @@ class KVPModel:
         return self.tokenizer
 
     @property
+    def vocabulary_size(self) -> int:
+        """How many token ids there are; of some models' arguments, which name none, as many as the tokeniser has."""
+        return getattr(self.base.args, "vocab_size", None) or len(self.text_tokenizer.vocab)
+
+    @property
     def context_length(self) -> int | None:
         """The context window in tokens that base and auxiliary share, where their configs state one."""
         stated = [context_length(self.base_config), context_length(vars(self.auxiliary.args))]

@@ -1,5 +1,7 @@
 """``kvp bench``."""
 
+import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,6 +109,7 @@ def ttft(
     with clean_stdout(json):
         loaded, text_ids = load_subject(subject, sweep)
     begun: list[Result] = []
+    stdout = sys.stdout
 
     def finish() -> None:
         if begun[0]["rows"]:
@@ -121,7 +124,9 @@ def ttft(
     def keep() -> None:  # in the middle of a chunk that takes long
         remove_unfinished()
         begun[0]["interrupted"] = True
-        finish()
+        with contextlib.redirect_stdout(stdout):  # the other thread keeps it clean meanwhile
+            finish()
+        stdout.flush()
 
     with clean_stdout(json), progress_bar("measuring, rounds") as progress, leaving_on_ctrl_c(keep):
         result = measure_ttft(loaded, subject.name, text_ids, sweep, progress=progress, begun=begun.append)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..device.hosts import LOST, gone, joined, launched_rank
+from ..device.hosts import LAUNCHED, LOST, gone, joined, launched_rank
 from ..errors import InputError
 
 COMMANDS = (["generate"], ["chat"], ["serve"], ["fit"], ["train"], ["bench", "ttft"])
@@ -19,9 +19,11 @@ def join(arguments: Sequence[str]) -> None:
     """Join the other hosts before a command runs; all but the first fall silent.
 
     Raises:
-        InputError: a command that is one machine's.
+        InputError: a command that is one machine's, or a host without a number.
         KVPError: they did not all come.
     """
+    if not os.environ[LAUNCHED].isdecimal():
+        raise InputError(f"{LAUNCHED} is '{os.environ[LAUNCHED]}', no number of a host; unset it, or use mlx.launch.")
     if launched_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
     if {"--help", "-h"} & {*arguments}:

@@ -122,7 +122,9 @@ Cache = Annotated[
     str | None,
     typer.Option("--cache", help="Begin with a saved cache ('kvp cache build').", rich_help_panel=READING),
 ]
-StepSize = Annotated[int | None, typer.Option("--prefill-step-size", min=1, help="Prompt tokens per chunk, every arm.")]
+StepSize = Annotated[
+    int | None, typer.Option("--prefill-step-size", min=1, max=2**31 - 1, help="Prompt tokens per chunk, every arm.")
+]
 
 # What is generated
 

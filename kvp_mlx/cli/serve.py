@@ -121,7 +121,7 @@ def serve(
         quality=quality,
         exact_for=exact_for,
         host=host,
-        api_key=api_key,
+        api_key=api_key and api_key.strip(),  # as that of a request is
         allowed_hosts=tuple(allow_host or ()),
         cors=tuple(cors or ()),
         max_body_bytes=int(max_body_mib * MIB),

@@ -10,8 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..engine.cache_format import DOCUMENT_END
+from ..engine.context import Context
 from ..engine.conversation import Conversation
 from ..engine.dial import QUALITIES, Dial
+from ..engine.prompt import Message
 from ..engine.reply import Piece
 from ..engine.saved_caches import cache_place, load_cache, save_cache
 from ..engine.transcripts import load_conversation, save_conversation
@@ -98,13 +100,9 @@ class Session:
             say(f"{name} is ready. {HINT}")
         while True:
             try:
-                text = editor.read(self.next_text) if editor else read_line()
+                text = self._entered(editor) if editor else read_line()
             except EOFError:
                 return
-            except KeyboardInterrupt:
-                self.next_text = ""
-                continue
-            self.next_text = ""
             try:
                 if not self.take(text):
                     return
@@ -113,9 +111,23 @@ class Session:
             except StoppedError:
                 say("[stopped]")
             except Exception as error:  # a turn may fail, memory may run out: the conversation stays
-                if os.environ.get("KVP_DEBUG") or self.conversation.model.hosts is not None:
-                    raise  # the other hosts cannot go on
+                if self._cannot_go_on(error):
+                    raise
                 say(f"{type(error).__name__}: {error} (the conversation is kept; please report it)", "red")
+
+    def _entered(self, editor: Editor) -> str:
+        """Return what was entered; Ctrl-C empties the line."""
+        text, self.next_text = self.next_text, ""
+        try:
+            return editor.read(text)
+        except KeyboardInterrupt:
+            return ""
+
+    def _cannot_go_on(self, error: Exception) -> bool:
+        """Return whether the other hosts cannot, or nobody reads the answers any more."""
+        is_alone = self.conversation.model.hosts is None
+        is_unread = isinstance(error, OSError) and not self.interactive
+        return bool(os.environ.get("KVP_DEBUG")) or not is_alone or is_unread
 
     def take(self, text: str) -> bool:
         """Do what was entered; returns whether to go on."""
@@ -210,7 +222,7 @@ class Session:
         shown = MarkdownReply() if self.interactive else PlainReply()
         sampling = sampling or self.sampling
         last: Piece | None = None
-        self.stopped = False
+        self.stopped, before = False, self.conversation.messages
         try:
             with closing(self.worker.run(lambda emit: self._turn(emit, kind, text, sampling))) as steps:
                 for step in steps:
@@ -224,15 +236,17 @@ class Session:
                 raise
         finally:
             shown.close()
+        is_taken = self.conversation.messages is not before  # also where Ctrl-C came before the first piece was shown
         if self.stopped:
-            say("[stopped]" if last else "[stopped before the reply began; the message was not taken]")
-        if last is None:
+            say("[stopped]" if is_taken else "[stopped before the reply began; the message was not taken]")
+        if not is_taken:
             return False
-        self.turns.append(last)
         self.unread_tokens = 0
         if dropped := self.conversation.dropped_turns:
             say(f"the context window was full: the oldest {plural(dropped, 'turn')} left it.", "yellow")
-        say_outcome(last, self.max_tokens)
+        if last is not None:
+            self.turns.append(last)
+            say_outcome(last, self.max_tokens)
         self._after_turn()
         return True
 
@@ -326,20 +340,23 @@ class Session:
     def load(self, name: str) -> None:
         """Go on with a saved conversation; its cache is taken along if it is there and fits the model."""
         messages, first = load_conversation(name)
-        self.worker.call(lambda: self.conversation.restore(messages, first))
-        self.attached = {}
-        cache = f"chat-{name}"[:64]
+        cache, context = f"chat-{name}"[:64], None
         if cache_place(cache).is_dir():
             try:
                 _, context = self.worker.call(lambda: load_cache(self.conversation.model, cache))
             except InputError as error:
                 say(f"{error} The context is read again.", "yellow")
-            else:
-                self.worker.call(lambda: setattr(self.conversation, "context", context))
-                if self.dial.path == "full":
-                    self.worker.call(lambda: context.keep(context.exact_tokens))
+        self.worker.call(lambda: self._take_over(messages, first, context))
+        self.attached = {}
         self.unread_tokens = self.worker.call(self.conversation.unread_tokens)
         say(f"'{name}': {plural(sum(message['role'] == 'user' for message in messages), 'turn')}")
+
+    def _take_over(self, messages: list[Message], first: int, context: Context | None) -> None:
+        self.conversation.restore(messages, first)
+        if context is not None:
+            self.conversation.context = context
+            if self.dial.path == "full":
+                context.keep(context.exact_tokens)
 
     def clear(self, _: str) -> None:
         """Begin anew."""

@@ -41,8 +41,9 @@ def is_launched() -> bool:
 
 
 def launched_rank() -> int:
-    """Return this process's number as ``mlx.launch`` told it, 0 without."""
-    return int(os.environ.get(LAUNCHED, "0"))
+    """Return this process's number as ``mlx.launch`` told it, 0 without, or where that is no number."""
+    told = os.environ.get(LAUNCHED, "0")
+    return int(told) if told.isdecimal() else 0
 
 
 @functools.cache

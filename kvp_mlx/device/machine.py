@@ -38,7 +38,8 @@ def describe_machine() -> dict[str, Any]:
 def commit() -> str | None:
     """Return the checkout's commit, with a + where it has changes; None for an installed package."""
     place = ["git", "-C", str(Path(__file__).parent)]
-    found = _output([*place, "rev-parse", "--short", "HEAD"])
+    is_ours = _output([*place, "ls-files", Path(__file__).name])  # not a repository that we are installed in
+    found = is_ours and _output([*place, "rev-parse", "--short", "HEAD"])
     return found + ("+" if _output([*place, "status", "--porcelain", "-uno"]) else "") if found else None
 
 

@@ -188,7 +188,11 @@ def save_head(context: Context, ids: list[int]) -> None:
 
     It comes after the answer, which stands whether or not the next one will come sooner.
     """
-    if context.exact_tokens >= len(ids) and not cache_place(name := _head_name(context.model, ids)).exists():
+    if (
+        context.can_be_saved
+        and context.exact_tokens >= len(ids)
+        and not cache_place(name := _head_name(context.model, ids)).exists()
+    ):
         head = context.copy(len(ids))
         if len(head.tokens) < len(ids):  # a cache that cannot be cut there
             return

@@ -14,6 +14,19 @@ from .document import Dials, Points, checked_document
 from .tasks import all_tasks
 
 Point = dict[str, Any]
+OF_BUNDLE = {
+    "kvp_mlx",
+    "mlx",
+    "mlx_lm",
+    "auxiliary",
+    "predictor",
+    "adapter",
+    "recompute",
+    "choice",
+    "dials",
+    "auto_min_tokens",
+}
+"""What recipes of results that are compared may differ in: the bundle and the versions."""
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -47,9 +60,9 @@ def points(results: Sequence[dict[str, Any]]) -> list[Point]:
     if len(tasks := {result["task"] for result in results}) > 1:
         raise InputError(f"pareto compares one task at a time, not {', '.join(sorted(tasks))}.")
     recipes = [{"n": result["n"]} | result.get("recipe", {}) for result in results]
-    for key, what in (("data", "the same data"), ("seed", "one seed"), ("n", "one n"), ("base", "one base")):
+    for key in sorted({key for recipe in recipes for key in recipe} - OF_BUNDLE):
         if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes):
-            raise InputError(f"pareto compares results of {what}, which these are not.")
+            raise InputError(f"pareto compares results of one {key.replace('_', ' ')}, which these are not.")
     task = all_tasks().get(results[0]["task"])
     sign = -1 if task is not None and task.less_is_better else 1
     several = len({result["model"] for result in results}) > 1

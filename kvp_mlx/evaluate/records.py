@@ -103,8 +103,12 @@ def after_examples(records: list[Any], count: int, seed: int) -> tuple[list[Any]
 
 
 def hashes(places: Sequence[str]) -> dict[str, str]:
-    """Return the data files' names and SHA-256, for the recipe."""
-    return {path.name: sha256_of(path) for path in data_files(list(places))}
+    """Return the data files' names and SHA-256, for the recipe, in order; further ones of a name are numbered."""
+    found: dict[str, str] = {}
+    for path in data_files(list(places)):
+        again = sum(name.partition(" #")[0] == path.name for name in found)
+        found[f"{path.name} #{again + 1}" if again else path.name] = sha256_of(path)
+    return found
 
 
 def hash_of(text: str) -> int:

@@ -82,7 +82,7 @@ def _rows_of(log: Path, data: bytes, recipe: dict[str, Any]) -> list[Row]:
         lines = [parse_json(line, f"{log}, line {number}") for number, line in enumerate(data.splitlines(), 1)]
     except InputError as error:
         raise InputError(f"{log} is not a log of kvp eval ({error}); choose another --log.") from error
-    if not isinstance(lines[0], dict) or lines[0].get("recipe") != json.loads(json.dumps(recipe)):
+    if not isinstance(lines[0], dict) or json.dumps(lines[0].get("recipe")) != json.dumps(recipe):
         raise InputError(f"{log} was begun with other data, options, model, version or machine; choose another.")
     names = lines[1].get("metrics") if len(lines) > 1 and is_row(lines[1]) else {}
     rows = enumerate(lines[1:], 2)

@@ -10,7 +10,8 @@ from ..arms.kinds import parse_arms, with_dial
 from ..bundle.loading import KVPModel, bundle_directory
 from ..device.blas import openblas_threads
 from ..device.machine import describe_machine
-from ..engine.dial import Dial
+from ..engine.calibration import auto_min_tokens
+from ..engine.dial import QUALITIES, Dial
 from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import sha256_of
@@ -60,6 +61,7 @@ def carry_out(
     recipe = {
         "task": run.task,
         **setting(model, name, dial),
+        **(qualities(model) if any(arm.kind.form in QUALITIES for arm in arms) else {}),
         "seed": run.seed,
         "first_prompt": hash_of(items[0].prompt),  # the wording is part of a task
         **run.options,
@@ -82,6 +84,14 @@ def setting(model: KVPModel, name: str, dial: Dial) -> dict[str, Any]:
         "choice": None if recompute is None else recompute.model_dump(exclude={"share"}),
         **{key: machine[key] for key in ("chip", "device", "mlx", "mlx_lm")},
         "blas_threads": openblas_threads(),
+    }
+
+
+def qualities(model: KVPModel) -> dict[str, Any]:
+    """Return what decides how arms named after a quality read a prompt."""
+    return {
+        "dials": [dial.model_dump(mode="json") for dial in model.config.dials],
+        "auto_min_tokens": auto_min_tokens(model),
     }
 
 

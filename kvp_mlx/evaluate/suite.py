@@ -24,7 +24,7 @@ from ..engine.prefill import Progress
 from ..errors import InputError
 from ..files import claim, read_json, write_json
 from .equal_ttft import match, match_by_work
-from .runs import carry_out, items_of, setting
+from .runs import carry_out, items_of, qualities, setting
 from .task import Item, Place, Run, Task
 from .tasks import all_tasks
 
@@ -137,7 +137,8 @@ def write_unless_known(path: Path, document: dict[str, Any]) -> None:
 
 def records_of(model: KVPModel, name: str, records: Path) -> Path:
     """Return the folder of a bundle's rows, named by what they depend on: version, weights, machine (``setting``)."""
-    digest = hashlib.sha256(json.dumps(setting(model, name, PREDICT)).encode()).hexdigest()[:12]
+    depends = setting(model, name, PREDICT) | qualities(model)
+    digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
     return records / f"{__version__}-{digest}-{PREDICT.share(model.config):g}"
 
 

@@ -317,7 +317,7 @@ def yield_times_ms(model: KVPModel, tokens: int = 2048) -> dict[str, float]:
         tokens: predicted context to refine; cut to the context window.
     """
     count = min(tokens, model.context_length or tokens)
-    ids = [*np.random.default_rng(0).integers(0, model.base.args.vocab_size, count).tolist(), 0]
+    ids = [*np.random.default_rng(0).integers(0, model.vocabulary_size, count).tolist(), 0]
     context, steps = Context(model), []
     context.read(ids, PREDICT.settled(model.config, len(ids), 0, 0))
     start = time.perf_counter()

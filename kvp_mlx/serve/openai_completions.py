@@ -67,7 +67,7 @@ def prompts_of(service: Service, body: CompletionBody) -> list[list[int]]:
         APIError: an empty one, or ids that are no tokens.
         InputError: text that no context window holds.
     """
-    vocabulary = service.model.base.args.vocab_size
+    vocabulary = service.model.vocabulary_size
     given = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
     prompts = []
     for prompt in given:

@@ -89,7 +89,7 @@ class GenerationFields(Fields):
         Raises:
             APIError: a bias for what is no token.
         """
-        vocabulary = service.model.base.args.vocab_size
+        vocabulary = service.model.vocabulary_size
         given = {each.name: getattr(self, each.name) for each in fields(Sampling)}
         if any(token >= vocabulary for token in self.logit_bias or {}):
             raise APIError(400, f"logit_bias: token ids lie below {vocabulary} here.", param="logit_bias")

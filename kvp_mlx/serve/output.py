@@ -138,7 +138,7 @@ def _call(parsed: dict[str, Any]) -> ToolCall:
     """Return what a parser found as a call.
 
     Raises:
-        ValueError: it names no function, or its arguments are no object.
+        ValueError: it names no function, or its arguments are no object or no JSON.
     """
     name, arguments = parsed["name"], parsed.get("arguments", {})
     if isinstance(arguments, str):
@@ -147,7 +147,9 @@ def _call(parsed: dict[str, Any]) -> ToolCall:
         raise ValueError("this is no call of a function")
     given = parsed.get("id")
     number = given if isinstance(given, str) and given else call_id()
-    return ToolCall(number, name, json.dumps(arguments, ensure_ascii=False))
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    (name + number + text).encode()  # half a character would be no JSON to a client
+    return ToolCall(number, name, text)
 
 
 def call_id() -> str:

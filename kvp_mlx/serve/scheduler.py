@@ -131,7 +131,7 @@ class Scheduler:
             raise InputError("the prompt is empty; give it at least one token.")
         check_window(self._model, len(request.ids), request.max_tokens)
         request.dial.share(self._model.config)
-        words = getattr(self._model.base.args, "vocab_size", None) or len(self._model.text_tokenizer.vocab)
+        words = self._model.vocabulary_size
         for name, ids in (("the prompt", request.ids), ("logit_bias", request.sampling.logit_bias)):
             if ids and not 0 <= min(ids) <= max(ids) < words:
                 raise InputError(f"{name} holds a token id outside 0 to {words - 1}, the model's vocabulary.")

@@ -107,7 +107,7 @@ class Turn:
         return [Answer(ticket, output(), len(prompt.ids)) for ticket in tickets]
 
     def _request(self, service: Service, prompt: Prompt, dial: Dial, sampling: Sampling) -> GenerationRequest:
-        vocabulary = service.model.base.args.vocab_size
+        vocabulary = service.model.vocabulary_size
         return GenerationRequest(
             ids=prompt.ids,
             dial=dial,

@@ -18,7 +18,7 @@ REPLY_TOKENS = 16
 
 
 def items(places: Sequence[str], seed: int) -> list[Item]:
-    """Return user messages: the first of ``turns``, ``messages``, or ``question``.
+    """Return users' messages: the first of ``turns``, of ``messages`` the first of a user, or ``question``.
 
     Raises:
         InputError: a record without any.
@@ -26,8 +26,9 @@ def items(places: Sequence[str], seed: int) -> list[Item]:
     found = []
     for number, record in enumerate(shuffled(read_records(places, {}), seed)):
         messages = [record["question"]] if "question" in record else record.get("turns", record.get("messages"))
-        first = messages[0] if isinstance(messages, list) and messages else None
-        text = first.get("content") if isinstance(first, dict) else first
+        given = messages if isinstance(messages, list) else []
+        asked = [each for each in given if not isinstance(each, dict) or each.get("role", "user") == "user"]
+        text = asked[0].get("content") if asked and isinstance(asked[0], dict) else asked[0] if asked else None
         if not isinstance(text, str):
             raise InputError("a record needs 'turns', 'messages' or 'question'; check --data.")
         found.append(Item(str(number), text))

@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import apply_top_p
 
 from ...bundle.loading import KVPModel
 from ...engine.clock import Chooser
-from ...engine.prompt import encode, encode_text
+from ...engine.prompt import encode
 from ...errors import InputError
 from ..answer import Question, generate
 from ..records import TEXT, Kind, hash_of, hashes, read_records
@@ -55,7 +55,7 @@ def prompt_ids(model: KVPModel, item: Item, *, chat: bool = False) -> list[int]:
     """Return the token ids of a problem: as it stands, or asked in a chat whose answer has begun with a code block."""
     if not chat:
         return encode(model, item.prompt, raw=True)
-    begun = encode_text(model.text_tokenizer, BLOCK)
+    begun = model.text_tokenizer.encode(BLOCK, add_special_tokens=False)  # no second BOS
     return encode(model, [*encode(model, REQUEST.format(prompt=item.prompt)), *begun])
 
 

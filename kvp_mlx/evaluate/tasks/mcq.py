@@ -24,6 +24,10 @@ def items(places: Sequence[str], seed: int) -> list[Item]:
         raise InputError(
             f"'gold' is {wrong[0]['gold']} where there are {len(wrong[0]['choices'])} choices; check --data."
         )
+    if blank := [record for record in records if not all(map(str.strip, record["choices"]))]:
+        raise InputError(
+            f"a choice of '{blank[0]['query'][:60]}' is blank, which nothing can be likelier than; remove it."
+        )
     return [
         Item(
             str(number),
