@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from ..files import expanded, sha256_of
+from ..files import expanded, sha256_of, write_text
 
 UNKNOWN_LICENCE = "not stated by the source; look it up before sharing"
 
@@ -77,4 +77,4 @@ def write_card(directory: Path, title: str, report: dict[str, Any]) -> None:
         f"Licence: {licence}.",
         "",
     ]
-    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(directory / "README.md", "\n".join(lines))

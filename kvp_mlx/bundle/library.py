@@ -1,5 +1,6 @@
 """Models on this machine: bundles and bases, in folders and in the Hub's cache."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def list_models(folders: list[Path]) -> tuple[list[Entry], list[str]]:
 
 
 def remove_model(name: str) -> tuple[Path, int]:
-    """Remove a model's files: the default's converted base, a Hub id's download, or a folder.
+    """Remove a model's files: a named base and what was downloaded of it, a Hub id's download, or a folder.
 
     Returns:
         What was removed and how many bytes that freed.
@@ -68,9 +69,12 @@ def remove_model(name: str) -> tuple[Path, int]:
         InputError: nothing of that name, or a folder that holds more than a model.
     """
     path = removable(name)
-    size = directory_bytes(path)
+    parts = named.downloads(name) if name in named.NAMED else path
+    size = sum(map(directory_bytes, {path, parts}))
     try:
-        remove_directory(path)
+        for place in {path, parts}:
+            if place.is_dir():
+                remove_directory(place)
     except OSError as error:
         left = error.filename or path
         raise KVPError(f"{left} cannot be removed ({error.strerror}); check who may write there.") from error
@@ -81,6 +85,8 @@ def removable(name: str) -> Path:
     """Return the directory that ``remove_model`` would remove; raises as it does."""
     if name in named.NAMED:
         path = named.base_path(name)
+        if not path.is_dir() and named.downloads(name).is_dir():
+            return named.downloads(name)  # of an interrupted 'kvp models pull'
         if not path.is_dir():
             ships = "ships with the package" if named.shipped_bundle(name) else "is known by name"
             raise InputError(f"{name} {ships}, and its base is not in the cache; nothing to remove.")
@@ -101,7 +107,7 @@ def removable(name: str) -> Path:
 
 
 def _is_model(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("kvp.json", "config.json"))
+    return any(os.path.isfile(path / name) for name in ("kvp.json", "config.json"))  # no error where one may not look
 
 
 def _entry(name: str, where: str, path: Path) -> Entry | None:

