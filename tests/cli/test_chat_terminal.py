@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import subprocess
 import sys
 import time
 
@@ -186,6 +187,17 @@ def test_a_dumb_terminal_gets_plain_lines(bundle):
         assert b"\x1b" not in terminal.output
     finally:
         terminal.close()
+
+
+def test_a_pipe_that_nobody_reads_ends_the_chat(bundle):
+    command = [sys.executable, "-m", "kvp_mlx", "chat", "--model", str(bundle), "--max-tokens", "4"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.write(b"Hello\n" * 50)
+        process.stdin.close()
+        said = process.stderr.read().decode()
+        assert process.wait(60) == 1
+    assert "report it" not in said and said.count("new tokens") <= 1
 
 
 def test_status_of_a_pipe_is_json_free_text(bundle, kvp):

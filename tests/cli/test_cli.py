@@ -272,3 +272,17 @@ def test_what_libraries_print_stays_out_of_the_json(bundle: Path, kvp: Kvp, monk
     outcome = kvp("generate", "Hi", "--model", bundle, "--max-tokens", 1, "--json")
     assert outcome.json()["prompt_tokens"] > 0
     assert "[WARNING] noise" in outcome.err
+
+
+@pytest.mark.parametrize("rank", ["x", ""])
+def test_a_host_without_a_number_is_named(rank: str) -> None:
+    command = [sys.executable, "-m", "kvp_mlx", "generate", "x"]
+    done = subprocess.run(command, env=os.environ | {"MLX_RANK": rank}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"MLX_RANK is '{rank}'" in done.stderr
+
+
+def test_a_chunk_has_as_many_tokens_as_mlx_can_count(kvp: Kvp) -> None:
+    outcome = kvp("bench", "ttft", "--prefill-step-size", 2**31)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "--prefill-step-size" in outcome.err

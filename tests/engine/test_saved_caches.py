@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import load_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
 from support.directories import TEXT
 from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, small_llama
 
@@ -286,6 +286,14 @@ def test_an_exact_head_is_loaded_the_next_time(bundle, kvp):
     assert first["tokens"] == second["tokens"]
     damaged = kvp("cache", "ls", "--json").json()
     assert [row["role"] for row in damaged["caches"]] == ["head"]
+
+
+def test_a_quantised_head_is_not_kept(place):
+    """It could not be taken up again."""
+    context = read(KINDS["prefix"](), range(5, 30))
+    context.cache = [QuantizedKVCache(32, 8) for _ in context.cache]
+    store.save_head(context, list(range(5, 20)))
+    assert not place.exists()
 
 
 def test_a_damaged_cache_is_listed_by_name(bundle, kvp, tmp_path, place):

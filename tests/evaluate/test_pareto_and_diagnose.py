@@ -61,7 +61,8 @@ def test_the_command_draws_and_refuses(tmp_path: Path, kvp: Kvp) -> None:
     assert "k12: kvp" in kvp("eval", "pareto", *paths).out
     paths[1].write_text(json.dumps(SECOND | {"task": "mcq"}))
     assert "one task" in kvp("eval", "pareto", *paths).err
-    for changed in ({"n": 11}, *({"recipe": SECOND["recipe"] | {key: "other"}} for key in ("data", "seed", "base"))):
+    keys = ("data", "seed", "base", "prompt_tokens", "chip")
+    for changed in ({"n": 11}, *({"recipe": SECOND["recipe"] | {key: "other"}} for key in keys)):
         paths[1].write_text(json.dumps(SECOND | changed))
         assert kvp("eval", "pareto", *paths).err.startswith("kvp: pareto compares results of"), changed
     assert "measure kvp" in kvp("eval", "pareto", paths[0], paths[0]).err  # which of them should be shown?

@@ -1,6 +1,7 @@
 """`kvp eval TASK` on tiny models: what is asked and scored, the JSON contract, and logs that survive a kill."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from kvp_mlx.evaluate import answer
 from kvp_mlx.evaluate.answer import Question, generate
 from kvp_mlx.evaluate.likelihood import Scoring, all_predicted, continuation_losses, predicted_losses, split_choices
 from kvp_mlx.evaluate.passages import grid_items
-from kvp_mlx.evaluate.records import read_texts
+from kvp_mlx.evaluate.records import hashes, read_texts
 from kvp_mlx.evaluate.rows import run_items
 from kvp_mlx.evaluate.summary import summarise
 from kvp_mlx.evaluate.task import Item
@@ -105,6 +106,8 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
         "hub": {"context": TEXT, "question": "what?", "answers": {"text": ["the harbour"], "answer_start": [4]}},
         "bare": {"question": "who?", "answers": "the keeper"},
         "letter": {"query": "who?", "choices": ["a", "b"], "gold": "B"},
+        "blank": {"query": "who?", "choices": ["yes", " "], "gold": 0},
+        "system": {"messages": [{"role": "system", "content": "Be brief."}]},
         "beyond": {"query": "who?", "choices": ["a", "b"], "gold": 2},
         "unanswerable": {"context": TEXT, "question": "what?", "answers": []},
         "list": [1],
@@ -138,6 +141,8 @@ def test_the_table_and_the_refusals(data: dict[str, Path], fitted: Path, tmp_pat
         "'answers' is not a list of texts": ("squad", "--data", data["hub"]),
         "line 1: 'answers'": ("triviaqa", "--data", data["bare"]),
         "'gold' is not a whole number": ("mcq", "--data", data["letter"]),
+        "a choice of 'who?' is blank": ("mcq", "--data", data["blank"]),
+        "'messages' or 'question'": ("chat", "--data", data["system"]),
         "'gold' is 2 where there are 2 choices": ("mcq", "--data", data["beyond"]),
         "nothing that squad could ask": ("squad", "--data", data["unanswerable"]),
         "nothing that perplexity could ask": ("perplexity", "--data", tmp_path / "short.txt"),
@@ -222,6 +227,36 @@ def test_prompts_are_the_papers(data: dict[str, Path]) -> None:
     assert problem.prompt.count("Question: ") == 2
     assert "\n#### " in problem.prompt
     assert humaneval.items([str(data["humaneval"])])[0].id == "t/0"
+
+
+def test_a_chats_first_message_is_its_users(tmp_path: Path) -> None:
+    system, path = {"role": "system", "content": "Be brief."}, tmp_path / "chats.jsonl"
+    asked = [{"role": "user", "content": f"what of {i}?"} for i in range(2)]
+    path.write_text("".join(json.dumps({"messages": [system, each, system]}) + "\n" for each in asked))
+    assert {item.prompt for item in chat_agreement.items([str(path)], 0)} == {each["content"] for each in asked}
+
+
+def test_recipes_tell_files_of_one_name_and_their_order(tmp_path: Path) -> None:
+    places = [tmp_path / name / "a.jsonl" for name in ("one", "two")]
+    for number, place in enumerate(places):
+        place.parent.mkdir()
+        place.write_text(json.dumps({"query": f"who is {number}?", "choices": ["a", "b"], "gold": 0}) + "\n")
+    there, back = (hashes([str(place) for place in order]) for order in (places, places[::-1]))
+    assert list(there) == list(back) == ["a.jsonl", "a.jsonl #2"]
+    assert list(there.values()) == list(back.values())[::-1]
+
+
+def test_a_log_of_qualities_is_of_one_dial(data: dict[str, Path], fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    bundle = shutil.copytree(fitted, tmp_path / "bundle")
+    log = ("--log", tmp_path / "rows.jsonl", "--limit", 2, "--max-tokens", 3)
+    command = ("eval", "squad", bundle, "--data", data["squad"], *log, "--arms")
+    assert kvp(*command, "full,fast").code == 0
+    config = json.loads((bundle / "kvp.json").read_text())
+    dial = {"quality": "fast", "from_tokens": 0, "path": "full"}
+    (bundle / "kvp.json").write_text(json.dumps(config | {"dials": [dial]}))
+    outcome = kvp(*command, "full,fast")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "begun with other data" in outcome.err
 
 
 def test_humaneval_in_a_chat_begins_the_answers_code_block(data: dict[str, Path], fitted: Path, kvp: Kvp) -> None:

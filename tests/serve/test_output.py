@@ -129,6 +129,7 @@ def test_white_space_alone_is_text_where_nothing_else_follows() -> None:
     "inside",
     [
         *("", "no JSON", "[]", "[1]", "{}", '{"name": 1}', '{"name": "f", "arguments": "x"}'),
+        *('{"name": "f", "arguments": {"t": "\\ud83d"}}', '{"name": "f", "arguments": {"x": NaN}}'),
         *('{"name": "f", "arguments": [1]}', "[" * 100_000, '{"name": "f", "arguments": ' + '{"a":' * 5000),
     ],
 )
