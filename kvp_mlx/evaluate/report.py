@@ -135,7 +135,7 @@ def rival_cell(document: dict[str, Any], arm: str) -> str:
 
 
 def saves_work(document: dict[str, Any], arm: str) -> bool:
-    """Return whether an arm does less than full prefill at the median prompt: of shorter ones nothing is predicted."""
+    """Return whether an arm does less than full prefill: of short prompts nothing is predicted."""
     return bool(document["arms"][arm]["flops_ratio"] > 1)
 
 

@@ -1,6 +1,7 @@
 """What rows add up to: means with their intervals, arms against the full model and at equal TTFT."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,12 +29,12 @@ def summarise(
 
     ``difference`` is the mean over items of the row's score less the arm ``full``'s (of perplexity: in nats per
     token), ``retention`` the mean score over ``full``'s (absent where that is 0, and of perplexity), both with their
-    intervals; ``flops_ratio`` is full prefill's work over the arm's at the median prompt length; ``metrics`` are means
-    of the row's other scores. ``equal_ttft`` is as ``compare_at_equal_ttft`` returns it.
+    intervals; ``flops_ratio`` is full prefill's work over the arm's, of all prompts together; ``metrics`` are means of
+    the row's other scores. ``equal_ttft`` is as ``compare_at_equal_ttft`` returns it.
     """
     of = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in arms}
     prompt_tokens = int(statistics.median(row["prompt_tokens"] for row in rows))
-    full_work = parse_arm("full").work(model, prompt_tokens)
+    full = parse_arm("full")
     result: dict[str, Any] = {}
     for arm in arms:
         own = of[arm.name]
@@ -42,7 +43,7 @@ def summarise(
             "score": float(statistic(np.array(scores))),
             "interval": bootstrap(scores, statistic),
             "ttft_ms": statistics.median(row["ttft_ms"] for row in own),
-            "flops_ratio": full_work.flops / arm.work(model, prompt_tokens).flops,
+            "flops_ratio": work_of(full, model, own) / work_of(arm, model, own),
             "metrics": {name: float(np.mean([row["metrics"][name] for row in own])) for name in own[0]["metrics"]},
         }
         if "full" in of:
@@ -52,6 +53,12 @@ def summarise(
                 result[arm.name]["retention"] = retention(scores, whole)
     document = {"task": task, "n": len(rows) // len(arms), "prompt_tokens": prompt_tokens, "arms": result}
     return document | {"equal_ttft": compare_at_equal_ttft(arms, of)}
+
+
+def work_of(arm: Arm, model: KVPModel, rows: Sequence[Row]) -> float:
+    """Return the FLOPs of an arm's prefill of all rows' prompts: some arms read them as their lengths ask for."""
+    lengths = Counter(row["prompt_tokens"] for row in rows)
+    return float(sum(count * arm.work(model, tokens).flops for tokens, count in lengths.items()))
 
 
 def retention(scores: Sequence[float], whole: Sequence[float]) -> dict[str, Any]:

@@ -246,6 +246,19 @@ def test_recipes_tell_files_of_one_name_and_their_order(tmp_path: Path) -> None:
     assert list(there.values()) == list(back.values())[::-1]
 
 
+def test_work_is_that_of_all_prompts() -> None:
+    model, arms = prefixed(llama(), 1)[0], parse_arms("full,kvp-16")
+    rows = [
+        {"arm": arm.name, "item": str(tokens), "score": 1.0, "metrics": {}, "ttft_ms": 1.0, "prompt_tokens": tokens}
+        for tokens in (20, 30, 200)
+        for arm in arms
+    ]
+    full, predicted = (sum(arm.work(model, tokens).flops for tokens in (20, 30, 200)) for arm in arms)
+    found = summarise("squad", model, arms, rows)["arms"]["kvp-16"]["flops_ratio"]
+    assert found == pytest.approx(full / predicted)
+    assert found != pytest.approx(arms[0].work(model, 30).flops / arms[1].work(model, 30).flops)
+
+
 def test_a_log_of_qualities_is_of_one_dial(data: dict[str, Path], fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
     bundle = shutil.copytree(fitted, tmp_path / "bundle")
     log = ("--log", tmp_path / "rows.jsonl", "--limit", 2, "--max-tokens", 3)
