@@ -7,13 +7,14 @@ fused projection) and nothing else: that is so for mlx-lm's own prefill too, sin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..bundle.loading import KVPModel
+from ..engine.prefill import reads_on_top
 from ..engine.recompute import Span, is_asked, settings_of, spans
 from ..models.families import SUMMING, kinds_of, linear_size, targets_of
 
@@ -40,12 +41,14 @@ def kvp_work(
     model: KVPModel, prompt_tokens: int, batch: int, share: float = 0.0, exact_tail: int = 0, exact_head: int = 0
 ) -> Work:
     """Return the work of auxiliary prefill, prediction, the base's own reading and its first step."""
-    read = prompt_tokens - 1
+    read, step = prompt_tokens - 1, step_work(model.base, prompt_tokens, batch)
+    if reads_on_top(model, share, exact_tail):  # the last token goes through the layers with what is recomputed
+        step = replace(step, weight_bytes=step.weight_bytes - sum(map(_bytes, model.base.layers[:-1])))
     return (
         prefill_work(model.auxiliary, read, batch)
         + predictor_work(model, read, batch)
         + recompute_work(model, read, batch, share, exact_tail, exact_head)
-        + step_work(model.base, prompt_tokens, batch)
+        + step
     )
 
 

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from support.tiny import assert_cache_equal, entries_of, estimating, llama, prefixed, token_ids
 
 from kvp_mlx.arms.kinds import parse_arm
+from kvp_mlx.arms.work import kvp_work, recompute_work
 from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import dial_of
@@ -61,3 +63,13 @@ def test_an_exact_head_is_work_too():
     model = estimating(prefixed(llama(), 1)[0])
     without = parse_arm("kvp-32").work(model, 140).flops
     assert without < parse_arm("balanced").work(model, 140).flops < parse_arm("full").work(model, 140).flops
+
+
+def test_the_bases_weights_are_read_once():
+    """The last token goes through its layers with what is recomputed; with nothing, it goes alone."""
+    model = estimating(prefixed(llama(), 1)[0])
+    layers = [sum(array.nbytes for _, array in tree_flatten(layer.parameters())) for layer in model.base.layers]
+    alone, joined = (kvp_work(model, 200, 1, share) for share in (0.0, 1.0))
+    again = recompute_work(model, 199, 1, 1.0, 0)
+    assert joined.weight_bytes == pytest.approx(alone.weight_bytes + again.weight_bytes - sum(layers[:-1]))
+    assert joined.flops == pytest.approx(alone.flops + again.flops)
