@@ -26,6 +26,7 @@ from mlx_lm.utils import save_config, save_model
 from ..bundle.loading import KVPModel
 from ..engine.prompt import render
 from ..errors import InputError, KVPError
+from ..files import remove_unfinished
 from .document import heading
 from .precision import precision_name
 from .ttft import fresh_prompt, quartiles
@@ -288,6 +289,9 @@ def rows_of(found: dict[str, list[Round]], tokens: int, clients: int | None, swe
     return rows
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 @contextlib.contextmanager
 def running(subject: Subject, arms: Sequence[str]) -> Iterator[dict[str, Server]]:
     """Start the servers of some arms, one for both paths of ours; yields who answers for each, all standing still."""
@@ -316,6 +320,7 @@ def started(command: list[str], log: Path) -> Iterator[Server]:
     with log.open("w") as output:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=output, stderr=output, env=environment)
     server = Server(process, port)
+    _running.add(process)
     try:
         if not _is_healthy(server):
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
@@ -330,6 +335,14 @@ def started(command: list[str], log: Path) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        _running.discard(process)
+
+
+def end_servers() -> None:
+    """End the servers that run, where the program is about to end without its blocks."""
+    for process in list(_running):
+        process.kill()
+    remove_unfinished()
 
 
 def _is_healthy(server: Server) -> bool:

@@ -30,7 +30,7 @@ from ..bench.report import (
     write_result,
 )
 from ..bench.serve import ARMS as SERVE_ARMS
-from ..bench.serve import MLX_LM, PATHS, ServeSweep, check_serve_sweep, measure_serving, write_subject
+from ..bench.serve import MLX_LM, PATHS, ServeSweep, check_serve_sweep, end_servers, measure_serving, write_subject
 from ..bench.ttft import measure_ttft
 from ..bundle.loading import load_any
 from ..device.hosts import launched_rank
@@ -234,7 +234,7 @@ def serve(
             check_serve_sweep(sweep, loaded)
             subject = write_subject(loaded, model, demo_ids(loaded), place)
             del loaded  # the servers have their own
-        with clean_stdout(json), progress_bar("measuring, rounds") as progress:
+        with clean_stdout(json), progress_bar("measuring, rounds") as progress, leaving_on_ctrl_c(end_servers):
             result = measure_serving(subject, sweep, progress=progress)
     report(result, SERVE, f"Through HTTP, median of {rounds}", out, json)
 

@@ -1,11 +1,17 @@
 """``kvp bench serve`` with real servers on tiny models."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import Kvp
 from kvp_mlx.bench.serve import ARMS
+from support.waiting import wait_until
 
 SHORT = ("--prompt-tokens", "40,150", "--clients", "2", "--new-tokens", 5, "--rounds", 2)
 
@@ -66,3 +72,21 @@ def test_prediction_needs_a_predictor(base_dir: Path, kvp: Kvp) -> None:
     outcome = kvp("bench", "serve", "--model", base_dir, "--prompt-tokens", "40", "--new-tokens", 5)
     assert outcome.code == 2
     assert "no predictor" in outcome.err
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="no pgrep here (apt-get install procps)")
+def test_an_interrupt_of_the_command_alone_ends_its_servers(fitted: Path) -> None:
+    how = ("--arms", "full,mlx-lm-server", "--prompt-tokens", "150", "--clients", "8", "--new-tokens", "64")
+    command = [sys.executable, "-m", "kvp_mlx", "bench", "serve", "--model", str(fitted), *how, "--rounds", "200"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        wait_until(lambda: len(children_of(process.pid)) == 2, seconds=60)
+        time.sleep(3)  # asking them
+        servers = children_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert len(servers) == 2
+    wait_until(lambda: not any(Path(f"/proc/{server}").exists() for server in servers), seconds=10)
+
+
+def children_of(pid: int) -> list[str]:
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
