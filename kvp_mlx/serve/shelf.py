@@ -113,7 +113,7 @@ class Shelf:
             try:
                 job()
             except Exception as error:
-                log.warning("a conversation is not kept for the next start (%s: %s)", type(error).__name__, error)
+                log.warning("a conversation is not kept for the next start (%s)", type(error).__name__)
             finally:
                 del job
                 self._jobs.task_done()
