@@ -51,7 +51,8 @@ class Kind:
         work: FLOPs and weight bytes of the first token, given a prompt's length and a batch size.
         networks: the mlx-lm models whose caches it fills, the one that decodes last.
         numbers: how many follow the name, each a share of the prompt, above 0 and up to 1.
-        parse: reads what follows the name, where that is anything else.
+        parse: reads what follows the name, where that is anything else or there is more to check.
+        refine_tokens: how many tokens of a prompt of so many the model then reads exactly beside each of its answer.
         prunes: it leaves tokens of the prompt out.
         predicts: it predicts entries, and holds the maps.
         is_of_bundle: it runs more than the base, so that it differs between bundles of one base.
@@ -66,6 +67,7 @@ class Kind:
     networks: Callable[[KVPModel, Numbers], Sequence[nn.Module]]
     numbers: int = 0
     parse: Callable[[str, Sequence[str]], Numbers] | None = None
+    refine_tokens: Callable[[KVPModel, Numbers, int], int] = lambda model, numbers, tokens: 0
     prunes: bool = False
     predicts: bool = False
     is_of_bundle: bool = False
@@ -123,6 +125,10 @@ class Arm:
     def work(self, model: KVPModel, prompt_tokens: int, batch: int = 1) -> Work:
         """Return the work of the first token: reading the prompt, and the first step."""
         return self.kind.work(model, self.numbers, prompt_tokens, batch)
+
+    def refine_tokens(self, model: KVPModel, prompt_tokens: int) -> int:
+        """Return how many tokens of the prompt the model reads exactly beside each one of its answer."""
+        return self.kind.refine_tokens(model, self.numbers, prompt_tokens)
 
     def networks(self, model: KVPModel) -> Sequence[nn.Module]:
         """Return the mlx-lm models whose caches it fills, the one that decodes last."""

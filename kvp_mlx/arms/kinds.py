@@ -23,13 +23,18 @@ from . import baselines, llama_cpp, mlx_lm_engine
 from .arm import Arm, Kind, Numbers, Reading
 from .work import Work, alone_work, full_work, kept_work, kvp_work, lazy_work, prefill_work
 
+KVP_NAME = re.compile(r"kvp(?:-(\d+)(?:-(\d*\.?\d+)(?:\+(\d+))?)?)?", re.ASCII)
 
-def kvp_numbers(name: str, rest: Sequence[str]) -> Numbers:
-    """Read ``kvp``, ``kvp-N`` and ``kvp-N-R``: an exact tail, and a share to recompute, which may be 0."""
-    if len(rest) > 2 or not all(map(is_number, rest)) or (rest and not rest[0].isdecimal()):
+
+def kvp_numbers(name: str, _: Sequence[str]) -> Numbers:
+    """Read ``kvp``, ``kvp-N``, ``kvp-N-R`` and ``kvp-N-R+T``: an exact tail, a share to recompute, tokens to refine."""
+    if (found := KVP_NAME.fullmatch(name)) is None:
         raise InputError(unknown(name))
-    tail, *share = rest or ["0"]
-    return (int(tail), *(0.0 if part == "0" else checked_share(name, float(part)) for part in share)) if rest else ()
+    tail, share, refined = found.groups()
+    numbers: list[float] = [] if tail is None else [int(tail)]
+    if share is not None:
+        numbers.append(0.0 if share == "0" else checked_share(name, float(share)))
+    return (*numbers, int(refined)) if refined is not None else tuple(numbers)
 
 
 def layers_number(name: str, rest: Sequence[str]) -> Numbers:
@@ -39,11 +44,20 @@ def layers_number(name: str, rest: Sequence[str]) -> Numbers:
     return numbers
 
 
+def lazy_numbers(name: str, rest: Sequence[str]) -> Numbers:
+    """Read ``lazy-A-B``: two shares, the second no larger, since what was left out does not come back."""
+    first, last = numbers = shares(name, rest, 2)
+    if last > first:
+        raise InputError(f"arm '{name}': the share that is read falls with depth, so {last:g} cannot follow {first:g}.")
+    return numbers
+
+
 def kvp_dial(numbers: Numbers, dial: Dial = PREDICT) -> Dial:
-    """Return the dial of an arm ``kvp``, ``kvp-N`` or ``kvp-N-R``: what the name says wins over the given one."""
+    """Return the dial of an arm ``kvp-N-R+T``: what the name says wins over the given one."""
     tail = int(numbers[0]) if numbers else dial.exact_tail
     share = numbers[1] if len(numbers) > 1 else dial.recompute
-    return replace(dial, path="kvp", exact_tail=tail, recompute=share)
+    refine_tokens = int(numbers[2]) if len(numbers) > 2 else dial.refine_tokens
+    return replace(dial, path="kvp", exact_tail=tail, recompute=share, refine_tokens=refine_tokens)
 
 
 def with_dial(arm: Arm, dial: Dial) -> Arm:
@@ -51,7 +65,8 @@ def with_dial(arm: Arm, dial: Dial) -> Arm:
     if arm.kind is not KINDS["kvp"] or dial.recompute is None:
         return arm
     chosen = kvp_dial(arm.numbers, dial)
-    return replace(arm, numbers=(chosen.exact_tail, dial.recompute if chosen.recompute is None else chosen.recompute))
+    share = dial.recompute if chosen.recompute is None else chosen.recompute
+    return replace(arm, numbers=(chosen.exact_tail, share, *arm.numbers[2:]))
 
 
 def read_kvp(model: KVPModel, numbers: Numbers, ids: mx.array, reading: Reading) -> Ready:
@@ -78,6 +93,16 @@ def work_with(dial: Dial, model: KVPModel, tokens: int, batch: int) -> Work:
     if dial.path == "full":
         return full_work(model, tokens, batch)
     return kvp_work(model, tokens, batch, dial.recompute or 0.0, dial.exact_tail, dial.exact_head)
+
+
+def kvp_refine_tokens(model: KVPModel, numbers: Numbers, tokens: int) -> int:
+    """Return how many tokens are refined beside each of an answer; none where nothing was left to predict."""
+    return refined_with(kvp_dial(numbers).settled(model.config, tokens, 0, 0))
+
+
+def refined_with(dial: Dial) -> int:
+    """Return how many predicted tokens a settled dial has the base read beside each one of an answer."""
+    return dial.refine_tokens if dial.path == "kvp" else 0
 
 
 def read_alone(network: nn.Module, model: KVPModel, ids: mx.array, reading: Reading) -> tuple[nn.Module, Cache]:
@@ -127,6 +152,7 @@ def quality_kind(quality: str) -> Kind:
         "in full",
         read=lambda model, _, ids, reading: read_with(settled(model, ids.shape[1]), model, ids, reading),
         work=lambda model, _, tokens, batch: work_with(settled(model, tokens), model, tokens, batch),
+        refine_tokens=lambda model, _, tokens: refined_with(settled(model, tokens)),
         networks=kvp_networks,
         predicts=True,
         is_of_bundle=True,
@@ -150,12 +176,13 @@ KINDS: dict[str, Kind] = {
         networks=lambda model, _: [model.base],
     ),
     "kvp": Kind(
-        form="kvp, kvp-N, kvp-N-R",
+        form="kvp, kvp-N, kvp-N-R, kvp-N-R+T",
         help="the predicted cache; the base reads N more tokens itself, those before the last, and the share R whose "
-        "prediction would do most harm",
+        "prediction would do most harm; then T beside each token of the answer, until all are exact",
         read=read_kvp,
         parse=kvp_numbers,
         work=kvp_arm_work,
+        refine_tokens=kvp_refine_tokens,
         networks=kvp_networks,
         predicts=True,
         is_of_bundle=True,
@@ -214,6 +241,7 @@ KINDS: dict[str, Kind] = {
             baselines.lazy_prefill(model.base, ids, *numbers, step_size=reading.step_size),
         ),
         numbers=2,
+        parse=lazy_numbers,
         work=lambda model, numbers, tokens, batch: lazy_work(model.base, lazy_counts(model, numbers, tokens), batch),
         networks=lambda model, _: [model.base],
         prunes=True,
@@ -258,7 +286,12 @@ def parse_arm(name: str) -> Arm:
 
 def parse_arms(names: str) -> list[Arm]:
     """Read comma-separated names, each once."""
-    return [parse_arm(name) for name in dict.fromkeys(part.strip() for part in names.split(","))]
+    return [parse_arm(name) for name in split_names(names)]
+
+
+def split_names(names: str) -> list[str]:
+    """Return comma-separated names, each once."""
+    return list(dict.fromkeys(part.strip() for part in names.split(",")))
 
 
 def shares(name: str, rest: Sequence[str], count: int) -> Numbers:

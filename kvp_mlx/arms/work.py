@@ -55,7 +55,7 @@ def kvp_work(
 def recompute_work(
     model: KVPModel, tokens: int, batch: int, share: float, exact_tail: int, exact_head: int = 0
 ) -> Work:
-    """Return the work of ``recompute.repair`` on ``tokens`` positions: asking, and reading what was chosen.
+    """Return the work of ``recompute.repairing`` on ``tokens`` positions: asking, and reading what was chosen.
 
     What is chosen beside the tokens at the end is taken to be spread evenly.
     """

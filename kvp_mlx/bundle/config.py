@@ -108,6 +108,10 @@ class PredictorConfig(_Part):
     preceding: int = Field(default=0, ge=0, le=MAX_PRECEDING)
 
 
+MOST_REACH = 2**16
+"""Tokens on either side of an attended one."""
+
+
 class RecomputeConfig(_Part):
     """Which prompt tokens the base reads itself, unless a request's dial says how many (``engine.recompute``).
 
@@ -130,9 +134,9 @@ class RecomputeConfig(_Part):
     asking_tokens: PositiveInt = 16
     asks: Literal["base", "prefix"] = "base"
     attention_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
-    attention_reach: NonNegativeInt = 12
-    attention_reach_before: NonNegativeInt = 0
-    lower_layers: float = Field(default=2 / 3, gt=0, le=1)
+    attention_reach: int = Field(default=12, ge=0, le=MOST_REACH)
+    attention_reach_before: int = Field(default=0, ge=0, le=MOST_REACH)
+    lower_layers: float = Field(default=2 / 3, ge=1e-3, le=1)
     upper_from: float = Field(default=0.25, ge=0, lt=1)
 
 
@@ -143,9 +147,10 @@ class MeasuredDial(_Part):
         quality: whose setting it is.
         from_tokens: length of the shortest prompts that it is for, up to the quality's next one.
         path: ``full`` where no prediction that is as good is sooner; ``auto`` predicts where that pays.
-        exact_head: see ``engine.dial.Dial``, as the next two; what is left out is as without measuring.
+        exact_head: see ``engine.dial.Dial``, as the next three; what is left out is as without measuring.
         exact_tail: see above.
         recompute: see above.
+        refine_tokens: see above.
         recovery: of the context, as measured at that length; 1 is full prefill's.
         retention: of the score of answers to questions, there, where these were asked.
         sooner: full prefill's time to the first token over its own, there.
@@ -157,14 +162,15 @@ class MeasuredDial(_Part):
     exact_head: NonNegativeInt | None = None
     exact_tail: NonNegativeInt | None = None
     recompute: float | None = Field(default=None, ge=0, le=1)
+    refine_tokens: NonNegativeInt | None = None
     recovery: FiniteFloat | None = None
     retention: FiniteFloat | None = None
     sooner: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _full_predicts_nothing(self) -> "MeasuredDial":
-        if self.path == "full" and (self.exact_head or self.exact_tail or self.recompute):
-            raise ValueError("path 'full' reads everything, so exact_head, exact_tail and recompute have no place")
+        if self.path == "full" and (self.exact_head or self.exact_tail or self.recompute or self.refine_tokens):
+            raise ValueError("path 'full' reads everything, so that exact tokens and shares beside it have no place")
         return self
 
 

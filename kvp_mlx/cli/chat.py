@@ -29,6 +29,7 @@ from .options import (
     PrefillOption,
     Quality,
     Recompute,
+    RefineTokens,
     RepetitionPenalty,
     Sampling,
     Seed,
@@ -70,11 +71,12 @@ def chat(
     exact_head: ExactHead = None,
     exact_tail: ExactTail = None,
     recompute: Recompute = None,
+    refine_tokens: RefineTokens = None,
     refine: Annotated[
         bool,
         typer.Option(
             "--refine/--no-refine",
-            help="Recompute predicted context while you read and type.",
+            help="Recompute predicted context while the model writes, and while you read and type.",
             rich_help_panel=READING,
         ),
     ] = True,
@@ -88,7 +90,14 @@ def chat(
     """
     if system is not None and cache is not None:
         raise InputError("--system and --cache both say how the conversation begins; give one.")
-    dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
+    dial = dial_of(
+        quality,
+        path=prefill,
+        exact_head=exact_head,
+        exact_tail=exact_tail,
+        recompute=recompute,
+        refine_tokens=refine_tokens,
+    )
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
     arguments = parse_template_arguments(template_arguments)
     session = Session(dial, refine and kv_bits is None and not is_launched(), max_tokens, sampling)
@@ -96,7 +105,7 @@ def chat(
 
     def start() -> bool:
         loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
-        check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
+        check_predictor(loaded, model, dial)
         session.generation = quantised_cache(loaded, kv_bits) | drafting(loaded, draft, draft_tokens, kv_bits)
         if loaded.hosts is not None and loaded.hosts.rank:
             follow(loaded, loaded.hosts)

@@ -39,6 +39,7 @@ from .options import (
     PrefillOption,
     Quality,
     Recompute,
+    RefineTokens,
     RepetitionPenalty,
     Sampling,
     Seed,
@@ -105,6 +106,7 @@ def generate(
     exact_head: ExactHead = None,
     exact_tail: ExactTail = None,
     recompute: Recompute = None,
+    refine_tokens: RefineTokens = None,
     cache: Cache = None,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     base: OtherBase = None,
@@ -124,7 +126,14 @@ def generate(
     if json and json_stream:
         raise InputError("--json and --json-stream both say what stdout holds; give one.")
     refuse_contradictions(raw=raw, cache=cache, system=system, arguments=template_arguments)
-    dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
+    dial = dial_of(
+        quality,
+        path=prefill,
+        exact_head=exact_head,
+        exact_tail=exact_tail,
+        recompute=recompute,
+        refine_tokens=refine_tokens,
+    )
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
     arguments = parse_template_arguments(template_arguments)
     text = "" if launched_rank() else prompt_text(prompt_file or [], prompt if prompt_option is None else prompt_option)
@@ -133,7 +142,7 @@ def generate(
     stdout = sys.stdout
     with clean_stdout(json or json_stream):
         loaded = open_model(model, load_any, base_name=base, allow_base_mismatch=allow_base_mismatch)
-        check_predictor(loaded, model, dial, exact_head=exact_head, exact_tail=exact_tail)
+        check_predictor(loaded, model, dial)
         options = sampling.options(len(loaded.text_tokenizer)) | quantised_cache(loaded, kv_bits)
         options |= drafting(loaded, draft, draft_tokens, kv_bits)
         if loaded.hosts is not None and loaded.hosts.rank:
@@ -276,6 +285,8 @@ def report(pieces: list[Piece], dial: Dial) -> dict[str, Any]:
         "new_tokens": last.new_tokens,
         "predicted_tokens": last.predicted_tokens,
         "exact_tokens": last.exact_tokens,
+        "refine_tokens": dial.refine_tokens,
+        "refined_tokens": last.refined_tokens,
         "draft": draft_counts(pieces),
     }
 

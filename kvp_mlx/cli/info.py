@@ -73,6 +73,7 @@ def dial_rows(dials: list[dict[str, Any]]) -> list[tuple[str, str]]:
         how = "full prefill"
         if dial["path"] != "full":
             parts = {"exact_head": "head {}", "exact_tail": "tail {}", "recompute": "recompute {:g}"}
+            parts |= {"refine_tokens": "refine {}"}
             parts |= {"recovery": "recovers {:.2f}", "retention": "keeps {:.0%} of F1", "sooner": "{:.2f}x sooner"}
             how = ", ".join(form.format(dial[name]) for name, form in parts.items() if dial[name] is not None)
         found.append((dial["quality"], f"from {dial['from_tokens']:5,} tokens: {how or 'auto'}"))
@@ -84,6 +85,7 @@ def made_line(training: dict[str, Any]) -> str:
     parts = [str(training[key]) for key in ("method",) if training.get(key)]
     parts += [f"{training[key]:,} {key}" for key in ("tokens", "minutes") if isinstance(training.get(key), int | float)]
     if "start" in training:
-        parts.append("from an earlier bundle")
+        method = training["start"].get("method") if isinstance(training["start"], dict) else None
+        parts.append("from maps in closed form" if method == "ridge" else "from an earlier bundle")
     held_out = measured_line({"on held-out text": training.get("validation")})
     return "; ".join(", ".join(part for part in group if part) for group in (parts, [held_out]) if any(group))

@@ -17,7 +17,7 @@ from ..arms.kinds import forms
 from ..bundle.loading import KVPModel, load
 from ..bundle.named import ALIAS
 from ..device.hosts import joined
-from ..engine.dial import QUALITIES, Dial
+from ..engine.dial import BESIDE_QUALITY, QUALITIES, Dial
 from ..engine.dial import Path as PrefillPath
 from ..engine.prompt import check_text
 from ..engine.speculative import Draft, Drafting
@@ -47,12 +47,14 @@ LARGEST_SEED = 2**63 - 1
 
 # What is run
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Bundle directory, Hub id or the alias of the default.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Bundle directory, Hub id or name ('kvp models ls').")]
 AnyModel = Annotated[
     str,
-    typer.Option("--model", "-m", help="Bundle, or any model that mlx-lm runs: directory, Hub id or alias."),
+    typer.Option(
+        "--model", "-m", help="Bundle, or any model that mlx-lm runs: directory, Hub id or name ('kvp models ls')."
+    ),
 ]
-ModelArgument = Annotated[str, typer.Argument(help="Bundle directory, Hub id or alias.")]
+ModelArgument = Annotated[str, typer.Argument(help="Bundle directory, Hub id or name ('kvp models ls').")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Run on a base that the bundle was not made for.")
 ]
@@ -80,7 +82,7 @@ Quality = Annotated[
     Literal["fast", "balanced", "exact"],
     typer.Option(
         "--quality",
-        help="Sets the next four, as measured with the bundle if they were; what is given beside it wins.",
+        help="Sets the next five, as measured with the bundle if they were; what is given beside it wins.",
         rich_help_panel=READING,
     ),
 ]
@@ -115,6 +117,15 @@ Recompute = Annotated[
         max=1.0,
         help="Share of the prompt's tokens that the base reads itself, on average over layers, where it matters most "
         "(default: the bundle's).",
+        rich_help_panel=READING,
+    ),
+]
+RefineTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--refine-tokens",
+        min=0,
+        help="Predicted tokens that the base reads itself beside each one that it writes; not with --kv-bits, --draft.",
         rich_help_panel=READING,
     ),
 ]
@@ -264,7 +275,7 @@ class Sampling:
         if self.seed is not None:
             mx.random.seed(self.seed)
             self.seed = None
-        top_k = self.top_k if self.top_k < vocabulary else 0
+        top_k = 1 if self.top_p == 0 else self.top_k if self.top_k < vocabulary else 0  # 0: the narrowest nucleus
         penalty = self.repetition_penalty
         processors: list[Callable[[mx.array, mx.array], mx.array]] = []
         if penalty != 1:
@@ -306,7 +317,7 @@ def open_model(name: str, load: Callable[..., KVPModel] = load, **options: Any) 
         return hosts.together(lambda: load(name, progress=progress, hosts=hosts, **options))
 
 
-def check_predictor(model: KVPModel, name: str, dial: Dial, *, exact_head: int | None, exact_tail: int | None) -> None:
+def check_predictor(model: KVPModel, name: str, dial: Dial) -> None:
     """Refuse what has nothing to do on a model without a predictor.
 
     Raises:
@@ -314,8 +325,8 @@ def check_predictor(model: KVPModel, name: str, dial: Dial, *, exact_head: int |
     """
     if model.config.has_predictor:
         return
-    given = {"--prefill kvp": dial.path == "kvp", "--recompute": dial.recompute}
-    given |= {"--exact-head": exact_head, "--exact-tail": exact_tail}
+    given = {f"--{name.replace('_', '-')}": name in dial.given and getattr(dial, name) for name in BESIDE_QUALITY}
+    given = {"--prefill kvp": dial.path == "kvp"} | given
     if idle := [option for option, value in given.items() if value]:
         raise InputError(
             f"{name} has no predictor, which {idle[0]} needs; leave it out, or {how_to_predict(model, name)}."

@@ -31,7 +31,7 @@ COMMANDS = {
     "/file": "list what goes before your next message, and take it back",
     "/stats": "what every turn took, and what the context holds",
     "/quality [fast|balanced|exact]": "show or change how prompts are read; exact reads predicted context again",
-    "/refine [on|off]": "recompute predicted context while you read and type",
+    "/refine [on|off]": "recompute predicted context while the model writes, and while you read and type",
     "/save NAME": "keep the conversation and its cache",
     "/load NAME": "go on with a saved one; 'last' is the one before the latest turn ended",
     "/clear": "begin anew (the system prompt stays)",
@@ -39,6 +39,8 @@ COMMANDS = {
     "/edit [TEXT]": "change the last message and answer it",
     "/quit": "leave (so does Ctrl-D)",
 }
+KEPT_BY_QUALITY = ("recompute", "refine_tokens")
+"""What was given beside a quality and goes on beside the next one."""
 HINT = "/help lists the commands, Alt-Enter begins a new line, Ctrl-C stops a reply, Ctrl-D leaves."
 
 
@@ -253,7 +255,8 @@ class Session:
     def _turn(self, emit: Emit, kind: str, text: tuple[str, ...], sampling: Sampling) -> None:
         """Take a turn on the worker's thread."""
         options = sampling.options(len(self.conversation.model.text_tokenizer)) | self.generation
-        options |= {"dial": self.dial, "max_tokens": self.max_tokens}
+        dial = self.dial if self.refine else self.dial.without_refinement()
+        options |= {"dial": dial, "max_tokens": self.max_tokens}
         reply = getattr(self.conversation, kind)(*text, progress=lambda done, total: emit((done, total)), **options)
         with closing(reply):
             for piece in reply:
@@ -311,8 +314,8 @@ class Session:
         if rest:
             if rest not in QUALITIES:
                 raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{rest}'.")
-            kept = tuple(name for name in self.dial.given if name == "recompute")
-            self.dial = replace(QUALITIES[rest], recompute=self.dial.recompute, given=kept)
+            kept = {name: getattr(self.dial, name) for name in self.dial.given if name in KEPT_BY_QUALITY}
+            self.dial = replace(QUALITIES[rest], **kept, given=tuple(kept))
             if rest == "exact":  # nothing predicted may answer for exact context
                 self.worker.call(lambda: self.conversation.context.keep(self.conversation.context.exact_tokens))
             self.unread_tokens = self.worker.call(self.conversation.unread_tokens)

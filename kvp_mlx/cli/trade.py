@@ -26,6 +26,7 @@ from ..evaluate.trade_off import (
     store_dials,
 )
 from ..files import check_writable, write_json, write_text
+from ..files.figures import check_picture
 from ..train.text import data_files, token_windows
 from .info import dial_rows
 from .options import (
@@ -41,6 +42,7 @@ from .options import (
     OutFile,
     Plot,
     PromptLengths,
+    RefineTokens,
     open_model,
     parse_numbers,
 )
@@ -90,6 +92,7 @@ def dial(
     recompute: Annotated[
         str | None, typer.Option(help="Shares of tokens to recompute, comma-separated.  [default: the bundle's]")
     ] = None,
+    refine_tokens: RefineTokens = None,
     balanced: Annotated[float, typer.Option(min=0, max=1, help="Recovery that balanced promises.")] = 0.97,
     fast: Annotated[float, typer.Option(min=0, max=1, help="Recovery that fast promises.")] = 0.9,
     write: Annotated[bool, typer.Option("--write", help="Keep what was found in the bundle's kvp.json.")] = False,
@@ -108,11 +111,11 @@ def dial(
     prefill's it lies; those that nothing beats are marked. Then, by prompt length, what recovers as much as each
     quality promises soonest, unless F1 says otherwise: with --write, --quality means that from then on.
     """
-    check_writable(out)
+    check_writable(out, log)
     directory = own_directory(model) if write else None
     lengths = sorted(set(parse_numbers(prompt_tokens, "--prompt-tokens")))
     shares = [None] if recompute is None else parse_shares(recompute, "--recompute")
-    choices = dials(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"), shares)
+    choices = dials(parse_numbers(heads, "--heads"), parse_numbers(tails, "--tails"), shares, refine_tokens or 0)
     if max(choice.exact_head + choice.exact_tail for choice in choices) > lengths[0] - 2:
         raise InputError("the largest head and tail leave nothing to predict; try smaller ones or longer prompts.")
     if bool(data) == bool(questions):
@@ -184,6 +187,7 @@ def pareto(
 ) -> None:
     """Score against time to first token and against prefill work, over arms, dials and bundles."""
     check_writable(plot, out)
+    check_picture(plot)
     documents = read_documents(results)
     if all(map(is_of_dials, documents)):
         show_dial_map(dial_points(documents), plot, out, json)
@@ -230,6 +234,7 @@ def report(
 ) -> None:
     """Write the page of results from their JSON documents, and the picture: a row for each task."""
     check_writable(out, plot)
+    check_picture(plot)
     parts = [read_results(folder) for folder in folders]
     if plot is not None:
         draw({title(document): points([document]) for document in parts[0]}, plot)

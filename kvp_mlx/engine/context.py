@@ -277,6 +277,10 @@ class Context:
         if was_exact:
             self.exact_tokens = length if read_by_base is None else min(length, read_by_base)
 
+    def note_exact(self, tokens: int) -> None:
+        """Note that so many of the first tokens have exact entries by now, as far as the caches hold them."""
+        self.exact_tokens = min(tokens, len(self.tokens))
+
     def idle_work(self) -> Iterator[None]:
         """Do what the next turn gains from: let the auxiliary catch up, then refine. As ``refining``."""
         if self._own_auxiliary_cache is not None:

@@ -17,9 +17,12 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..bundle.loading import KVPModel
 from ..models.entries import held_positions
 from ..models.families import Cache
-from .clock import Chooser, FirstStep, greedy
+from .clock import Chooser, FirstStep, Ready, greedy, time_first_token
+from .prefill import PrefillTimes
+from .refining_network import RefiningNetwork, can_refine
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """From token ids ``(T,)`` and logits ``(1, vocab)`` to logits, as mlx-lm's are."""
@@ -124,8 +127,8 @@ class Answer:
     """A text as it is decoded beside others.
 
     Attributes:
-        last: the prompt's last token.
-        cache: holds the tokens before it; the answers to one question share it.
+        last: the prompt's last token, or its own newest one.
+        cache: holds the tokens before that; the answers to one question share it.
         max_tokens: how many are generated at most.
         tokens: those generated so far.
     """
@@ -143,6 +146,11 @@ class Answer:
         self.tokens: list[int] = []
         self._tokenizer, self._stop = tokenizer, stop
         self._detokenizer = tokenizer.detokenizer
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more may be generated."""
+        return self.max_tokens - len(self.tokens)
 
     def text(self) -> str:
         """Return what the tokens say up to the first stop string, an end mark aside; the last thing to be called."""
@@ -165,12 +173,12 @@ def before(text: str, stop: Sequence[str]) -> str:
 
 def decode_together(network: nn.Module, answers: Sequence[Answer]) -> None:
     """Decode answers side by side, as many as ``BATCH_TOKENS`` allows; caches are left as they are."""
-    longest = max((held_positions(answer.cache) or 0) + answer.max_tokens for answer in answers)
+    longest = max((held_positions(answer.cache) or 0) + answer.tokens_left for answer in answers)
     size = max(1, min(len(answers), BATCH_TOKENS // longest))
     batch = BatchGenerator(network, completion_batch_size=size, prefill_batch_size=size)
     numbers = batch.insert(
         [[answer.last] for answer in answers],
-        [answer.max_tokens for answer in answers],
+        [answer.tokens_left for answer in answers],
         caches=[answer.cache for answer in answers],
         samplers=[answer.sampler for answer in answers],
     )
@@ -189,11 +197,41 @@ def decode_alone(network: nn.Module, answers: Sequence[Answer]) -> None:
     for answer in answers:
         cache = repeated(network, answer.cache, 1)
         steps = generate_step(
-            mx.array([answer.last]), network, max_tokens=answer.max_tokens, prompt_cache=cache, sampler=answer.sampler
+            mx.array([answer.last]), network, max_tokens=answer.tokens_left, prompt_cache=cache, sampler=answer.sampler
         )
         for token, _ in steps:
             if not answer.add(int(token)):
                 break
+
+
+def decode_refining(model: KVPModel, answer: Answer, ids: list[int], refine_tokens: int) -> bool:
+    """Decode the base's answer until a copy of its cache is exact, which becomes its own.
+
+    Args:
+        model: the bundle.
+        answer: nothing of it is decoded yet.
+        ids: the prompt.
+        refine_tokens: how many are read beside each token; none, and nothing is done.
+
+    Returns:
+        Whether the answer goes on.
+    """
+    if not refine_tokens or not can_refine(model, answer.cache):
+        return True
+    cache: Any = repeated(model.base, answer.cache, 1)
+    network: nn.Module = model.base  # for the first token, which waits for nothing to be refined
+    refining = RefiningNetwork(model.base, ids, 0, refine_tokens)
+
+    def ready(_: PrefillTimes) -> Ready:
+        return Ready(network, cache)
+
+    while answer.tokens_left and refining.exact_tokens < cache[0].offset:
+        (answer.last,) = time_first_token(ready, [answer.last], sampler=answer.sampler).tokens
+        if not answer.add(answer.last):
+            return False
+        network = refining
+    answer.cache = cache
+    return answer.tokens_left > 0
 
 
 def repeated(network: nn.Module, cache: Cache, batch: int) -> Cache:

@@ -8,6 +8,8 @@ from ..bundle.config import BundleConfig
 from ..errors import InputError
 
 Path = Literal["kvp", "full", "auto"]
+BESIDE_QUALITY = ("exact_head", "exact_tail", "recompute", "refine_tokens")
+"""What a quality sets beside the path."""
 NEW_PREDICTOR = "'kvp train MODEL --layers K --data TEXT --out DIR' makes a bundle that has one"
 
 
@@ -21,6 +23,8 @@ class Dial:
         exact_tail: predicting, it reads this many before the last, on top of the prediction.
         recompute: predicting, the share of the prompt's tokens that the base reads itself, on average over the
             predicted layers; None: the bundle's own.
+        refine_tokens: having predicted, the base itself reads this many more of the tokens beside each one that it
+            generates, from the front. It does not say how a prompt is read: dials that differ in it alone are equal.
         quality: the quality that it stands for, which a bundle may have measured dials of (``at``).
         given: names of what was chosen beside the quality, so that no measured dial replaces it.
 
@@ -32,6 +36,7 @@ class Dial:
     exact_head: int = 32
     exact_tail: int = 32
     recompute: float | None = None
+    refine_tokens: int = field(default=0, compare=False)
     quality: str | None = field(default=None, compare=False)
     given: tuple[str, ...] = field(default=(), compare=False)
 
@@ -39,8 +44,8 @@ class Dial:
         """Check the values."""
         if self.path not in get_args(Path):
             raise InputError(f"prefill is one of {', '.join(get_args(Path))}, not '{self.path}'.")
-        for name, tokens in (("exact_head", self.exact_head), ("exact_tail", self.exact_tail)):
-            if tokens < 0:
+        for name in ("exact_head", "exact_tail", "refine_tokens"):
+            if (tokens := getattr(self, name)) < 0:
                 raise InputError(f"{name} counts tokens, so it cannot be {tokens}.")
         if self.recompute is not None and not (math.isfinite(self.recompute) and 0 <= self.recompute <= 1):
             raise InputError(f"the share of tokens to recompute lies between 0 and 1, not at {self.recompute}.")
@@ -59,8 +64,12 @@ class Dial:
         if not measured:
             return own
         last = max(measured, key=lambda dial: dial.from_tokens)
-        values = last.model_dump(include={"path", "exact_head", "exact_tail", "recompute"}, exclude_none=True)
+        values = last.model_dump(include={"path", *BESIDE_QUALITY}, exclude_none=True)
         return replace(own, **{name: value for name, value in values.items() if name not in self.given})
+
+    def without_refinement(self) -> "Dial":
+        """Return the same dial that refines nothing while it decodes, whatever its quality says."""
+        return replace(self, refine_tokens=0, given=(*self.given, "refine_tokens"))
 
     def share(self, config: BundleConfig) -> float:
         """Return the share of tokens that a bundle is to recompute.
@@ -124,6 +133,7 @@ def dial_of(
     exact_head: int | None = None,
     exact_tail: int | None = None,
     recompute: float | None = None,
+    refine_tokens: int | None = None,
 ) -> Dial:
     """Return a named quality with what is given beside it; ``Dial.at`` says what that means for a prompt.
 
@@ -133,9 +143,10 @@ def dial_of(
     if quality not in QUALITIES:
         raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{quality}'.")
     given: dict[str, Any] = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
+    given |= {"refine_tokens": refine_tokens}
     given = {name: value for name, value in given.items() if value is not None}
     dial = replace(QUALITIES[quality], **given, given=tuple(given))
-    idle = [name for name in ("exact_head", "exact_tail", "recompute") if given.get(name)]
+    idle = [name for name in BESIDE_QUALITY if given.get(name)]
     if dial.path == "full" and idle:
         raise InputError(
             f"{idle[0].replace('_', ' ')} says how a prompt is predicted, and full prefill predicts nothing; leave out "

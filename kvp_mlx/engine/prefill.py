@@ -401,7 +401,7 @@ def filling(
     lag = held_positions(auxiliary_cache)
     if lag is not None and lag < ahead:
         behind = reading_prompt(model.auxiliary, ids[:, lag:ahead], auxiliary_cache, pace=pace)
-        yield from behind if times is None else _timed(behind, times, "auxiliary_prefill_ms")
+        yield from _timed(behind, times, "auxiliary_prefill_ms")
     tail = min(dial.exact_tail, end - exact)
     last = int(with_last and reads_on_top(model, dial.share(model.config), tail))
     predicting_steps = predicting(

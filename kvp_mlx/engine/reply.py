@@ -18,6 +18,7 @@ from .decode import LogitsProcessor, decode, processed
 from .dial import QUALITIES, Dial, Path, dial_of
 from .prefill import PrefillTimes, Progress
 from .prompt import allowed_tokens, encode
+from .refining_network import RefiningNetwork, refining_network
 from .speculative import DRAFT_TOKENS, Draft, Drafting, speculate
 
 
@@ -44,6 +45,7 @@ class Piece:
         generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
         from_draft: whether the auxiliary had proposed this token.
         drafted_tokens: how many it has proposed so far.
+        refined_tokens: how many of the first tokens, of prompt and answer, have full prefill's entries by now.
     """
 
     text: str
@@ -64,6 +66,7 @@ class Piece:
     generation_tps: float
     from_draft: bool = False
     drafted_tokens: int = 0
+    refined_tokens: int = 0
 
 
 def reply(
@@ -105,6 +108,9 @@ def reply(
             auxiliary that cannot draft (see ``Drafting``), or a ``draft_model``, whose own cache would lack the prompt.
     """
     model = context.model
+    is_quantised = context.is_quantised or options.get("kv_bits") is not None
+    if (is_quantised or draft != "none") and dial.refine_tokens and "refine_tokens" in dial.given:
+        raise InputError("quantised caches and drafted replies are not refined; leave out these, or refine_tokens.")
     dial = dial.at(model.config, len(ids))
     dial.share(model.config)  # refused before anything changes
     if dial.path == "auto" and context.is_quantised:
@@ -113,7 +119,6 @@ def reply(
         raise InputError(
             "a draft_model of one's own has not read what the context holds; leave it out, or let the auxiliary draft."
         )
-    is_quantised = context.is_quantised or options.get("kv_bits") is not None
     drafting = Drafting(draft, draft_tokens).settled(model, is_quantised=is_quantised)
     max_tokens = allowed_tokens(model, len(ids), max_tokens)
     choosing: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors}
@@ -121,6 +126,7 @@ def reply(
         cached = context.keep(common_prefix_len(context.tokens, ids[:-1]))
         settled = dial.settled(model.config, len(ids), cached, auto_min_tokens(model))
         generated: list[int] = []
+        refining: RefiningNetwork | None = None
         if model.hosts is not None:
             size = prefill_step_size = prefill_step_size or default_step_size()
             how = {"max_tokens": max_tokens, "stop": stop, "prefill_step_size": size, **options}
@@ -131,18 +137,25 @@ def reply(
             options["prefill_step_size"] = prefill_step_size or default_step_size()
             exact = len(ids) if context.exact_tokens == len(context.tokens) else context.exact_tokens
             speculation = speculate(context, ids, first, drafting, max_tokens=max_tokens, **choosing)
+            if not speculation and not is_quantised:
+                refining = refining_network(context, ids, settled.refine_tokens)
+            first = first if refining is None else replace(first, network=refining)
 
             def pieces() -> Generator[Piece, None, None]:
                 plain = decode(first, model.text_tokenizer, ids, max_tokens=max_tokens, **choosing, **options)
                 for piece in speculation.responses(model.text_tokenizer) if speculation else plain:
                     generated.append(piece.token)
                     drafted_tokens = speculation.drafted_tokens if speculation else 0
-                    yield _piece(piece, first, settled, len(ids), cached, exact, len(generated), drafted_tokens)
+                    refined_tokens = refining.exact_tokens if refining else exact
+                    counts = {"refined_tokens": refined_tokens, "drafted_tokens": drafted_tokens}
+                    yield _piece(piece, first, settled, len(ids), cached, exact, len(generated), **counts)
 
             with closing(pieces()) as stream:
                 yield from until(stream, stop)
         finally:
             context.grown_to(ids + generated)
+            if refining is not None:
+                context.note_exact(refining.exact_tokens)
 
 
 def until(pieces: Iterator[Piece], stop: Sequence[str]) -> Iterator[Piece]:
@@ -196,7 +209,9 @@ def _piece(
     cached_tokens: int,
     exact_tokens: int,
     generated: int,
+    *,
     drafted_tokens: int,
+    refined_tokens: int,
 ) -> Piece:
     """Return mlx-lm's record of a token with what is known of the prompt."""
     return Piece(
@@ -218,6 +233,7 @@ def _piece(
         generation_tps=piece.generation_tps,
         from_draft=piece.from_draft,
         drafted_tokens=drafted_tokens,
+        refined_tokens=refined_tokens,
     )
 
 
@@ -261,6 +277,7 @@ def stream_generate(
     exact_head: int | None = None,
     exact_tail: int | None = None,
     recompute: float | None = None,
+    refine_tokens: int | None = None,
     raw: bool = False,
     system: str | None = None,
     template_arguments: dict[str, Any] | None = None,
@@ -277,6 +294,7 @@ def stream_generate(
         exact_head: predicting, the base itself reads this many of the first prompt tokens.
         exact_tail: predicting, it reads this many before the last, on top of the prediction.
         recompute: predicting, the share of the prompt's tokens that the base reads itself, on average over layers.
+        refine_tokens: having predicted, it reads this many more of the tokens beside each one that it generates.
         raw: skip the chat template.
         system: a system message.
         template_arguments: for the chat template (``enable_thinking``, ...).
@@ -286,6 +304,13 @@ def stream_generate(
     Raises:
         InputError: see ``encode`` and ``reply``.
     """
-    dial = dial_of(quality, path=prefill, exact_head=exact_head, exact_tail=exact_tail, recompute=recompute)
+    dial = dial_of(
+        quality,
+        path=prefill,
+        exact_head=exact_head,
+        exact_tail=exact_tail,
+        recompute=recompute,
+        refine_tokens=refine_tokens,
+    )
     ids = encode(model, prompt, raw=raw, system=system, template_arguments=template_arguments)
     yield from reply(context or Context(model), ids, dial, **options)

@@ -12,7 +12,7 @@ from ..arms.arm import Arm
 from ..arms.clock import first_token
 from ..bundle.loading import KVPModel
 from ..engine.clock import Chooser, FirstToken
-from ..engine.decode import BATCH_TOKENS, Answer, decode_alone, decode_together
+from ..engine.decode import BATCH_TOKENS, Answer, decode_alone, decode_refining, decode_together
 from ..engine.prompt import check_window
 
 
@@ -92,8 +92,14 @@ def _answered(
         for question, first in zip(questions, read, strict=True)
     ]
     for numbers in batches(model, questions, read):
-        decode = decode_alone if is_uneven(read[numbers[0]]) else decode_together
-        decode(read[numbers[0]].network, [answer for number in numbers for answer in answers[number]])
+        going_on = []
+        for number in numbers:
+            arm, ids = questions[number].arm, questions[number].ids
+            refine_tokens = arm.refine_tokens(model, len(ids))
+            going_on += [one for one in answers[number] if decode_refining(model, one, ids, refine_tokens)]
+        if going_on:
+            decode = decode_alone if is_uneven(read[numbers[0]]) else decode_together
+            decode(read[numbers[0]].network, going_on)
     return [
         [Generated(answer.text(), answer.tokens, first.ttft_ms) for answer in of_question]
         for of_question, first in zip(answers, read, strict=True)

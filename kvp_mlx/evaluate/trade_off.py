@@ -15,8 +15,8 @@ from ..bundle.config import MeasuredDial, read_config
 from ..bundle.loading import KVPModel
 from ..bundle.named import DATA, NAMED
 from ..engine.context import Context
-from ..engine.decode import Answer, decode_alone
-from ..engine.dial import Dial
+from ..engine.decode import Answer, decode_alone, decode_refining
+from ..engine.dial import BESIDE_QUALITY, Dial
 from ..engine.prefill import Progress
 from ..engine.prompt import check_window
 from ..engine.reply import first_token_on
@@ -31,13 +31,15 @@ from .tasks.document import items
 from .tasks.squad import ANSWER, f1
 
 
-def dials(heads: list[int], tails: list[int], shares: Sequence[float | None] = (None,)) -> list[Dial]:
+def dials(
+    heads: list[int], tails: list[int], shares: Sequence[float | None] = (None,), refine_tokens: int = 0
+) -> list[Dial]:
     """Return full prefill and the combinations of heads, tails and shares to recompute (None: the bundle's)."""
-    combinations = product(heads, tails, shares)
-    return [Dial("full", 0, 0), *(Dial("kvp", head, tail, share) for head, tail, share in combinations)]
+    predicted = (Dial("kvp", *each, refine_tokens=refine_tokens) for each in product(heads, tails, shares))
+    return [Dial("full", 0, 0), *predicted]
 
 
-KEPT = ("exact_head", "exact_tail", "recompute", "recovery", "sooner")
+KEPT = (*BESIDE_QUALITY, "recovery", "sooner")
 
 
 class Followed(NamedTuple):
@@ -75,10 +77,11 @@ def questions_of(model: KVPModel, places: Sequence[str], tokens: int, seed: int,
     return [Followed(ANSWER.encode(model, item), question=item) for item in found]
 
 
-def own_answer(model: KVPModel, prompt: list[int], cache: Cache) -> Answer:
+def own_answer(model: KVPModel, prompt: list[int], cache: Cache, refine_tokens: int = 0) -> Answer:
     """Return the base's greedy answer, its end included, on a cache of all prompt tokens but the last."""
     answer = Answer(prompt[-1], cache, None, model.text_tokenizer, ANSWER.stop, ANSWER.max_tokens)
-    decode_alone(model.base, [answer])
+    if decode_refining(model, answer, prompt, refine_tokens):
+        decode_alone(model.base, [answer])
     return answer
 
 
@@ -133,7 +136,7 @@ def measured(model: KVPModel, followed: Followed, choices: Sequence[Dial]) -> Ro
         name = setting_of(choice)
         metrics[f"{name} ttft_ms"], cache = read_by(model, prompt, choice)
         if question is not None:
-            answer = own_answer(model, prompt, cache)
+            answer = own_answer(model, prompt, cache, choice.refine_tokens)
             said = answer.text()
             if choice == choices[0]:
                 rest, expected = [prompt[-1], *answer.tokens], said
@@ -145,16 +148,18 @@ def measured(model: KVPModel, followed: Followed, choices: Sequence[Dial]) -> Ro
 
 def setting_of(dial: Dial) -> str:
     """Return the short name of a dial whose bundle is known."""
-    return "full" if dial.path == "full" else f"{dial.exact_head}+{dial.exact_tail}-{dial.recompute}"
+    refined = f"+{dial.refine_tokens}" if dial.refine_tokens else ""
+    return "full" if dial.path == "full" else f"{dial.exact_head}+{dial.exact_tail}-{dial.recompute}{refined}"
 
 
 def summarised(model: KVPModel, measurements: Sequence[Row], choices: Sequence[Dial]) -> list[dict[str, Any]]:
     """Return what documents of one length say about each dial.
 
     Returns:
-        Rows of path, exact_head, exact_tail, recompute, prompt_tokens (their mean), documents, ttft_ms (median), sooner
-        (full's over it), recovery, context_gain (nats per token that the prompt gives full prefill; recovery is a share
-        of it, and means nothing where it is not above 0), and ``is_best``: no dial that is as quick recovers more.
+        Rows of path, exact_head, exact_tail, recompute, refine_tokens, prompt_tokens (their mean), documents, ttft_ms
+        (median), sooner (full's over it), recovery, context_gain (nats per token that the prompt gives full prefill;
+        recovery is a share of it, and means nothing where it is not above 0), and ``is_best``: no dial that is as quick
+        recovers more.
         Of questions also score (mean F1 of each dial's own greedy answer), agreement (mean F1 of it with full's answer)
         and, where full's score is above 0, the retention of that with its interval.
     """
@@ -172,6 +177,7 @@ def summarised(model: KVPModel, measurements: Sequence[Row], choices: Sequence[D
             "exact_head": choice.exact_head,
             "exact_tail": choice.exact_tail,
             "recompute": 0.0 if choice.path == "full" else choice.share(model.config),
+            "refine_tokens": choice.refine_tokens,
             "prompt_tokens": round(float(np.mean([row["prompt_tokens"] for row in measurements]))),
             "documents": len(measurements),
             "ttft_ms": round(median_ms[name], 1),

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..bundle.loading import KVPModel
 from ..engine.decode import LogitsProcessor
 from ..engine.pace import Pace
+from ..engine.refining_network import RefiningNetwork
 from ..engine.speculative import Drafting, Speculation
 from ..models.families import Cache
 from .work import Work
@@ -126,6 +127,49 @@ class OneByOne:
         """See ``Batch.close``."""
 
 
+class Refined:
+    """The same, but answers behind predicted prompts are refined one by one until they are exact, and join then.
+
+    Args:
+        others: decodes those that are.
+    """
+
+    def __init__(self, others: Batch):
+        self._others = others
+        self._refining: dict[Work, RefiningNetwork] = {}
+
+    def __len__(self) -> int:
+        return len(self._refining) + len(self._others)
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter([*self._refining, *self._others])
+
+    def insert(self, work: Work) -> None:
+        """See ``Batch.insert``."""
+        network = work.refining()
+        if network is None:
+            self._others.insert(work)
+        else:
+            self._refining[work] = network
+
+    def step(self) -> list[Decoded]:
+        """See ``Batch.step``."""
+        for work, network in list(self._refining.items()):
+            if network.exact_tokens >= len(work.context.tokens):
+                del self._refining[work]
+                self._others.insert(work)
+        alone = [Decoded(work, *work.refined_step(network)) for work, network in self._refining.items()]
+        return alone + (self._others.step() if len(self._others) else [])
+
+    def remove(self, work: Work) -> tuple[Cache, list[int]] | None:
+        """See ``Batch.remove``; what was being refined is in its context."""
+        return None if self._refining.pop(work, None) else self._others.remove(work)
+
+    def close(self) -> None:
+        """See ``Batch.close``."""
+        self._others.close()
+
+
 class Drafted:
     """The same, but an answer that begins alone has the auxiliary's drafts, until another joins it.
 
@@ -193,11 +237,13 @@ class Drafted:
         self._others.close()
 
 
-Decoder = Batch | OneByOne | Drafted
+Decoder = Batch | OneByOne | Refined | Drafted
 
 
 def decoder_for(model: KVPModel, size: int, drafting: Drafting, slice_ms: float) -> Decoder:
-    """Return what decodes up to ``size`` answers of a model; see ``Drafted``."""
+    """Return what decodes up to ``size`` answers of a model; those that are drafted are not refined."""
     can_merge = all(hasattr(layer, "merge") for layer in make_prompt_cache(model.base))
     plain = Batch(model.base, size) if can_merge else OneByOne(model.base)
-    return plain if drafting.who == "none" else Drafted(plain, drafting, slice_ms)
+    if drafting.who != "none":
+        return Drafted(plain, drafting, slice_ms)
+    return Refined(plain) if isinstance(plain, Batch) else plain

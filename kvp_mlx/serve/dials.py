@@ -25,6 +25,7 @@ class KVPField(BaseModel):
     exact_head: int | None = Field(None, ge=0)
     exact_tail: int | None = Field(None, ge=0)
     recompute: float | None = Field(None, ge=0, le=1)
+    refine_tokens: int | None = Field(None, ge=0)
 
 
 def dial_for(service: Service, model: str | None, field: KVPField | None, *, has_tools: bool) -> Dial:

@@ -25,6 +25,8 @@ from .work import Work, read_together
 
 __all__ = ["QueueFullError", "Scheduler", "Ticket"]
 
+CACHE_BYTES = 4 << 30
+"""Of past requests' contexts, in memory and again on disk, unless told otherwise."""
 REFINE_AFTER_SECONDS = 0.25
 """Of nothing to do: an agent's next request comes at once, and would wait for what was begun."""
 PREPARE_AFTER_SECONDS = 2.0
@@ -62,7 +64,7 @@ class Scheduler:
         max_batch: int = 8,
         queue_limit: int = 64,
         slice_ms: float = 200.0,
-        cache_bytes: int = 4_000_000_000,
+        cache_bytes: int = CACHE_BYTES,
         cache_dir: Path | None = None,
         drafting: Drafting = NO_DRAFTS,
     ):
@@ -316,7 +318,7 @@ class Scheduler:
         is_alone = len(ready) == 1 and not len(self._decoder)
         for work in ready:
             try:
-                goes_on = not (is_alone or work.is_whole) or work.first_step()
+                goes_on = not (is_alone or work.is_whole or work.is_refined) or work.first_step()
                 work.keep()
                 if goes_on:
                     self._decoder.insert(work)

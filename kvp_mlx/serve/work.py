@@ -18,6 +18,7 @@ from ..engine.dial import QUALITIES, Dial
 from ..engine.pace import Pace, Steps
 from ..engine.prefill import PrefillTimes
 from ..engine.prompt import allowed_tokens
+from ..engine.refining_network import RefiningNetwork, refining_network
 from ..engine.reply import StopTexts
 from ..engine.speculative import Drafting, Speculation, speculate
 from ..errors import KVPError
@@ -159,6 +160,30 @@ class Work:
         (token,) = self._first.tokens
         self.tokens = [*self.ids, token]
         return self.answer(token, self._first.logprobs)
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether the base reads more of its prompt while it decodes, where that was predicted."""
+        return self.dial.refine_tokens > 0
+
+    def refining(self) -> RefiningNetwork | None:
+        """Return what decodes the rest of its answer and refines its context; None where there is nothing to refine."""
+        return refining_network(self.context, self.tokens[:-1], self.dial.refine_tokens) if self._first else None
+
+    def refined_step(self, network: RefiningNetwork) -> tuple[int, mx.array]:
+        """Choose one more token on its context, which is refined; returns it with its log-probabilities."""
+        context = self.context
+        step = time_first_token(
+            lambda _: Ready(network, context.lend()),
+            self.tokens[-1:],
+            sampler=self.sampler,
+            process=processed(self.tokens, self.processors),
+        )
+        context.take_back(context.cache, self.tokens)
+        context.note_exact(network.exact_tokens)
+        (token,) = step.tokens
+        self.tokens = [*self.tokens, token]
+        return token, step.logprobs
 
     def speculation(self, drafting: Drafting) -> Speculation | None:
         """Return what decodes the rest of its answer with drafts, on its context.

@@ -25,7 +25,19 @@ def test_an_arm_sets_its_own_ratio_and_tail():
     assert parse_arm("kvp-0-0").numbers == (0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["kvp-x", "kvp-1-2", "kvp-1-a", "kvp-1-0.5-3"])
+def test_an_arm_refines_what_it_predicts_as_its_name_says():
+    model = estimating(prefixed(llama(), 1)[0])
+    refined = parse_arm("kvp-2-0.5+32")
+    assert [refined.refine_tokens(model, tokens) for tokens in (2, 40)] == [0, 32]  # two are read in full
+    assert refined.work(model, 40) == parse_arm("kvp-2-0.5").work(model, 40)
+    assert parse_arm("kvp-2-0.5").refine_tokens(model, 40) == parse_arm("full").refine_tokens(model, 40) == 0
+    dials = (MeasuredDial(quality="balanced", from_tokens=90, exact_head=0, exact_tail=8, refine_tokens=32),)
+    model = replace(model, config=model.config.model_copy(update={"dials": dials}))
+    assert [parse_arm("balanced").refine_tokens(model, tokens) for tokens in (80, 100)] == [0, 32]
+    assert parse_arm("fast").refine_tokens(model, 100) == 0
+
+
+@pytest.mark.parametrize("name", ["kvp-x", "kvp-1-2", "kvp-1-a", "kvp-1-0.5-3", "kvp-1+3", "kvp-1-0.5+", "kvp-1-0+0.5"])
 def test_a_bad_arm_is_named(name):
     with pytest.raises(InputError):
         parse_arm(name)
@@ -73,3 +85,9 @@ def test_the_bases_weights_are_read_once():
     again = recompute_work(model, 199, 1, 1.0, 0)
     assert joined.weight_bytes == pytest.approx(alone.weight_bytes + again.weight_bytes - sum(layers[:-1]))
     assert joined.flops == pytest.approx(alone.flops + again.flops)
+
+
+def test_what_lazyllm_left_out_does_not_come_back():
+    with pytest.raises(InputError, match="falls with depth"):
+        parse_arm("lazy-0.3-0.9")
+    assert parse_arm("lazy-0.3-0.3").numbers == (0.3, 0.3)

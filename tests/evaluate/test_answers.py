@@ -18,6 +18,9 @@ from kvp_mlx.arms.kinds import parse_arm, parse_arms, with_dial
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine import decode
 from kvp_mlx.engine.clock import FirstToken
+from kvp_mlx.engine.context import Context
+from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.reply import reply
 from kvp_mlx.errors import InputError
 from kvp_mlx.evaluate import answer
 from kvp_mlx.evaluate.answer import Question, generate
@@ -63,6 +66,20 @@ def test_generated_side_by_side_is_what_mlx_lm_generates_alone(fitted: Path) -> 
     assert any(cut == whole for cut, whole in lengths)  # while others of its batch went on
     with pytest.raises(InputError, match="context window"):
         generate(model, [Question(arms[0], encoded[0] * 40)], max_tokens=8)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 24])
+def test_arms_that_refine_answer_as_the_engine_does(fitted: Path, max_tokens: int) -> None:
+    model = kvp_mlx.load(str(fitted))
+    model.text_tokenizer._eos_token_ids.clear()
+    encoded = [model.text_tokenizer.encode(TEXT[start : start + 90 + 9 * start]) for start in range(3)]
+    questions = [Question(parse_arm(name), ids) for name in ("kvp-4-0+7", "kvp-4-0", "full") for ids in encoded]
+    dials = [Dial("kvp", 0, 4, 0.0, refine_tokens=7)] * 3 + [Dial("kvp", 0, 4, 0.0)] * 3 + [Dial("full", 0, 0)] * 3
+    answers = [found.tokens for (found,) in generate(model, questions, max_tokens=max_tokens)]
+    for question, dial, tokens in zip(questions, dials, answers, strict=True):
+        expected = reply(Context(model), question.ids, dial, max_tokens=max_tokens)
+        assert tokens == [piece.token for piece in expected]
+    assert max_tokens < 24 or answers[:3] != answers[3:6]
 
 
 def test_no_more_prompts_are_read_than_memory_is_set_aside_for(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+"""Refinement while decoding: the first token is that of prediction, and soon all entries are full prefill's."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from support.scheduling import endless, plain
+from support.tiny import (
+    assert_cache_equal,
+    chat_tokenizer,
+    entries_of,
+    estimating,
+    llama,
+    openelm,
+    paired,
+    prefixed,
+    small_llama,
+    token_ids,
+)
+
+from kvp_mlx import stream_generate
+from kvp_mlx.bundle.config import MeasuredDial
+from kvp_mlx.bundle.loading import KVPModel
+from kvp_mlx.engine.context import Context, refine
+from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.prefill import base_prefill
+from kvp_mlx.engine.refining_network import RefiningNetwork
+from kvp_mlx.engine.reply import Piece, reply
+from kvp_mlx.errors import InputError
+
+KINDS = {
+    "prefix": lambda: estimating(prefixed(llama(), 1, tokenizer=chat_tokenizer())[0]),
+    "openelm prefix": lambda: prefixed(openelm(), 2, tokenizer=chat_tokenizer())[0],
+    "model": lambda: paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)), tokenizer=chat_tokenizer())[0],
+}
+PREDICTED = Dial("kvp", 4, 8, 0.0)
+REFINED = replace(PREDICTED, refine_tokens=13)
+
+
+def prompt(length: int = 60) -> list[int]:
+    return token_ids(length)[0].tolist()
+
+
+def answered(model: KVPModel, dial: Dial, max_tokens: int = 24) -> tuple[list[Piece], Context]:
+    context = Context(model)
+    return list(reply(context, prompt(), dial, max_tokens=max_tokens)), context
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_become_full_prefills(kind: str, tokens: int) -> None:
+    model, ids, rest = KINDS[kind](), prompt(), token_ids(70, seed=3)[0].tolist()
+    full = make_prompt_cache(model.base)
+    base_prefill(model, mx.array([ids]), full)
+    context = Context(model)
+    context.read([*ids, 0], PREDICTED)
+    network, errors = RefiningNetwork(model.base, ids, 4, tokens), []
+    for number, token in enumerate(rest):
+        one = mx.array([[token]])
+        expected, found = model.base(one, cache=full), network(one, context.cache)
+        errors.append(float(mx.abs(found - expected).max()))
+        held = len(ids) + number
+        exact = 4 + tokens * (number + 1)
+        assert network.exact_tokens == (held + 1 if exact >= held else exact)
+    assert errors[0] > 0.01 or tokens == 100
+    if tokens > 1:  # else each step leaves one more to read than it reads
+        assert max(errors[-(-56 // (tokens - 1)) :]) < 1e-4
+        assert_cache_equal(context.cache, entries_of(full), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reply_begins_as_predicted_and_leaves_exact_entries(kind: str) -> None:
+    model = endless(KINDS[kind]())
+    predicted, left = answered(model, PREDICTED)
+    refined, context = answered(model, REFINED)
+    assert left.exact_tokens == 4
+    assert refined[0].token == predicted[0].token
+    assert [piece.token for piece in refined] != [piece.token for piece in predicted]
+    assert (context.exact_tokens, len(context.tokens)) == (84, 84)
+    counts = [piece.refined_tokens for piece in refined]
+    assert counts == sorted(counts)
+    assert (counts[0], refined[0].exact_tokens, refined[-1].exact_tokens) == (4, 4, 4)
+    assert counts[-1] >= 60 + 23
+    expected = Context(model)
+    expected.read([*context.tokens, 0], Dial("full", 0, 0))
+    assert_cache_equal(context.cache, entries_of(expected.cache), atol=1e-4)
+
+
+def test_what_follows_is_the_bases_own_answer() -> None:
+    """Behind the same tokens, as soon as all is exact."""
+    model = endless(KINDS["prefix"]())
+    pieces, _ = answered(model, REFINED)
+    tokens = [piece.token for piece in pieces]
+    exact = next(n for n, piece in enumerate(pieces) if piece.refined_tokens >= 60 + n)
+    assert 3 <= exact <= 8
+    assert tokens[exact + 1 :] == plain(model.base, prompt() + tokens[: exact + 1], 23 - exact)
+
+
+def test_a_reply_that_ends_early_leaves_what_it_refined() -> None:
+    model = endless(KINDS["prefix"]())
+    context = Context(model)
+    pieces = reply(context, prompt(), REFINED, max_tokens=24)
+    next(pieces)
+    next(pieces)
+    pieces.close()
+    assert 4 < context.exact_tokens < 60
+    expected = Context(model)
+    expected.read([*context.tokens, 0], Dial("full", 0, 0))
+    for ours, theirs in zip(context.cache, expected.cache, strict=True):
+        for one, other in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
+            end = context.exact_tokens
+            np.testing.assert_allclose(one[..., :end, :], other[..., :end, :], atol=1e-4)
+    refine(context)
+    assert_cache_equal(context.cache, entries_of(expected.cache), atol=1e-4)
+
+
+def test_the_next_turn_goes_on_refining_what_the_last_one_left() -> None:
+    """Also where its own tokens are so few that they are read in full."""
+    model = endless(KINDS["prefix"]())
+    context = Context(model)
+    first = list(reply(context, prompt(), PREDICTED, max_tokens=2))
+    assert context.exact_tokens == 4
+    longer = [*prompt(), *(piece.token for piece in first), 9, 8]
+    pieces = list(reply(context, longer, replace(REFINED, path="auto"), max_tokens=12))
+    assert pieces[0].path == "full"
+    assert context.exact_tokens == len(context.tokens)
+
+
+def test_what_is_not_refined() -> None:
+    """Exact context, quantised caches and drafted replies: these are refused by name where refinement was asked for."""
+    pair = endless(KINDS["model"]())
+    full, _ = answered(pair, replace(REFINED, path="full", exact_head=0, exact_tail=0))
+    assert [piece.token for piece in full] == plain(pair.base, prompt(), 24)
+    given, quantised = replace(REFINED, given=("refine_tokens",)), {"kv_bits": 8, "kv_group_size": 32}
+    for options in ({"draft": "auxiliary"}, quantised):
+        with pytest.raises(InputError, match="are not refined"):
+            next(reply(Context(pair), prompt(), given, **options))
+    drafted = list(reply(Context(pair), prompt(), REFINED, max_tokens=24, draft="auxiliary"))
+    assert [piece.token for piece in drafted] == [piece.token for piece in answered(pair, PREDICTED)[0]]
+    with pytest.raises(InputError, match="refine tokens"):
+        list(stream_generate(pair, prompt(), prefill="full", refine_tokens=5))
+    with pytest.raises(InputError, match="refine_tokens counts tokens"):
+        Dial("kvp", 0, 0, refine_tokens=-1)
+
+
+def test_a_bundles_measured_dial_refines() -> None:
+    model = endless(KINDS["prefix"]())
+    dial = MeasuredDial(quality="balanced", from_tokens=0, exact_head=4, exact_tail=8, recompute=0.0, refine_tokens=13)
+    measured = replace(model, config=model.config.model_copy(update={"dials": (dial,)}))
+    expected = [piece.token for piece in answered(model, REFINED)[0]]
+    how = {"prefill": "kvp", "max_tokens": 24}
+    assert [piece.token for piece in stream_generate(measured, prompt(), **how)] == expected
+    predicted = [piece.token for piece in answered(model, PREDICTED)[0]]
+    assert [piece.token for piece in stream_generate(measured, prompt(), refine_tokens=0, **how)] == predicted
+    without = Dial("auto", quality="balanced").without_refinement().at(measured.config, 60)
+    assert (without.exact_tail, without.refine_tokens) == (8, 0)
