@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arms.arm import Arm
-from ..arms.kinds import kvp_dial
+from ..arms.kinds import KINDS, kvp_dial
 from ..bundle.loading import KVPModel
 from ..engine.context import FULL, Context
 from ..engine.dial import Dial
@@ -115,7 +115,7 @@ def dial_of_arm(arm: Arm) -> Dial:
     Raises:
         InputError: it leaves no caches that the auxiliary could go on from.
     """
-    if arm.name != "full" and not arm.kind.predicts:
+    if arm.kind not in (KINDS["full"], KINDS["kvp"]):
         raise InputError(f"drafts are measured after full and kvp, not after {arm.name}; leave it out of --arms.")
     return FULL if arm.name == "full" else kvp_dial(arm.numbers)
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import InputError
-from ..files.figures import save_figure
+from ..files.figures import check_picture, save_figure
 from .document import TTFTResult, other_file, read_result
 
 # Published: FLOPs ratio and speed-up on an M2 Pro CPU at 64 x 59 tokens (arXiv 2410.08391, OpenELM-1.1B).
@@ -48,12 +47,11 @@ def draw_ttft(results: list[dict[str, Any]], picture: Path) -> None:
     The first two panels show the first result, the third the kvp rows of all of them.
 
     Raises:
-        InputError: matplotlib is not installed, or does not know the format.
+        InputError: see ``check_picture`` and ``save_figure``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install 'kvp-mlx[plot]'.") from error
+    check_picture(picture)
+    from matplotlib.figure import Figure
+
     first = results[0]
     figure = Figure(figsize=(13, 5), layout="constrained")
     times, parts, realised = figure.subplots(1, 3)
@@ -97,7 +95,7 @@ def draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:
     totals = [sum(row[key] for key in PARTS) for row in rows]
     bottom = [0.0] * len(rows)
     for key, label in PARTS.items():
-        heights = [100 * row[key] / total for row, total in zip(rows, totals, strict=True)]
+        heights = [100 * row[key] / total if total else 0.0 for row, total in zip(rows, totals, strict=True)]
         axes.bar(labels, heights, bottom=bottom, label=label, width=0.6)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     for place, total in enumerate(totals):
@@ -131,5 +129,5 @@ def draw_realised(axes: Any, results: list[dict[str, Any]]) -> None:
     top = 1.06 * max([*axes.get_xlim(), *axes.get_ylim()])
     axes.plot([1, top], [1, top], "--", color="0.7", linewidth=1)
     axes.set(xlabel="FLOPs ratio", ylabel="times sooner", title="Realised of the arithmetic")
-    axes.set(xlim=(0.9, top), ylim=(0.9, top))
+    axes.set(xlim=(min(0.9, *axes.get_xlim()), top), ylim=(min(0.9, *axes.get_ylim()), top))
     axes.legend(frameon=False, fontsize=8, loc="upper left")

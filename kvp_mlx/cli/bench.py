@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..arms.kinds import split_names
 from ..bench.calibrate import calibrate_auto
 from ..bench.compare import compare_results
 from ..bench.decode import measure_decode
@@ -38,6 +39,7 @@ from ..engine.speculative import DRAFT_TOKENS, Drafting
 from ..errors import InputError, KVPError
 from ..files import check_writable, remove_unfinished
 from ..files.directories import scratch_directory
+from ..files.figures import check_picture
 from .device import DeviceOption, use_device
 from .options import (
     DEFAULT_EXACT_TAIL,
@@ -105,6 +107,7 @@ def ttft(
     if launched_rank():
         out = plot = None  # the first host writes
     check_writable(out, plot)
+    check_picture(plot)
     require_default_model(sweep, subject)
     with clean_stdout(json):
         loaded, text_ids = load_subject(subject, sweep)
@@ -226,7 +229,7 @@ def serve(
     counts = parse_numbers(clients, "--clients")
     if min(counts) < 1:
         raise InputError(f"--clients takes numbers from 1 up, not {min(counts)}.")
-    sweep = ServeSweep(parse_lengths(prompt_tokens), counts, arms.split(","), rounds, new_tokens, quality)
+    sweep = ServeSweep(parse_lengths(prompt_tokens), counts, split_names(arms), rounds, new_tokens, quality)
     check_writable(out)
     with scratch_directory() as place:
         with clean_stdout(json):
@@ -340,6 +343,7 @@ def plot(
 ) -> None:
     """Draw saved results: the first one's times and parts, and what all of them realise."""
     check_writable(out)
+    check_picture(out)
     draw_ttft([read_drawable(path) for path in results], out)
     say_written(out)
 

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..arms.kinds import split_names
 from ..device.machine import describe_machine
 from ..engine.dial import Dial
 from ..evaluate.diagnose import diagnose as examine
@@ -81,7 +82,7 @@ def context(
     with clean_stdout(json), progress_bar("documents") as progress:
         share = Dial("kvp", 0, exact_tail, recompute).share(loaded.config)
         documents = documents_of(loaded, data, prompt_tokens + continuation_tokens, seed, limit)
-        how: dict[str, Any] = {"exact_tail": exact_tail, "recompute": share, "arms": arms.split(",")}
+        how: dict[str, Any] = {"exact_tail": exact_tail, "recompute": share, "arms": split_names(arms)}
         result = RecoveryMeasurement(loaded, documents, continuation_tokens, **how).measure(progress)
     if per_layer:
         with clean_stdout(json), progress_lines("comparing caches layer by layer"):

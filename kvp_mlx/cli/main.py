@@ -69,9 +69,11 @@ EXAMPLES = {
     "eval dial": "kvp eval dial mine --data held-out/ --prompt-tokens 256,1024 --recompute 0,0.1 --write",
     "eval document": "kvp eval document mine --data squad.jsonl --prompt-tokens 2000,4000",
     "eval completion": "kvp eval completion mine --data src/ --prompt-tokens 1000,3000 --limit 50",
+    "eval humaneval": "kvp eval humaneval mine --data humaneval.jsonl --chat --allow-code-execution",
+    "eval lm-eval": "kvp eval lm-eval mine --tasks kvp_triviaqa --data triviaqa.jsonl --limit 20",
     "eval turns": "kvp eval turns mine --data dialogues.jsonl --limit 6",
     "eval diagnose": "kvp eval diagnose mine --data held-out/",
-    "eval suite": "kvp eval suite tasks/ --model mine --out results/",
+    "eval suite": "kvp eval suite tasks/ --model mine --results results/",
     "eval pareto": "kvp eval pareto squad.json --plot squad.png",
     "eval report": "kvp eval report results/ --out results.md",
     "bench": "kvp bench ttft --prompt-tokens 512,2048 --out result.json",
@@ -95,7 +97,7 @@ NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EILSEQ)
 """Errors of names that can be none, and no fault of the machine's."""
 OWN_CTRL_C = (["chat"], ["serve"])
 """Commands that go on after Ctrl-C, or end in their own way."""
-TASK = "kvp eval {} mine --arms full,kvp --limit 20"
+TASK = "kvp eval {} mine --data FILE --arms full,kvp --limit 20"
 """The example of a task that has none of its own above."""
 LAUNCHED = "MLX_RANK"
 """What ``mlx.launch`` sets; ``device.hosts`` takes longer to import."""
@@ -223,11 +225,18 @@ def main() -> None:
             import_module(".hosts", __package__).leave(sys.exc_info()[1])
 
 
+def clean_up_when_ended() -> None:
+    """Let whatever ends a command leave nothing half-written; under ``nohup`` a closed terminal ends nothing."""
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(end) is not signal.SIG_IGN:
+            signal.signal(end, lambda number, _: sys.exit(128 + number))
+
+
 def run() -> None:
     """Run the command line as ``main`` does, as one of several hosts where it is one."""
     prepare_streams()
     warnings.showwarning = lambda message, *_: show(f"kvp: warning: {_one_line(str(message))}", sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs are cleaned up
+    clean_up_when_ended()
     try:
         with contextlib.nullcontext() if sys.argv[1:2] in OWN_CTRL_C else leaving_on_ctrl_c():
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="kvp")
@@ -238,7 +247,7 @@ def run() -> None:
     except typer.TyperException as error:  # unknown option, bad value, ...
         context = getattr(error, "ctx", None)
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _fail(f"{message} See '{context.command_path if context else 'kvp'} --help'.", 2)
+        _fail(f"{message.rstrip('.')}. See '{context.command_path if context else 'kvp'} --help'.", 2)
     except KVPError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

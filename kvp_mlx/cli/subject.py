@@ -81,6 +81,8 @@ def load_subject(subject: Subject, sweep: Sweep) -> tuple[KVPModel, list[int]]:
     size = {"prompt_tokens": max(sweep.prompt_tokens), "batch": sweep.batch_size, "step_size": sweep.step_size}
     dtype, q_bits = None if subject.dtype is None else subject.dtype.value, subject.q_bits
     if subject.preset is not None:
+        if subject.base is not None or subject.model != DEFAULT_MODEL:
+            raise InputError("--preset builds a published pair with random weights; leave out --model and --base.")
         if is_launched():
             raise InputError("a published pair runs on one host; leave out --preset.")
         with progress_lines(f"building {subject.preset}"):

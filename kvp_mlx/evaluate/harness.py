@@ -20,6 +20,7 @@ from .likelihood import Scoring, all_predicted, check_continuations, predicted_l
 from .records import read_records
 
 try:
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
@@ -153,8 +154,8 @@ def run_harness(
                 bootstrap_iters=0,
                 verbosity="ERROR",
             )
-        except (OSError, ConnectionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except (OSError, ConnectionError, ValueError, AssertionError, KeyError, TemplateError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({reason}); try --data.") from error
 
 

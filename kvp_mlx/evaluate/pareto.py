@@ -8,7 +8,7 @@ from typing import Any
 from ..arms.kinds import parse_arm
 from ..errors import InputError
 from ..files import read_json
-from ..files.figures import save_figure
+from ..files.figures import check_picture, save_figure
 from .dial_map import is_of_dials
 from .document import Dials, Points, checked_document
 from .tasks import all_tasks
@@ -144,15 +144,14 @@ def picture(out: Path, columns: int, rows: int = 1) -> Iterator[Sequence[Sequenc
     """Give rows of panels, with one scale of scores in each, to draw on; at the end they are a file.
 
     Raises:
-        InputError: matplotlib is not installed, or as ``save_figure``.
+        InputError: see ``check_picture`` and ``save_figure``.
     """
-    try:
-        import matplotlib
+    check_picture(out)
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise InputError("pictures need matplotlib; pip install 'kvp-mlx[plot]', or leave out --plot.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, panels = pyplot.subplots(rows, columns, figsize=(6 * columns, 5 * rows), sharey="row", squeeze=False)
     try:
         yield panels.tolist()

@@ -44,6 +44,11 @@ def read_records(places: Iterable[str], fields: Mapping[str, Kind]) -> list[dict
     return records
 
 
+def name_of(record: Mapping[str, Any], number: int) -> str:
+    """Return what names a record in a log: its id, or its number where it has none."""
+    return str(number if record.get("id") is None else record["id"])
+
+
 def checked(record: dict[str, Any], fields: Mapping[str, Kind], place: str) -> dict[str, Any]:
     """Return a record that has its fields.
 

@@ -1,5 +1,6 @@
 """One way to carry out any task on its data: what ``kvp eval TASK`` and the suite do."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,15 @@ def items_of(run: Run, model: KVPModel) -> list[Item]:
     """Return what a run asks.
 
     Raises:
-        InputError: nothing, the data being too short or unanswerable.
+        InputError: nothing, the data being too short or unanswerable; or two items of one name, of which a log would
+            have one.
     """
     items = run.items(model)[: run.limit]
     if not items:
         raise InputError(f"the data holds nothing that {run.task} could ask; give other --data or shorter lengths.")
+    name, count = Counter(item.id for item in items).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{count} records are called {name[:80]!r}; give each an id of its own, and every file once.")
     return items
 
 

@@ -41,6 +41,8 @@ MEMORY_BYTES = 2**30
 ISOLATION = "KVP_CODE_ISOLATION"
 FENCE = Path(__file__).with_name("fence.py")
 MESSAGES = Path(__file__).with_name("messages.py")
+OWN = "_kvp_messages"
+"""Where a judged program's processes keep what ``messages`` defines, apart from names of its own."""
 MACOS = "(version 1)(allow default)(deny network*)(deny file-write*)(deny process-fork)(deny signal (target others))"
 
 
@@ -101,11 +103,11 @@ def can_isolate() -> bool:
 
 def is_right(program: Judged, limits: Limits) -> bool:
     """Let the tests ask the solution, each in a process of its own."""
-    messages = MESSAGES.read_text(encoding="utf-8")
+    messages = f"{OWN} = {{}}\nexec({MESSAGES.read_text(encoding='utf-8')!r}, {OWN})"
     with pipe() as (asked, ask), pipe() as (answered, answer):
-        serve = f"{messages}\nserve({program.entry_point}, {asked}, {answer})\n"
-        judge = f"{messages}\n{program.entry_point} = Candidate({ask}, {answered})\n"
-        check = f"{program.tests}\ncheck({program.entry_point})\n"
+        serve = f"{messages}\n{OWN}['serve']({program.entry_point}, {asked}, {answer})\n"
+        judge = f"{messages}\n{program.entry_point} = {OWN}['asked'] = {OWN}['Candidate']({ask}, {answered})\n"
+        check = f"{program.tests}\ncheck({OWN}['asked'])\n"
         with running([program.solution, serve], limits, (asked, answer)) as (_, _):
             os.close(asked)
             os.close(answer)

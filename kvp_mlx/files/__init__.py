@@ -215,8 +215,11 @@ def check_writable(*files: Path | None) -> None:
     """Refuse a file that could not be written, before any work is done.
 
     Raises:
-        InputError: a folder, or a file in no folder.
+        InputError: a folder, a file in no folder, or one file for two things.
     """
-    for file in files:
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+    named = [file for file in files if file is not None]
+    for number, file in enumerate(named):
+        if file.is_dir() or not file.absolute().parent.is_dir():
             raise InputError(f"{file} is a folder or lies in none; name a file.")
+        if file.resolve() in [other.resolve() for other in named[:number]] and not file.is_char_device():
+            raise InputError(f"{file} is to be written twice; name two files.")

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from conftest import Kvp
 from kvp_mlx.bench import ttft
+from kvp_mlx.bench.plot import draw_realised
 from kvp_mlx.bench.ttft import fresh_prompt
 
 import kvp_mlx
@@ -287,6 +288,20 @@ def test_compare_refuses_other_files(tmp_path: Path, kvp: Kvp) -> None:
     outcome = kvp("bench", "compare", good, tmp_path / "b.json")
     assert outcome.code == 2
     assert "b.json" in outcome.err
+
+
+def test_what_is_slower_is_on_the_picture_as_well(fitted: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    row = {"arm": "kvp", "prompt_tokens": 64, "speedup": 0.5, "flops_ratio": 0.8}
+    draw_realised(axes, [{"model": "tiny", "rows": [row]}])
+    assert axes.get_ylim()[0] < 0.5
+    assert axes.get_xlim()[0] < 0.8
+
+
+def test_a_preset_is_no_model(fitted: Path, kvp: Kvp) -> None:
+    outcome = kvp("bench", "ttft", "--preset", "openelm-1_1b-kvp-c-450m", "--model", fitted)
+    assert (outcome.code, "leave out --model" in outcome.err) == (2, True)
 
 
 def test_unknown_preset_is_bad_input(kvp: Kvp) -> None:

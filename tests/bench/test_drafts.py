@@ -49,9 +49,10 @@ def test_rows_by_task_arm_and_draft(draft: str, compared: tuple[str, ...]) -> No
 
 def test_what_cannot_be_measured_is_refused(fitted: Path, kvp: Kvp) -> None:
     model, _ = paired(llama(), small_llama(), ((0,), (0,), (1,), (2,)), tokenizer=chat_tokenizer())
-    with pytest.raises(InputError, match="not after auxiliary"):
-        sweep = Sweep([20], 1, parse_arms("auxiliary"), 1, 512)
-        measure_drafts(model, "tiny", [5, 6], sweep, Drafting("auxiliary"), new_tokens=2)
+    for arm in ("auxiliary", "balanced"):
+        with pytest.raises(InputError, match=f"not after {arm}"):
+            sweep = Sweep([20], 1, parse_arms(arm), 1, 512)
+            measure_drafts(model, "tiny", [5, 6], sweep, Drafting("auxiliary"), new_tokens=2)
     for options, reason in ((("--model", fitted), "cannot draft"), (("--preset", "small"), "random weights")):
         result = kvp("bench", "decode", *options, "--draft", "auto", "--prompt-tokens", "20")
         assert (result.code, reason in result.err) == (2, True)

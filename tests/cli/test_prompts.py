@@ -1,8 +1,11 @@
 """What a prompt is made of, and what is refused before a model has to read it."""
 
 import json
+import re
+import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Kvp
@@ -239,16 +242,35 @@ def test_a_cut_answer_says_so_and_an_ended_one_does_not(bundle: Path, kvp: Kvp) 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_short_help_and_an_example(name: str, kvp: Kvp) -> None:
-    assert "Example: kvp" in kvp(name, "-h").out or "| kvp" in kvp(name, "-h").out
-    for child in getattr(load_command(name), "commands", {}):
-        outcome = kvp(name, child, "-h")
-        assert outcome.code == 0
-        assert f"kvp {name} {child}" in outcome.out.split("Example:")[1]
+    command = load_command(name)
+    check_example(command, f"kvp {name}")
+    for child, found in getattr(command, "commands", {}).items():
+        check_example(found, f"kvp {name} {child}")
+        assert kvp(name, child, "-h").code == 0
+
+
+def check_example(command: Any, path: str) -> None:
+    """The example names a command, with options and values that it takes."""
+    examples = re.split(r"&&|\|", command.epilog.removeprefix("Example: "))
+    example = shlex.split(next(part for part in examples if path in part))
+    words = path.split()
+    if hasattr(command, "commands"):
+        words.append(example[len(words)])
+        command = command.commands[words[-1]]
+    assert example[: len(words)] == words
+    command.make_context(path, example[len(words) :])
 
 
 def test_the_packages_names_are_what_it_shows() -> None:
-    assert set(dir(kvp_mlx)) >= {"load", "load_any", "stream_generate", "Dial", "__version__"}
+    for name in ("load", "load_any", "stream_generate", "Dial", "__version__", *dir(kvp_mlx)):
+        assert getattr(kvp_mlx, name) is not None
     assert "importlib" not in dir(kvp_mlx)
+
+
+def test_the_narrowest_nucleus_is_the_likeliest_token(bundle: Path, kvp: Kvp) -> None:
+    common = ("generate", "Hi", "--model", bundle, "--max-tokens", 6, "--json")
+    drawn = kvp(*common, "--temperature", 5, "--top-p", 0, "--seed", 1).json()["tokens"]
+    assert drawn == kvp(*common).json()["tokens"]
 
 
 def test_info_fits_a_screen(kvp: Kvp) -> None:

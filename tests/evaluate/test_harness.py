@@ -136,6 +136,14 @@ def test_the_command(trivia: Path, fitted: Path, tmp_path: Path, kvp: Kvp) -> No
     assert outcome.code == 0, outcome.err
     assert outcome.json()["arms"]["full"]["kvp_humaneval"]["pass@1,none"] in (0, 1)
     assert "name a file" in kvp(*command, "--out", tmp_path / "no" / "x.json").err
+    for command in (
+        ("--tasks", "kvp_triviaqa", "--data", problems),
+        ("--tasks", "kvp_humaneval", "--data", trivia, "--allow-code-execution"),
+        ("--tasks", "kvp_triviaqa", "--data", trivia, "--shots", 50),
+    ):
+        refused = kvp("eval", "lm-eval", fitted, *command)
+        assert refused.code == 2, refused.err
+        assert "lm-evaluation-harness cannot run" in refused.err.splitlines()[-1]
     refused = kvp("eval", "lm-eval", fitted, "--tasks", "no_such_task")
     assert refused.code == 2
     assert "no_such_task" in refused.err

@@ -153,3 +153,48 @@ def test_records_of_other_types_are_named(record: dict, named: str, fitted: Path
     assert outcome.code == 2, outcome.err
     assert named in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_a_sum_without_a_number_is_no_sum(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "who?", "answer": "#### Arthur"}) + "\n")
+    outcome = kvp("eval", "gsm8k", fitted, "--data", tmp_path / "a.jsonl", "--shots", 0)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "'answer' is not a text with a number at its end" in outcome.err
+
+
+def test_records_of_one_name_are_refused_and_those_without_are_numbered(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    data, log, record = tmp_path / "a.jsonl", tmp_path / "log.jsonl", {"context": "a b", "question": "c?"}
+    command = ("eval", "squad", fitted, "--data", data, "--arms", "full", "--log", log, "--json")
+
+    def write(**fields: Any) -> None:
+        data.write_text("".join(json.dumps(record | {"answers": [word]} | fields) + "\n" for word in ("b", "x")))
+
+    write(id="same")
+    outcome = kvp(*command)
+    assert (outcome.code, outcome.out, log.exists()) == (2, "", False)
+    assert "2 records are called 'same'" in outcome.err
+    write(id=None)
+    assert kvp(*command).json()["n"] == 2
+    assert sorted(json.loads(line)["item"] for line in log.read_text().splitlines()[1:]) == ["0", "1"]
+
+
+def test_a_file_is_written_once(fitted: Path, tmp_path: Path, kvp: Kvp) -> None:
+    one = tmp_path / "one.json"
+    for command in (
+        ("eval", "needle", fitted, "--log", one, "--out", one),
+        ("eval", "pareto", tmp_path / "x.json", "--out", tmp_path / "a.png", "--plot", tmp_path / "." / "a.png"),
+        ("bench", "ttft", "--model", fitted, "--out", one, "--plot", one),
+    ):
+        outcome = kvp(*command)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "is to be written twice" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_measured(
+    fitted: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    result = tmp_path / "a.json"
+    outcome = kvp("bench", "ttft", "--model", fitted, "--out", result, "--plot", tmp_path / "a.xyz")
+    assert (outcome.code, outcome.out, result.exists()) == (2, "", False)
+    assert "end it in .png, .svg or .pdf" in outcome.err

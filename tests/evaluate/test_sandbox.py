@@ -13,7 +13,7 @@ import pytest
 
 from kvp_mlx.errors import InputError
 from kvp_mlx.evaluate import sandbox
-from kvp_mlx.evaluate.sandbox import can_isolate, passes
+from kvp_mlx.evaluate.sandbox import Judged, can_isolate, passes
 from kvp_mlx.evaluate.task import Item
 from kvp_mlx.evaluate.tasks.humaneval import program as program_of
 
@@ -180,6 +180,17 @@ def test_tests_may_use_what_the_problem_defines() -> None:
     )
     assert passes(program_of(item, "    return double(x)\n"))
     assert not passes(program_of(item, "    return 4\ndef double(x): return 8\n"))
+
+
+@pytest.mark.parametrize("name", ["pack", "unpack", "send", "received", "serve", "json", "os", "Candidate", "check"])
+def test_a_programs_names_are_its_own(name: str) -> None:
+    tests = "def check(candidate):\n    assert candidate([1, 2, 3]) == 6\n"
+    helper = f"def {name}(x):\n    return sum(x)\n\ndef f(x):\n    return {name}(x)\n"
+    assert passes(Judged(helper, "f", "", tests))
+    assert passes(Judged(f"def {name}(x):\n    return sum(x)\n", name, "", tests))
+    used = f"def check(candidate):\n    assert candidate([1, 2]) == {name}([1, 2])\n"
+    given = f"def {name}(x):\n    return sum(x)\n"
+    assert name == "check" or passes(Judged("def f(x):\n    return sum(x)\n", "f", given, used))
 
 
 def test_asyncio_works() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from kvp_mlx.engine.decode import before
 from kvp_mlx.evaluate.intervals import bootstrap
-from kvp_mlx.evaluate.tasks import squad
+from kvp_mlx.evaluate.tasks import gsm8k, squad
 from kvp_mlx.evaluate.tasks.gsm8k import last_number
 from kvp_mlx.evaluate.tasks.humaneval import pass_at_k
 from kvp_mlx.evaluate.tasks.triviaqa import exact_match
@@ -30,6 +30,20 @@ def test_last_number() -> None:
     assert last_number("from 3 to $1,250.50.") == 1250.5
     assert last_number("-7 degrees") == -7
     assert last_number("none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"so \boxed{18 \text{ km}^2}", 18),
+        (r"\boxed{1{,}000\text{ m}^{2}} of them, not 7", 1000),
+        (r"\boxed{12 cm^3}", 12),
+        ("the pages 3-4", 4),
+        ("it sank to -4", -4),
+    ],
+)
+def test_solution(text: str, number: float) -> None:
+    assert gsm8k.solution(text) == number
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass() -> None:

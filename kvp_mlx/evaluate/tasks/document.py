@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ...bundle.loading import KVPModel
 from ...engine.prompt import check_window
 from ..generation import measure_generation
-from ..records import TEXT, TEXTS, hashes, read_records, shuffled
+from ..records import TEXT, TEXTS, hashes, name_of, read_records, shuffled
 from ..task import Item, Place, Run, Task
 from .squad import ANSWER, solved_and
 
@@ -32,7 +32,7 @@ def items(places: Sequence[str], tokenizer: TokenizerWrapper, lengths: Sequence[
         room = length - size(solved_and(record | {"context": ""}))
         if record["answers"] and paragraphs[record["context"]] <= room < sum(paragraphs.values()):
             document = document_around(record["context"], paragraphs, room, random.Random(f"{seed} {number}"))
-            name = str(record.get("id", number))
+            name = name_of(record, number)
             yield Item(name, solved_and(record | {"context": document}), record["answers"], {"length": length})
 
 

@@ -6,19 +6,31 @@ from dataclasses import replace
 from typing import Any
 
 from ..generation import Generation, measure_generation
-from ..records import TEXT, after_examples, hashes, read_records
+from ..records import TEXT, Kind, after_examples, hashes, read_records
 from ..task import Item, Place, Run, Scores, Task
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 """How models that were trained on sums mark the solution in a chat; braces of units may stand in it."""
-SPACING = re.compile(r"\\[,!]|\{,\}")
-"""LaTeX's, around separators of thousands."""
+SPACING = re.compile(r"\\[,!]|\{,\}|(?<=[A-Za-z}])\^(?:\{\d+\}|\d)")
+"""LaTeX's, around separators of thousands; and the powers of units."""
+
+
+SOLVED: Kind = ("a text with a number at its end", lambda value: isinstance(value, str) and ends_in_number(value))
+
+
+def ends_in_number(text: str) -> bool:
+    """Return whether a solution tells its number, after ``####`` where it has that."""
+    return last_number(text.rsplit("####", maxsplit=1)[-1]) is not None
 
 
 def items(places: Sequence[str], shots: int, seed: int) -> list[Item]:
-    """Return word problems after solved examples, as lm-evaluation-harness writes them."""
-    examples, asked = after_examples(read_records(places, {"question": TEXT, "answer": TEXT}), shots, seed)
+    """Return word problems after solved examples, as lm-evaluation-harness writes them.
+
+    Raises:
+        InputError: records of another task.
+    """
+    examples, asked = after_examples(read_records(places, {"question": TEXT, "answer": SOLVED}), shots, seed)
     solved = "".join(f"{question(record)} {record['answer']}\n\n" for record in examples)
     return [
         Item(str(number), solved + question(record), [record["answer"].split("####")[-1]])

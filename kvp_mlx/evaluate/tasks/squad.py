@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..generation import Generation, measure_generation
-from ..records import TEXT, TEXTS, hashes, read_records, shuffled
+from ..records import TEXT, TEXTS, hashes, name_of, read_records, shuffled
 from ..task import Item, Place, Run, Scores, Task
 
 EXAMPLE = {
@@ -25,7 +25,7 @@ def items(places: Sequence[str], seed: int) -> list[Item]:
     """
     records = shuffled(read_records(places, {"context": TEXT, "question": TEXT, "answers": TEXTS}), seed)
     return [
-        Item(str(record.get("id", number)), solved_and(record), record["answers"])
+        Item(name_of(record, number), solved_and(record), record["answers"])
         for number, record in enumerate(records)
         if record["answers"]
     ]
