@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import InputError
 from ..files import write_json
 from .gguf_config import architecture_of, mlx_name, model_config
 from .gguf_file import PLAIN, GGUFFile, GGUFTensor, read_gguf
@@ -61,6 +62,8 @@ def convert_gguf_file(
     """
     model = open_model(source, own_tokenizer=tokenizer is None)
     parts = model.file.parts
+    if precision.q_bits is not None and quantization_of(plan_tensors(model.file, model.config, np.float16)):
+        raise InputError(f"{source} is already quantised to blocks that mlx computes with; leave out --q-bits.")
     with output_directory(out, force, parts, marker="config.json") as work:
         if tokenizer is not None:
             write_any_tokenizer(tokenizer, work)
@@ -127,7 +130,6 @@ def write_model(model: GGUFModel, out: Path, dense: type, progress: Progress) ->
         progress: called with (MB done, MB to do).
     """
     plan, config = plan_tensors(model.file, model.config, dense), dict(model.config)
-    config["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in plan)
     if quantization := quantization_of(plan):
         config["quantization"] = config["quantization_config"] = quantization
     write_weights({name: array.nbytes for name, array in plan.items()}, lambda names: read(plan, names), out, progress)

@@ -14,6 +14,9 @@ from .tokenizer import Pieces, sentencepiece_tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
+STRICT = ("<unk>", "<s>", "<|endoftext|>")
+"""Of the special tokens of Phi-3's SentencePiece tokeniser, those that leave the white space behind them alone."""
+
 # Published splitting rules, as in the models' own tokenizer.json
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -139,17 +142,22 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> Token
         whole=special | {i for i, kind in enumerate(kinds) if kind in (UNUSED, BYTE, USER_DEFINED)},
     )
     tokenizer = sentencepiece_tokenizer(pieces, prefix=file.flag("tokenizer.ggml.add_space_prefix", True))
-    _add_tokens(tokenizer, tokens, kinds)
+    _add_tokens(tokenizer, tokens, kinds, takes_spaces=file.text("general.architecture") == "phi3")
     return tokenizer
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Let control tokens and user-defined ones be found in text before it is cut."""
-    pairs = list(zip(tokens, kinds, strict=True))
-    control = [AddedToken(token, normalized=False, special=True) for token, kind in pairs if kind == CONTROL]
-    defined = [AddedToken(token, normalized=False, special=False) for token, kind in pairs if kind == USER_DEFINED]
-    tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens(defined)
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int], *, takes_spaces: bool = False) -> None:
+    """Let control tokens and user-defined ones be found in text before it is cut.
+
+    With ``takes_spaces`` they take the white space behind them, as Phi-3's do, for which GGUF has no field.
+    """
+    for kind in (CONTROL, USER_DEFINED):
+        added = [
+            AddedToken(token, normalized=False, special=kind == CONTROL, rstrip=takes_spaces and token not in STRICT)
+            for token, own in zip(tokens, kinds, strict=True)
+            if own == kind
+        ]
+        (tokenizer.add_special_tokens if kind == CONTROL else tokenizer.add_tokens)(added)
 
 
 def _finish(

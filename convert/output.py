@@ -63,7 +63,7 @@ def output_directory(out: Path, force: bool, sources: Iterable[Path], *, marker:
     """Yield a temporary directory that becomes ``out`` when the block ends without an error.
 
     Raises:
-        InputError: ``out`` is taken or overlaps a source (see ``files.require_free``).
+        InputError: ``out`` is taken or overlaps a source (see ``files.directories.require_free``).
         KVPError: the machine failed to write.
     """
     require_free(out, force, sources=sources, marker=marker)
@@ -164,6 +164,7 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
     if precision.q_bits is not None:
         if "quantization" in config:
             raise InputError("the model is already quantised; leave out --q-bits.")
+        _check_widths(model, precision.group_size)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
                 model, config = quantize_model(model, config, precision.group_size, precision.q_bits)
@@ -186,6 +187,17 @@ def rewrite_model(source: Path, out: Path, precision: Precision, progress: Progr
     if precision.dtype is not None:
         config |= {key: precision.dtype for key in ("dtype", "torch_dtype") if key in config}
     save_config(config, out / "config.json")
+
+
+def _check_widths(model: nn.Module, group_size: int) -> None:
+    """Refuse groups that divide no matrix's width; where they divide some, mlx-lm leaves the others as they are.
+
+    Raises:
+        InputError: nothing would be quantised.
+    """
+    widths = [module.weight.shape[-1] for module in model.modules() if hasattr(module, "to_quantized")]
+    if all(width % group_size for width in widths):
+        raise InputError(f"no matrix has a width that groups of {group_size} divide; choose another --q-group-size.")
 
 
 def finish_model(

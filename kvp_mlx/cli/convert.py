@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..bundle.config import read_config
 from ..bundle.named import find_model
 from ..convert.bundles.kvp import convert_kvp
 from ..convert.bundles.verify import verify_conversion
@@ -127,7 +128,7 @@ def gguf(
     upload: Upload = None,
     json: Json = False,
 ) -> None:
-    """Convert a GGUF file: llama, qwen2, qwen3 or phi3, in any quantisation.
+    """Convert a GGUF file, in any quantisation, of llama, qwen2, qwen3, qwen3moe, gemma3 or phi3.
 
     Files in Q4_0, Q4_1 or Q8_0 stay bit for bit, others become fp16 (smaller with --q-bits).
     """
@@ -170,6 +171,11 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload a bundle or model to the Hugging Face Hub."""
+    if (directory / "kvp.json").is_file() and Path(place := read_config(directory).base.path or "").is_absolute():
+        raise InputError(
+            f"{directory} names its base by a path of this machine, {place}, where nobody else finds it; fit it on a "
+            "Hub id or a named base."
+        )
     with clean_stdout(json), progress_lines(f"uploading {directory} ({directory_bytes(directory) // 10**6} MB)"):
         url = push_directory(directory, repository, private=private)
     if json:

@@ -57,7 +57,7 @@ def push_directory(directory: Path, repository: str, *, private: bool = False) -
     """
     if not any((directory / name).is_file() for name in ("kvp.json", "config.json")):
         raise InputError(f"{directory} is neither a bundle nor a model directory; convert or fit one first.")
-    if repository.count("/") != 1 or not all(repository.split("/")):
+    if not HUB_ID.fullmatch(repository):
         raise InputError(f"'{repository}' is no Hub repository; give it as owner/name.")
     from huggingface_hub import HfApi
 

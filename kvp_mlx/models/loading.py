@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from ..device import blas, jit
 from ..device.hosts import Hosts
 from ..errors import BundleError, InputError
-from ..files import expanded, read_json
+from ..files import expanded, parse_json, read_json
 from ..files.directories import recover
 from .families import check_architecture, check_cache, is_listed, text_model
 from .hub import download
@@ -45,7 +45,7 @@ def model_directory(name: str, revision: str | None = None, *, known: str | None
     Args:
         name: ``owner/name@revision`` pins a Hub id to a branch, tag or commit.
         revision: likewise, and wins over one in the name.
-        known: a name that the caller knows besides, for the message.
+        known: a name that the caller knows besides, one of several, for the message.
 
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
@@ -57,7 +57,7 @@ def model_directory(name: str, revision: str | None = None, *, known: str | None
     if path.is_dir():
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        named = f" or '{known}'" if known else ""
+        named = f" or '{known}'. 'kvp models ls' lists the other names" if known else ""
         raise InputError(f"{name} is no directory, Hub id (owner/name){named}.")
     hub_id, _, pinned = name.partition("@")
     return download(hub_id, revision or pinned or None)
@@ -346,11 +346,12 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     eos_token_ids = config.get("eos_token_id")
     _check_end_tokens(eos_token_ids, config, directory)
+    plain = NO_CODE | {"config": PretrainedConfig()}
     try:
         try:
-            tokenizer = mlx_lm_load_tokenizer(directory, NO_CODE, eos_token_ids=eos_token_ids)
+            how = plain if _is_whole(directory) else NO_CODE
+            tokenizer = mlx_lm_load_tokenizer(directory, how, eos_token_ids=eos_token_ids)
         except TypeError:  # of transformers' own class for config.json (EXAONE 4's), which it does not need here
-            plain = NO_CODE | {"config": PretrainedConfig()}
             tokenizer = mlx_lm_load_tokenizer(directory, plain, eos_token_ids=eos_token_ids)
     except BaseException as error:  # tokenizers and transformers raise plain Exception, or panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -358,6 +359,19 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper 
         raise BundleError(f"the tokeniser in {directory} cannot be loaded ({error}); get the model again.") from error
     _pad_token_map(tokenizer.detokenizer, config.get("vocab_size"))
     return tokenizer
+
+
+def _is_whole(directory: Path) -> bool:
+    """Return whether tokenizer.json is the tokeniser, and no class that transformers knows for some model types.
+
+    Of some (qwen2) it takes their own class whatever tokenizer_config.json names, with other rules and tokens.
+    """
+    try:
+        named = parse_json((directory / "tokenizer_config.json").read_bytes(), "tokenizer_config.json")
+    except (OSError, InputError):
+        return False
+    is_named = isinstance(named, dict) and named.get("tokenizer_class") == "PreTrainedTokenizerFast"
+    return is_named and (directory / "tokenizer.json").exists()
 
 
 def _check_end_tokens(ids: Any, config: dict[str, Any], where: Path) -> None:

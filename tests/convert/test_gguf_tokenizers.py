@@ -9,9 +9,12 @@ from conftest import Kvp
 from mlx_lm.utils import load
 from sentencepiece import SentencePieceProcessor
 from support.corenet import PIECES, train_llama_tokenizer
-from support.directories import LLAMA, write_llama
+from support.directories import LLAMA, write_llama, write_random
 from support.gguf_files import gguf_metadata, write_file
+from support.gguf_models import config_of
 from tokenizers import Tokenizer
+
+from kvp_mlx.models.loading import load_tokenizer
 
 TEXT = "I'LL pay 12345.50 € for\n\n  x.  Don't (été) HTTPServer/foo\r\n\t!"
 PIECES_OF = {
@@ -149,6 +152,41 @@ def test_sentencepiece_without_a_first_space(llama: Path, tmp_path: Path, kvp: K
     original, found = SentencePieceProcessor(model_file=str(llama)), load(str(out))[1]
     assert found.encode(" the and", add_special_tokens=False) == original.encode("the and")
     assert found.decode(found.encode("the and", add_special_tokens=False)) == "the and"
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+def test_phi_3s_special_tokens_take_the_white_space_behind_them(
+    architecture: str, llama: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    """As in its own tokenizer.json (``rstrip``), which llama.cpp follows as well."""
+    metadata = sentencepiece_metadata(llama)
+    for place, (token, kind) in {-1: ("<|user|>", 3), -2: ("<|end|>", 4), -3: ("<|endoftext|>", 3)}.items():
+        metadata["tokenizer.ggml.tokens"][place], metadata["tokenizer.ggml.token_type"][place] = token, kind
+    model = write_random(tmp_path / "model", config_of(architecture, vocab_size=PIECES))
+    tokenizer = Tokenizer.from_file(str(convert(kvp, model, **metadata) / "tokenizer.json"))
+    found = tokenizer.encode("<|user|>\nthe<|end|>\n<|endoftext|>\n", add_special_tokens=False).tokens
+    assert found.count("<0x0A>") == (1 if architecture == "phi3" else 3), found
+    assert [token.strip() for token in found if token.startswith("<|")] == ["<|user|>", "<|end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-4o"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
+def test_a_model_is_loaded_with_the_tokeniser_that_was_written(
+    architecture: str, pre: str, tmp_path: Path, kvp: Kvp
+) -> None:
+    """Not with the class that transformers has for the type of model, and the rules and tokens of that."""
+    metadata = gguf_metadata()
+    tokens = ["<end>" if token == "<|endoftext|>" else token for token in metadata["tokenizer.ggml.tokens"]]
+    tokens[290] = "12"
+    merges = [*metadata["tokenizer.ggml.merges"], "1 2"]
+    model = write_random(tmp_path / "model", config_of(architecture))
+    changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges, "tokenizer.ggml.pre": pre}
+    out = convert(kvp, model, **changes)
+    loaded = load_tokenizer(out, json.loads((out / "config.json").read_text()))
+    written = Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert len(loaded) == written.get_vocab_size() == 300
+    for text in ("x12", "hut 123 e\u0301\n\n  x", "<|im_start|>the<|im_end|>"):
+        assert loaded.encode(text) == written.encode(text).ids
 
 
 TOKENS = list(gguf_metadata()["tokenizer.ggml.tokens"])

@@ -182,7 +182,7 @@ def test_full_disk(small_disk: Path, source: Path, kvp: Kvp) -> None:
     assert list(small_disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_killed_in_the_middle(how: signal.Signals, old: Path, tmp_path: Path, kvp: Kvp) -> None:
     wide = corenet.Shape(1024, 64, [(4, 1, 2048)] * 4, vocabulary=4096)  # 120 MB
     small = corenet.Shape(64, 48, corenet.AUXILIARY.layers, vocabulary=4096)
@@ -196,7 +196,7 @@ def test_killed_in_the_middle(how: signal.Signals, old: Path, tmp_path: Path, kv
     assert running.poll() is None and leftovers(old), "it was not caught in the middle"
     running.send_signal(how)
     running.send_signal(signal.SIGCONT)
-    assert running.wait(60) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    assert running.wait(60) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}[how]
     assert contents(old) == before
     if how is not signal.SIGKILL:
         assert not leftovers(old)
