@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import BundleError
+from ..errors import BundleError, InputError
 from .config import ModelMark
 
 HEAD, TIED = "lm_head", "tie_word_embeddings"
@@ -106,6 +106,8 @@ def _rows(model: nn.Module) -> dict[str, tuple[float, ...]]:
             return
         if isinstance(module, dict) and isinstance(module.get("weight"), mx.array):
             shape, row = _row(module)
+            if not mx.isfinite(row).all().item():
+                raise InputError(f"the model's {name} holds numbers that are not finite; get the model again.")
             rows[f"{name}|{','.join(map(str, shape))}"] = tuple(float(f"{value:.4g}") for value in np.array(row))
         children = module.items() if isinstance(module, dict) else enumerate(module)
         for key, child in children:

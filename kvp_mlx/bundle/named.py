@@ -103,7 +103,9 @@ def find_model(name: str, revision: str | None = None, progress: Progress | None
     Raises:
         InputError: nothing of that name here, and no Hub to ask.
     """
-    return ensure_base(name, progress=progress) if name in NAMED else model_directory(name, revision, known=ALIAS)
+    if name in NAMED:
+        return ensure_base(name, progress=progress)
+    return model_directory(name, revision, known=ALIAS)
 
 
 def shipped_bundle(name: str) -> Path | None:

@@ -3,17 +3,14 @@
 Timing needs no checkpoint: a benchmark of a preset measures the real shapes.
 """
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import openelm
 
 from ..errors import InputError
-from ..models.loading import fit_to_device
-from ..models.openelm import CONTEXT_LENGTH, openelm_config
+from ..models.openelm import openelm_config
 from ..models.pruning import prune_config, retained_layers
 from .config import AuxiliaryConfig, BaseConfig, BundleConfig, PredictorConfig
 from .layer_map import pruned_layer_map, spread_layer_map
-from .loading import KVPModel, build_predictor
 from .predictor import KEYS_VALUES
 
 # name: (size of the base, size of the auxiliary or fraction of the base's layers that it keeps)
@@ -30,21 +27,6 @@ PRESETS: dict[str, tuple[str, str | float]] = {
     "openelm-3b-kvp-lp-0_50": ("3b", 0.5),
     "openelm-3b-kvp-lp-0_25": ("3b", 0.25),
 }
-
-
-def preset_model(name: str, seed: int = 0) -> KVPModel:
-    """Build a published configuration with seeded random weights, ready to run (no tokeniser).
-
-    Raises:
-        InputError: no preset of that name.
-    """
-    mx.random.seed(seed)
-    base, auxiliary, config = preset_parts(name)
-    predictor = build_predictor(base, auxiliary, config)
-    for model in (base, auxiliary):
-        fit_to_device(model)
-    mx.eval(predictor.parameters())
-    return KVPModel(base, auxiliary, predictor, None, config, {"max_context_length": CONTEXT_LENGTH})
 
 
 def preset_parts(name: str) -> tuple[nn.Module, nn.Module, BundleConfig]:

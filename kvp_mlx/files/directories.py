@@ -41,6 +41,8 @@ def require_free(out: Path, force: bool, *, sources: Iterable[Path] = (), marker
             raise InputError(f"{out} overlaps {source}, which is read; choose another --out.")
     if place.is_symlink():
         raise InputError(f"{out} is a link that leads in circles; choose another --out.")
+    if place == place.parent or Path.cwd().is_relative_to(place):
+        raise InputError(f"{out or '--out'} is the folder you are in, or above it; choose another --out.")
     recover(place)
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
@@ -198,6 +200,9 @@ def atomic_directory(out: Path, *, private: bool = False) -> Iterator[Path]:
             raise InputError(f"cannot write {out}: {error.strerror}; choose another place.") from error
         try:
             yield work
+        except shutil.Error as error:  # of several files that were copied
+            reason = error.args[0][-1][-1]
+            raise KVPError(f"cannot write {out} ({reason}); make room or choose another place.") from error
         except OSError as error:
             if error.errno not in OUT_OF_ROOM:
                 raise

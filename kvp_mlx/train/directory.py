@@ -18,7 +18,8 @@ LOCK = "lock"
 
 def training_directory(out: Path) -> Path:
     """Return where a run keeps its log, its state and its picture: beside the bundle that it writes."""
-    return out.with_name(out.name + ".training")
+    place = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+    return place.parent / f"{place.name}.training"
 
 
 def starting_bundle(out: Path) -> Path:

@@ -21,7 +21,7 @@ from ..bundle.mark import mark_of
 from ..bundle.named import NAMED, find_model
 from ..bundle.predictor import HIDDEN_STATE, KEYS_VALUES, Predictor
 from ..device.hosts import joined
-from ..errors import InputError
+from ..errors import InputError, KVPError
 from ..files import expanded
 from ..files.directories import atomic_directory, copy_ours, require_free
 from ..models.description import check_pruned
@@ -32,7 +32,7 @@ from ..models.pruning import retained_layers, write_pruned
 from ..models.safetensors import fingerprint, write_tensors
 from .deviation import DEVIATION_TOKENS, fit_deviation
 from .ridge import fit_predictors
-from .text import MIN_WINDOW_TOKENS, data_files, token_windows
+from .text import MIN_WINDOW_TOKENS, check_apart, data_files, token_windows
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def fit_bundles(
         InputError: unusable data, options or output.
     """
     files = data_files(data)
+    for out in wanted:
+        check_apart(out, data)
     start = time.perf_counter()
     base_path = find_model(base_name)
     for out, options in wanted.items():
@@ -132,8 +134,9 @@ def fit_bundles(
             works.append(work)
             models.append(KVPModel(base, auxiliary, predictor, tokenizer, config, base_config))
         size = 0
+        common = next(iter(wanted.values()))
         for place, work, model, record in zip(
-            places, works, models, fit_maps(models, files, options, progress), strict=True
+            places, works, models, fit_maps(models, files, common, progress), strict=True
         ):
             write_predictor(model.predictor, work / "predictor.safetensors")
             size += (work / "predictor.safetensors").stat().st_size
@@ -276,9 +279,15 @@ def write_predictor(predictor: Predictor, path: Path) -> None:
 
 
 def write_float16(arrays: dict[str, mx.array], path: Path) -> None:
-    """Write arrays as a safetensors file in fp16."""
+    """Write arrays as a safetensors file in fp16, but for those with numbers that are too large for it.
+
+    Raises:
+        KVPError: numbers that are not finite; or as ``write_tensors``.
+    """
+    if odd := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:
+        raise KVPError(f"{odd[0]} came out with numbers that are not finite; does the base model work at all?")
     halved = {name: array.astype(mx.float16) for name, array in arrays.items()}
-    write_tensors(halved, path)
+    write_tensors({name: one if mx.isfinite(one).all().item() else arrays[name] for name, one in halved.items()}, path)
 
 
 def budgeted(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:

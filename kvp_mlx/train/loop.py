@@ -138,7 +138,7 @@ def train(
     directory: Path,
     *,
     resume: bool,
-    is_kept: bool = True,
+    kept: dict[str, Any] | None = None,
     data: list[str],
     validate: Callable[[], dict[str, Any]],
     save: Callable[[dict[str, Any]], None],
@@ -153,7 +153,8 @@ def train(
         options: see ``TrainOptions``.
         directory: receives log.jsonl (a line per step and per validation) and state.safetensors.
         resume: go on from the state in ``directory``.
-        is_kept: whether the best bundle so far, which ``save`` wrote, is still there; if not, it is written anew.
+        kept: resuming, the record of the bundle that is there, the best so far, which ``save`` may have written after
+            the state; without one the bundle is gone, and is written anew.
         data: names of what ``batches`` reads; a resumed run must have the same, and the same options.
         validate: measures ``divergence`` and whatever else goes into the log.
         save: called with the record of every validation that beats the ones before.
@@ -166,8 +167,7 @@ def train(
     state = TrainingState(options={**asdict(options), "data": data})
     if resume:
         state = load_state(directory, trained, optimizer, state.options)
-        if not is_kept:
-            state.best = {}
+        state.best = kept or {}
     leads = mx.distributed.init().rank() == 0
     if options.is_over(state):
         keep_again(directory, state, trained, optimizer, validate, save)

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..bundle.loading import KVPModel
 from ..engine.dial import Dial
 from ..engine.prefill import Progress, base_prefill, predict_base_cache
-from ..errors import InputError
+from ..errors import InputError, KVPError
 from ..models.families import Cache
 from ..models.sections import early_exit, output_head, run_layers
 from .text import PromptWindow
@@ -163,8 +163,14 @@ class RecoveryMeasurement:
 
 
 def recoveries(nll: dict[str, float]) -> dict[str, float]:
-    """Return each arm's share of the log-likelihood gain that the prompt gives the full model."""
+    """Return each arm's share of the log-likelihood gain that the prompt gives the full model.
+
+    Raises:
+        KVPError: it gives none at all.
+    """
     gain = nll["no_context"] - nll["full"]
+    if gain == 0:
+        raise KVPError("the base says the same whatever it has read, so that nothing can be recovered; does it work?")
     return {arm: float((nll["no_context"] - value) / gain) for arm, value in nll.items()}
 
 

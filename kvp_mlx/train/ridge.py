@@ -50,7 +50,10 @@ class RidgeSums:
         features = self.block.in_width
         ridge = np.full(features + 1, penalty * np.trace(self.gram[:features, :features]) / features)
         ridge[-1] = 0.0
-        solution = np.linalg.solve(self.gram + np.diag(ridge), self.cross)
+        try:
+            solution = np.linalg.solve(self.gram + np.diag(ridge), self.cross)
+        except np.linalg.LinAlgError as error:
+            raise KVPError("what the maps read is the same of every token; does the base model work at all?") from error
         return solution[:-1].T, solution[-1]
 
 

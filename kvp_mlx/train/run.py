@@ -20,7 +20,7 @@ from ..bundle.config import AuxiliaryConfig, read_config
 from ..bundle.loading import KVPModel, base_directory, bundle_directory, load
 from ..bundle.named import find_model
 from ..engine.prefill import Progress
-from ..errors import InputError
+from ..errors import InputError, KVPError
 from ..files import read_json, write_json
 from ..files.directories import atomic_directory, require_free
 from ..models.description import model_without_weights
@@ -38,6 +38,7 @@ from .recovery import RecoveryMeasurement
 from .text import (
     PromptWindow,
     bucketed,
+    check_apart,
     data_files,
     full_pieces,
     is_answered,
@@ -96,6 +97,7 @@ def train_bundle(
         InputError: unusable data or output, a bundle that cannot be copied, or another process training into ``out``.
     """
     files = data_files(data)
+    check_apart(out, data)
     check_begun(out, resume, force)
     with sole_run(out):
         check_begun(out, resume, force)  # another run may have ended meanwhile
@@ -119,6 +121,7 @@ def _train(
         model = open_start(start, out, resume, force, options)
     begun = model.config.training
     is_kept = not resume or all((out / name).is_file() for name in ("kvp.json", "predictor.safetensors"))
+    kept = read_config(out).training.get("validation") if resume and is_kept else None
     options = options.settled(model)
     model = with_estimator(make_trainable(model, options))
     trained = Trained(model, options)
@@ -147,7 +150,7 @@ def _train(
             options,
             directory,
             resume=resume,
-            is_kept=is_kept,
+            kept=kept,
             data=[f"{path.resolve()} {path.stat().st_size}" for path in files],
             validate=partial(validate, measurement, phase),
             save=save,
@@ -155,17 +158,17 @@ def _train(
         )
     finally:
         if mx.distributed.init().rank() == 0:
-            draw_training(directory / "log.jsonl", directory / "loss.png")
+            with contextlib.suppress(KVPError, OSError):  # whatever ended the training is what is told
+                draw_training(directory / "log.jsonl", directory / "loss.png")
     speed = {"tokens_per_second": round(median(state.speeds), 1)} if state.speeds else {}
     taken = {"steps_taken": state.step, "tokens_taken": state.tokens, "minutes_taken": round(state.minutes, 2)}
-    kept = "trained" if state.best.get("step") else "start"
     return {
         **state.best,
         **speed,
         "flops_per_token": round(flops_per_token(model, trained, options)),
         **taken,
         "steps_now": len(state.speeds),
-        "kept": kept,
+        "kept": "trained" if state.best.get("step") else "start",
         "rewritten": not is_kept,
     }
 

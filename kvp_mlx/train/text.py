@@ -2,7 +2,7 @@
 
 import glob
 import random
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ..engine.controls import encode_apart
 from ..engine.prompt import encode_text, render_text
 from ..errors import InputError
 from ..files import expanded
+from ..models.hub import no_bars_off_terminal
 from .reader import JSON_LINES, TEXTS, holds_records, read_json_lines, read_text_pieces
 
 HUB = "hub:"
@@ -77,13 +78,25 @@ def data_files(places: Iterable[str | Path]) -> list[Path]:
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"data file {path} is none of {', '.join(SUFFIXES)}.")
         try:
-            path.name.encode()
+            str(path.resolve()).encode()
         except UnicodeEncodeError as error:  # it would not go into kvp.json
             raise InputError(f"the name of data file {str(path)!a} is not UTF-8; rename it.") from error
     return files
 
 
+def check_apart(out: Path, places: Sequence[str]) -> None:
+    """Refuse to write into a folder that is read as data: what a run writes there would be read the next time.
+
+    Raises:
+        InputError: ``out`` lies in one of the places.
+    """
+    for place in (place for place in map(str, places) if not place.startswith(HUB)):
+        if out.resolve().is_relative_to(expanded(place).resolve()):
+            raise InputError(f"--out {out} lies in {place}, which is read as data; choose another --out.")
+
+
 def _hub_dataset(name: str) -> Path:
+    no_bars_off_terminal()
     try:
         patterns = [f"*{suffix}" for suffix in SUFFIXES]
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))

@@ -226,7 +226,8 @@ def test_a_kill_at_any_moment_leaves_things_readable_or_absent(bundle):
             states.append("cache")
         if "a" in transcripts.conversation_names():
             messages, _ = transcripts.load_conversation("a")
-            assert len(set(messages[0]["content"])) >= 1
+            content = messages[0]["content"]
+            assert content == content[: len(content) // 5000] * 5000 != ""
             states.append("conversation")
     assert {"cache", "conversation"} <= set(states)
 
