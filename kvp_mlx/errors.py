@@ -13,6 +13,10 @@ class InputError(KVPError):
     exit_code = 2
 
 
+class PromptTooLongError(InputError):
+    """A prompt does not fit the model's context window."""
+
+
 class BundleError(InputError):
     """A bundle directory is incomplete, damaged or does not fit its base."""
 

@@ -5,7 +5,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..bundle.loading import KVPModel
-from ..errors import InputError
+from ..errors import InputError, PromptTooLongError
 from .controls import encode_apart, set_apart
 
 Message = dict[str, Any]
@@ -132,11 +132,11 @@ def check_size(model: KVPModel, text: str, what: str = "the prompt") -> None:
     """Refuse text that cannot fit the context window, before the work of tokenising it.
 
     Raises:
-        InputError: it has more characters than that many tokens ever stand for.
+        PromptTooLongError: it has more characters than that many tokens ever stand for.
     """
     window = model.context_length
     if window is not None and len(text) > MAX_CHARACTERS_PER_TOKEN * window:
-        raise InputError(
+        raise PromptTooLongError(
             f"{what} has {len(text):,} characters, far more than the model's context window of {window:,} tokens can "
             "hold; shorten it."
         )

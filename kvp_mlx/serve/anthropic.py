@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from ..engine.prompt import Message
 from .conversations import Tool
-from .dials import KVPField, measured
+from .dials import KVPField, measured, quality_of
 from .errors import APIError, anthropic_error
 from .json_body import JSONAnswer, read_body
 from .openai_fields import Fields, JSONObject, NonEmpty
@@ -193,7 +193,9 @@ async def messages(service: Service, request: Request) -> Response:
 
 async def count_tokens(service: Service, request: Request) -> Response:
     """Tell how many tokens a conversation has."""
-    prompt = await turn_of(await read_body(request, ConversationBody)).prompt(service)
+    turn = turn_of(await read_body(request, ConversationBody))
+    quality_of(service, turn.model)  # refused, where there is no such model
+    prompt = await turn.prompt(service)
     return JSONAnswer({"input_tokens": len(prompt.ids)})
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import InputError, KVPError
+from ..errors import InputError, KVPError, PromptTooLongError
 from .json_body import JSONAnswer
 from .ticket import QueueFullError
 
@@ -65,9 +65,15 @@ def as_api_error(error: Exception) -> APIError:
             seconds = str(error.retry_after_seconds)
             return APIError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": seconds})
         case KVPError():
-            return APIError(400, str(error)) if isinstance(error, InputError) else APIError(500, str(error))
+            return _ours(error)
     log.error("a request failed: %s", type(error).__name__, exc_info=error if log.isEnabledFor(logging.INFO) else None)
     return APIError(500, f"the server failed at this request ({type(error).__name__}).", code="server_error")
+
+
+def _ours(error: KVPError) -> APIError:
+    if isinstance(error, PromptTooLongError):  # clients that shorten their conversation look for these words
+        return APIError(400, f"prompt is too long: {error}", code="context_length_exceeded")
+    return APIError(400 if isinstance(error, InputError) else 500, str(error))
 
 
 def shutting_down() -> APIError:

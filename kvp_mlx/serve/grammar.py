@@ -14,6 +14,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+KEPT_SCHEMAS = 8
 REMEDY = "install it with 'pip install kvp-mlx[serve]'"
 
 
@@ -23,13 +24,17 @@ class Grammars:
     def __init__(self, tokenizer: TokenizerWrapper):
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
+        self._compiled = functools.lru_cache(KEPT_SCHEMAS)(self._compile)  # never advanced, only copied
 
     def compile(self, schema: str) -> "Grammar":
-        """Return what holds one answer to a schema.
+        """Return what holds one answer to a schema; the last few schemas are compiled once.
 
         Raises:
             InputError: a schema that cannot be followed, a tokeniser that llguidance cannot use, or no llguidance.
         """
+        return Grammar(self._compiled(schema).deep_copy())
+
+    def _compile(self, schema: str) -> "LLMatcher":
         try:
             from llguidance import LLMatcher
         except ImportError as error:
@@ -42,7 +47,7 @@ class Grammars:
         matcher = LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise InputError(f"the JSON schema cannot be followed: {_line(matcher.get_error())}.")
-        return Grammar(matcher)
+        return matcher
 
     def prepare(self) -> None:
         """Do what the first schema would wait for, where schemas can be followed; the whole process stands still.

@@ -54,7 +54,7 @@ async def completions(service: Service, request: Request) -> Response:
     tokenizer = service.model.text_tokenizer
     with service.scheduler.expecting():
         prompts = await run_in_threadpool(prompts_of, service, body)
-        tickets = submitted(service, [each for ids in prompts for each in _requests(service, body, dial, ids)])
+        tickets = await submitted(service, [each for ids in prompts for each in _requests(service, body, dial, ids)])
     echoes = [str(tokenizer.decode(ids)) if body.echo else "" for ids in prompts for _ in range(body.choices)]
     answers = [Completion(number, tokenizer, echo) for number, echo in enumerate(echoes)]
     return await Answers(service, body, KIND, tickets, answers).response(request)

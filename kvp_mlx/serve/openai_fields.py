@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from starlette.concurrency import run_in_threadpool
 
 from .dials import KVPField
 from .errors import APIError
@@ -105,17 +106,23 @@ def max_tokens(service: Service, asked: int | None) -> int:
     return asked if asked and asked > 0 else service.model.context_length or NO_WINDOW_TOKENS
 
 
-def submitted(service: Service, requests: Sequence[GenerationRequest]) -> list[CountedTicket]:
-    """Queue all requests, or none.
+async def submitted(service: Service, requests: Sequence[GenerationRequest]) -> list[CountedTicket]:
+    """Queue all requests, or none; off the event loop, since a schema may take seconds to compile.
 
     Raises:
-        InputError, QueueFullError, APIError: see ``Service.submit``.
+        InputError, QueueFullError, APIError: see ``Service.submit``; or more answers than there can ever be at a time.
     """
+    if len(requests) > (most := service.scheduler.capacity):
+        raise APIError(400, f"this asks for {len(requests)} answers, and {most} may be there at a time; ask for fewer.")
     tickets: list[CountedTicket] = []
-    try:
+
+    def submit() -> None:
         for request in requests:
             tickets.append(service.submit(request))
-    except Exception:
+
+    try:
+        await run_in_threadpool(submit)
+    except BaseException:  # also where the client has gone meanwhile
         for ticket in tickets:
             ticket.cancel()
         raise

@@ -92,6 +92,11 @@ class Scheduler:
     def _new_decoder(self) -> Decoder:
         return decoder_for(self._model, self._max_batch, self._drafting, self._slice_ms)
 
+    @property
+    def capacity(self) -> int:
+        """How many requests may be there at a time: those at work, and those that wait."""
+        return self._max_batch + self._limit
+
     @contextmanager
     def expecting(self) -> Iterator[None]:
         """Let idle work rest while a request is being prepared, or it waits for a step; on any thread."""
@@ -120,7 +125,9 @@ class Scheduler:
         with self._lock:
             if self._deadline is not None:
                 raise KVPError("the server is stopping.")
-            if (waiting := self._published["waiting"]) >= self._limit:
+            there = sum(self._published[name] for name in ("waiting", "reading", "running"))
+            if there >= self.capacity:
+                waiting = self._published["waiting"]
                 raise QueueFullError(min(60, max(1, math.ceil(self._mean_seconds * waiting / self._max_batch))))
             self._published["waiting"] += 1
             self._counts["requests"] += 1

@@ -98,7 +98,7 @@ class Turn:
         grammar, tokenizer = self.grammar, service.model.text_tokenizer
         with service.scheduler.expecting():
             prompt = await self.prompt(service)
-            tickets = submitted(service, [self._request(service, prompt, dial, each) for each in samplings])
+            tickets = await submitted(service, [self._request(service, prompt, dial, each) for each in samplings])
 
         def output() -> Output:
             is_call = grammar is not None and bool(self.tools)

@@ -152,6 +152,8 @@ def test_tokens_are_counted_as_they_are_read(client: anthropic.Anthropic) -> Non
     blocks = [{"type": "text", "text": "Keep the light.", "cache_control": {"type": "ephemeral"}}]
     assert client.messages.count_tokens(model="tiny", **{**asked, "system": blocks}).input_tokens == counted
     assert client.messages.count_tokens(model="tiny", messages=CALLED).input_tokens < counted
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.count_tokens(model="other", messages=CALLED)
 
 
 def test_a_conversation_as_templates_take_it() -> None:
@@ -237,6 +239,7 @@ def test_thoughts_come_where_they_are_wanted(tmp_path: Path) -> None:
         ({"extra_body": {"temperature": 1.5}}, anthropic.BadRequestError, "temperature: "),
         ({"messages": []}, anthropic.BadRequestError, "messages: "),
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, anthropic.BadRequestError, "prompt is too long: "),
+        ({"messages": [{"role": "user", "content": "x" * 99_999}]}, anthropic.BadRequestError, "prompt is too long: "),
         ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tool_choice: "),
         ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, anthropic.BadRequestError, "tools.0.type: "),
         ({"extra_body": {"kvp": {"path": "half"}}}, anthropic.BadRequestError, "kvp.path: "),

@@ -2,10 +2,15 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
+import mlx.core as mx
 import pytest
 from support.scheduling import FULL, replies, scheduler_of
+from support.serving import serving
 
 from kvp_mlx.bundle.loading import KVPModel, load_any
 from kvp_mlx.errors import InputError
@@ -67,6 +72,45 @@ def test_schemas_that_cannot_be_followed_are_refused(model: KVPModel, schema: st
         with pytest.raises(InputError, match="schema"):
             scheduler.submit(GenerationRequest([5], FULL, grammar=schema))
         assert scheduler.statistics()["waiting"] == 0
+
+
+def test_a_schema_is_compiled_once_and_answers_stay_apart(model: KVPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, compiled = Grammars(model.text_tokenizer), []
+    prepared = Grammars._prepared
+
+    def counted(own: Grammars) -> Any:
+        compiled.append(1)
+        return prepared(own)
+
+    monkeypatch.setattr(Grammars, "_prepared", counted)
+    first, second = (grammars.compile(json.dumps(SCHEMA)) for _ in range(2))
+    logits = mx.zeros((1, model.vocabulary_size))
+    before, opened = second(mx.array([5]), logits), int(mx.argmax(first(mx.array([5]), logits)))
+    first(mx.array([5, opened]), logits)
+    assert mx.array_equal(second(mx.array([5]), logits), before)
+    assert len(compiled) == 1
+
+
+def test_others_are_answered_while_a_schema_compiles(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        raise InputError("it was slow")
+
+    monkeypatch.setattr(Grammars, "compile", slow)
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "response_format": {"type": "json_object"},
+    }
+    with serving(base_dir) as (url, _), ThreadPoolExecutor() as threads:
+        asked = threads.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert begun.wait(30)
+        assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+        go_on.set()
+        assert asked.result().json()["error"]["message"] == "it was slow"
 
 
 def test_a_server_with_nothing_to_do_gets_ready_for_schemas(model: KVPModel, monkeypatch: pytest.MonkeyPatch) -> None:

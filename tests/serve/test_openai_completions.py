@@ -95,6 +95,22 @@ def test_bad_requests_are_refused(client: openai.OpenAI, options: dict[str, Any]
     assert error.value.type in ("invalid_request_error", "not_found_error")
 
 
+@pytest.mark.parametrize("prompt", ["the keeper " * 200, "x" * 100_000])
+def test_too_long_a_prompt_is_told_in_the_words_that_clients_know(client: openai.OpenAI, prompt: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt is too long: ") as error:
+        client.completions.create(model="tiny", prompt=prompt)
+    assert error.value.code == "context_length_exceeded"
+
+
+def test_more_answers_than_there_is_room_for_are_refused_at_once(
+    client: openai.OpenAI, server: tuple[str, Service]
+) -> None:
+    before = server[1].scheduler.statistics()["requests"]
+    with pytest.raises(openai.BadRequestError, match="asks for 256 answers"):
+        client.completions.create(model="tiny", prompt=[TEXT] * 16, n=16)
+    assert server[1].scheduler.statistics()["requests"] == before
+
+
 def test_tokens_as_bytes_and_text(server: tuple[str, Service]) -> None:
     tokenizer = server[1].model.text_tokenizer
     for text in (TEXT, "é🙂\n", "<|im_end|>"):

@@ -255,6 +255,16 @@ def test_only_so_many_wait_and_what_cannot_be_answered_is_refused(model: KVPMode
         assert scheduler.statistics()["waiting"] == 0
 
 
+def test_what_an_idle_server_has_room_for_does_not_wait(model: KVPModel) -> None:
+    asked = [GenerationRequest(ids, FULL, 4) for ids in prompts(*range(20, 29))]
+    with scheduler_of(model, max_batch=8, queue_limit=1) as scheduler:
+        assert scheduler.capacity == 9
+        tickets = list(map(scheduler.submit, asked))  # before any of them can have ended
+        with pytest.raises(QueueFullError):
+            scheduler.submit(GenerationRequest(prompts(30)[0], FULL, 4))
+        assert [len(found.tokens) for found in replies(*tickets)] == [4] * 9
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one(model: KVPModel) -> None:
     long, short = prompts(20_000, 20)
     with scheduler_of(model, slice_ms=5.0) as scheduler:
