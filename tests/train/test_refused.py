@@ -3,19 +3,34 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from conftest import Kvp
+from mlx.utils import tree_flatten
 from support.directories import TEXT, prose, write_llama
 from support.training import train_args
+
+import kvp_mlx
+from kvp_mlx.errors import InputError, KVPError
+from kvp_mlx.train import run
+from kvp_mlx.train.fit import write_float16
 
 
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def folder_of_no_name(place: Path) -> Path:
+    folder = place / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    return write(folder / "a.txt", prose(3000, 0))
 
 
 BAD_DATA = {
@@ -28,6 +43,7 @@ BAD_DATA = {
     "not JSON": (lambda d: write(d / "a.jsonl", '{"text": "' + prose(3000, 0) + '"}\nnonsense\n'), "line 2"),
     "not UTF-8": (lambda d: write(d / "a.txt", b"caf\xe9 " * 5000), "UTF-8"),
     "name not UTF-8": (lambda d: write(d / os.fsdecode(b"caf\xe9.txt"), prose(3000, 0)).parent, "is not UTF-8; rename"),
+    "folder not UTF-8": (folder_of_no_name, "is not UTF-8; rename"),
     "too little": (lambda d: write(d / "a.txt", prose(60, 0)), "--data"),
     "empty": (lambda d: write(d / "a.txt", ""), "0 passages of 64 tokens"),
     "dataset of no such name": (lambda d: "hub:not a name", "not a name"),
@@ -151,3 +167,87 @@ def test_too_little_memory_is_named_before_training(
     assert all(flag in outcome.err for flag in ("--window", "--right", "--batch-size", "--checkpoint"))
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_data_around_the_output_is_refused(starts: dict[str, Path], base_dir: Path, texts: Path, kvp: Kvp) -> None:
+    """What a run writes would be read as text when it is resumed."""
+    out = texts / "out"
+    for command in (
+        train_args(starts["prefix"], base_dir, texts, "--tokens", 640, "--out", out),
+        ("fit", base_dir, "--layers", 1, "--data", texts, "--out", out),
+    ):
+        outcome = kvp(*command)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert f"--out {out} lies in {texts}" in outcome.err
+    assert not list(texts.glob("*out*"))
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "./"])
+@pytest.mark.parametrize("command", ["train", "fit"])
+def test_the_folder_one_is_in_is_no_output(
+    command: str, out: str, base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    outcome = kvp(command, base_dir, "--layers", 1, "--data", texts, "--out", out)
+    assert (outcome.code, outcome.out) == (2, ""), outcome.err
+    assert outcome.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def changed(base: Path, place: Path, change: Callable[[str, mx.array], mx.array]) -> Path:
+    """Return a copy of a model with other weights."""
+    shutil.copytree(base, place)
+    weights = mx.load(str(place / "model.safetensors"))
+    mx.save_safetensors(
+        str(place / "model.safetensors"), {name: change(name, array) for name, array in weights.items()}
+    )
+    return place
+
+
+BROKEN = {
+    "a number that is none": (lambda name, x: x * mx.nan if "layers.3.mlp.up" in name else x, 2, "not finite"),
+    "zeros": (lambda name, x: mx.zeros_like(x), 1, "does the base model work"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_base_that_does_not_work_is_said_not_to(
+    name: str, base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp
+) -> None:
+    change, code, told = BROKEN[name]
+    base = changed(base_dir, tmp_path / "base", change)
+    outcome = kvp("fit", base, "--layers", 1, "--data", texts, "--tokens", 600, "--window", 64, "--out", tmp_path / "o")
+    assert (outcome.code, outcome.out) == (code, ""), outcome.err
+    assert told in outcome.err
+    assert "please report" not in outcome.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_maps_that_fp16_does_not_hold_stay_fp32(starts: dict[str, Path], tmp_path: Path) -> None:
+    model = kvp_mlx.load(str(starts["prefix"]))
+    arrays = dict(tree_flatten(model.predictor.parameters()))
+    name = next(name for name in arrays if name.endswith("weight"))
+    write_float16(arrays | {name: arrays[name].astype(mx.float32) + 1e5}, tmp_path / "predictor.safetensors")
+    stored = mx.load(str(tmp_path / "predictor.safetensors"))
+    assert stored[name].dtype == mx.float32
+    assert mx.isfinite(stored[name]).all()
+    assert {array.dtype for other, array in stored.items() if other != name} == {mx.float16}
+    with pytest.raises(KVPError, match="not finite"):
+        write_float16({name: arrays[name] * mx.inf}, tmp_path / "predictor.safetensors")
+
+
+def test_a_picture_that_fails_hides_nothing(
+    starts: dict[str, Path], base_dir: Path, texts: Path, tmp_path: Path, kvp: Kvp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise KVPError("the disk is full")
+
+    def unwritable(*_: object) -> None:
+        raise InputError("cannot write loss.png")
+
+    monkeypatch.setattr(run, "write_trained", full)
+    monkeypatch.setattr(run, "draw_training", unwritable)
+    outcome = kvp(*train_args(starts["prefix"], base_dir, texts, "--tokens", 640), "--out", tmp_path / "out")
+    assert outcome.code == 1
+    assert "the disk is full" in outcome.err

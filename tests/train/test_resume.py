@@ -18,6 +18,9 @@ from support.directories import prose
 from support.training import log_of, state_of, steps_of, train_args, training
 
 import kvp_mlx
+from kvp_mlx.bundle.config import read_config
+from kvp_mlx.train import loop, run
+from kvp_mlx.train.loop import TrainOptions
 
 STEADY = """
 import sys
@@ -114,6 +117,36 @@ def test_killed_and_resumed_is_never_interrupted(
     assert records[0]["start"] == records[1]["start"]
     assert records[0]["validation"]["step"] == records[1]["validation"]["step"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.training", "whole", "whole.training"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is written any more."""
+
+
+def test_the_best_bundle_outlives_a_kill_between_two_states(
+    starts: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written at once, the state every minute."""
+    found, step, out = {0: 1.0, 5: 0.9, 8: 0.2, 12: 0.5}, [0], tmp_path / "out"
+    options = TrainOptions(minutes=None, tokens=64 * 20, window=64, right=16, validate_every=0.0)
+    monkeypatch.setattr(
+        run, "validate", lambda *_: {"recovery": 0.5, "separation": 0.5, "divergence": found.get(step[0], 2.0)}
+    )
+
+    def progress(_: float, entry: dict) -> None:
+        step[0] = entry["step"]
+        monkeypatch.setattr(loop, "STATE_EVERY_SECONDS", 0.0 if step[0] <= 6 else 60.0)
+        if 8 in found and step[0] == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run.train_bundle(str(starts["prefix"]), [str(texts)], out, options, progress=progress)
+    assert read_config(out).training["validation"]["step"] == 8
+    before, step[0] = (out / "predictor.safetensors").read_bytes(), 6
+    del found[8]  # on another machine, say, it is not quite as good again
+    result = run.train_bundle("", [str(texts)], out, options, resume=True, progress=progress)
+    assert (result["step"], result["divergence"]) == (8, 0.2)
+    assert (out / "predictor.safetensors").read_bytes() == before
 
 
 def test_killed_at_any_moment_leaves_a_whole_bundle_or_none(
