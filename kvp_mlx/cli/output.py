@@ -102,9 +102,13 @@ def summary(piece: Piece) -> str:
     recomputed = f" ({plural(piece.recomputed_tokens, 'token')} recomputed)" if piece.recomputed_tokens else ""
     new = f"{piece.new_tokens} new token{'' if piece.new_tokens == 1 else 's'}"
     exact = "all" if piece.exact_tokens == piece.prompt_tokens else f"{piece.exact_tokens} of {piece.prompt_tokens}"
+    if piece.refined_tokens > piece.exact_tokens:
+        exact += f" exact at first, {piece.refined_tokens} in the end"
+    else:
+        exact += " exact"
     return (
         f"{new} on {piece.cached_tokens} cached, {path}, first token after {piece.ttft_ms / 1e3:.2f} s{recomputed}, "
-        f"then {piece.generation_tps:.1f} tokens/s; {exact} exact"
+        f"then {piece.generation_tps:.1f} tokens/s; {exact}"
     )
 
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from .families import inner_model, kinds_of
-from .sections import with_mixers
+from .sections import StandIn, with_mixers
 
 
 class _RoPEAt(nn.Module):
@@ -26,12 +26,28 @@ class _RoPEAt(nn.Module):
         return turned.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)  # -> (B, H, T, D)
 
 
+class _ScaledAt(StandIn):
+    """Stands in for an attention whose queries grow with their positions (Ministral 3), as mlx-lm's own call has it."""
+
+    def __init__(self, attention: nn.Module, positions: mx.array):
+        super().__init__(attention)
+        step = attention.original_max_position_embeddings
+        scale = 1 + attention.scaling_beta * mx.log(1 + mx.floor(positions / step))  # (B, T)
+        self._attention, self._scale = attention, scale[:, None, :, None]
+
+    def __call__(self, x: mx.array, _: mx.array | None, *rest: Any, **options: Any) -> mx.array:
+        output: mx.array = self._attention(x, self._scale.astype(x.dtype), *rest, **options)
+        return output
+
+
 def at_positions(model: nn.Module, positions: mx.array) -> nn.Module:
     """Return a model whose layers turn what they read to ``positions`` (B, T), sharing everything else."""
     mixers = {}
     for number, (layer, kind) in enumerate(zip(inner_model(model).layers, kinds_of(model), strict=True)):
         mixers[number] = copy.copy(layer[kind.mixer])
         mixers[number].rope = _RoPEAt(settled(mixers[number].rope, positions), positions)
+        if "scaling_beta" in vars(mixers[number]):
+            mixers[number] = _ScaledAt(mixers[number], positions)
     return with_mixers(model, mixers)
 
 

@@ -179,8 +179,8 @@ def _cut(model: nn.Module, layers: Sequence[int], *, takes_ids: bool, is_normed:
     return _with_inner(model, cut)
 
 
-class _StandIn(nn.Module):
-    """Takes over all that an inner model has, but not its call."""
+class StandIn(nn.Module):
+    """Takes over all that a module has, but not its call."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -188,7 +188,7 @@ class _StandIn(nn.Module):
         self.__dict__.update(vars(inner))
 
 
-class _Cut(_StandIn):
+class _Cut(StandIn):
     """Some layers, each called as its own kind wants it, and not by where the whole model expects which kind.
 
     Attributes:
@@ -242,7 +242,7 @@ class _NoCache:
     offset = 0
 
 
-class _Result(_StandIn):
+class _Result(StandIn):
     """Stands in for an inner model that has run already."""
 
     def __init__(self, inner: nn.Module, output: mx.array):

@@ -267,6 +267,18 @@ def test_the_packages_names_are_what_it_shows() -> None:
     assert "importlib" not in dir(kvp_mlx)
 
 
+def test_refinement_by_option(bundle: Path, kvp: Kvp) -> None:
+    common = ("generate", TEXT, "--model", bundle, "--prefill", "kvp", "--max-tokens", 12, "--json")
+    plain, refined = kvp(*common).json(), kvp(*common, "--refine-tokens", 40).json()
+    assert (plain["refine_tokens"], refined["refine_tokens"]) == (0, 40)
+    assert plain["refined_tokens"] == plain["exact_tokens"] < refined["prompt_tokens"] < refined["refined_tokens"]
+    assert plain["tokens"][0] == refined["tokens"][0]
+    for other in (("--kv-bits", 8), ("--prefill", "full")):
+        command = [each for each in common if each not in ("--prefill", "kvp")] if "--prefill" in other else common
+        outcome = kvp(*command, "--refine-tokens", 4, *other)
+        assert (outcome.code, outcome.out) == (2, ""), outcome.err
+
+
 def test_the_narrowest_nucleus_is_the_likeliest_token(bundle: Path, kvp: Kvp) -> None:
     common = ("generate", "Hi", "--model", bundle, "--max-tokens", 6, "--json")
     drawn = kvp(*common, "--temperature", 5, "--top-p", 0, "--seed", 1).json()["tokens"]

@@ -6,6 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from support import architectures, families
+from support.architectures import CONFIGS as ARCHITECTURES
+from support.architectures import bundle, random_ids
+from support.families import CONFIGS as FAMILIES
 from support.scheduling import endless, plain
 from support.tiny import (
     assert_cache_equal,
@@ -23,12 +27,14 @@ from support.tiny import (
 from kvp_mlx import stream_generate
 from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.bundle.loading import KVPModel
+from kvp_mlx.cli.output import summary
 from kvp_mlx.engine.context import Context, refine
 from kvp_mlx.engine.dial import Dial
-from kvp_mlx.engine.prefill import base_prefill
-from kvp_mlx.engine.refining_network import RefiningNetwork
+from kvp_mlx.engine.prefill import base_prefill, predict_base_cache
+from kvp_mlx.engine.refining_network import RefiningNetwork, can_refine
 from kvp_mlx.engine.reply import Piece, reply
 from kvp_mlx.errors import InputError
+from kvp_mlx.models.families import kinds_of
 
 KINDS = {
     "prefix": lambda: estimating(prefixed(llama(), 1, tokenizer=chat_tokenizer())[0]),
@@ -145,6 +151,13 @@ def test_what_is_not_refined() -> None:
         Dial("kvp", 0, 0, refine_tokens=-1)
 
 
+def test_the_line_behind_an_answer_tells_of_it() -> None:
+    model = endless(KINDS["prefix"]())
+    assert summary(answered(model, REFINED)[0][-1]).endswith("; 4 of 60 exact at first, 84 in the end")
+    assert summary(answered(model, PREDICTED)[0][-1]).endswith("; 4 of 60 exact")
+    assert summary(answered(model, Dial("full", 0, 0))[0][-1]).endswith("; all exact")
+
+
 def test_a_bundles_measured_dial_refines() -> None:
     model = endless(KINDS["prefix"]())
     dial = MeasuredDial(quality="balanced", from_tokens=0, exact_head=4, exact_tail=8, recompute=0.0, refine_tokens=13)
@@ -156,3 +169,23 @@ def test_a_bundles_measured_dial_refines() -> None:
     assert [piece.token for piece in stream_generate(measured, prompt(), refine_tokens=0, **how)] == predicted
     without = Dial("auto", quality="balanced").without_refinement().at(measured.config, 60)
     assert (without.exact_tail, without.refine_tokens) == (8, 0)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES])
+def test_every_architecture_is_refined_or_said_not_to_be(name: str) -> None:
+    base = architectures.tiny_model(name) if name in ARCHITECTURES else families.tiny_model(name)
+    model, ids = bundle(base, 1), random_ids(30, 1)
+    full, cache = (make_prompt_cache(base) for _ in range(2))
+    base_prefill(model, ids, full)
+    predict_base_cache(model, ids, cache)
+    assert can_refine(model, cache) == all(kind.is_rewritable for kind in kinds_of(base))
+    if not can_refine(model, cache):
+        return
+    read_again = make_prompt_cache(base)
+    predict_base_cache(model, ids, read_again, exact_tail=30)
+    assert_cache_equal(read_again, entries_of(full), atol=2e-3)
+    network = RefiningNetwork(base, ids[0].tolist(), 0, 9)
+    for token in random_ids(10, 1)[0].tolist():
+        expected, found = base(mx.array([[token]]), cache=full), network(mx.array([[token]]), cache)
+    assert network.exact_tokens == 40
+    np.testing.assert_allclose(found, expected, atol=2e-3)
