@@ -229,8 +229,9 @@ def describe(name: str) -> dict[str, Any]:
 def _parameters(config: BundleConfig, tensors: dict[str, TensorInfo]) -> int | None:
     """Count what a predictor holds; None where maps are quantised and nothing tells how wide they were."""
     hidden = config.base.mark.arguments.get("hidden_size") if config.base.mark else None
-    is_known = isinstance(hidden, int) and config.predictor.input == HIDDEN_STATE
-    width = hidden * (1 + config.predictor.preceding) if is_known else None
+    width = None
+    if isinstance(hidden, int) and config.predictor.input == HIDDEN_STATE:
+        width = hidden * (1 + config.predictor.preceding)
     count = 0
     for name, tensor in tensors.items():
         if name.endswith((".scales", ".biases")):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..bundle.loading import KVPModel
-from ..models.families import Cache, fixed_kinds
+from ..models.families import Cache, LayerCache, fixed_kinds
 from ..models.positions import at_positions
 from ..models.sections import output_head, run_layers
 from .context import Context
@@ -80,13 +80,14 @@ class _RefinedCache:
         offset: entries that are seen.
     """
 
-    def __init__(self, cache: KVCache, first: int, last: int, positions: mx.array):
+    def __init__(self, cache: LayerCache, first: int, last: int, positions: mx.array):
         self.offset = cache.offset + positions.shape[1] - (last - first)
         self._cache, self._first, self._last, self._positions = cache, first, last, positions
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take entries (1, H, T, D), those to replace and then new ones; returns all (1, H, S, D)."""
-        held, first, last = self._cache, self._first, self._last
+        held: Any = self._cache
+        first, last = self._first, self._last
         held.keys[..., first:last, :] = keys[..., : last - first, :]
         held.values[..., first:last, :] = values[..., : last - first, :]
         seen: tuple[mx.array, mx.array] = held.update_and_fetch(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -99,11 +100,19 @@ def test_convert_from_and_to_the_hub(base_dir: Path, tmp_path: Path, hub: FakeHu
 
 def test_what_cannot_be_pushed(bundle: Path, tmp_path: Path, hub: FakeHub, remote: Remote) -> None:
     (tmp_path / "empty").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(bundle, elsewhere)
+    config = json.loads((bundle / "kvp.json").read_text())
+    config["base"]["path"] = str(bundle / config["base"]["path"])
+    (elsewhere / "kvp.json").write_text(json.dumps(config))
     for arguments, code in (
         ((tmp_path / "empty", "me/bundle"), 2),
         ((tmp_path / "nowhere", "me/bundle"), 2),
         ((bundle, "no-owner"), 2),
         ((bundle, "a/b/c"), 2),
+        ((bundle, "a b/c"), 2),
+        ((bundle, "../x"), 2),
+        ((elsewhere, "me/bundle"), 2),
     ):
         outcome = remote("push", *arguments)
         assert outcome.code == code
