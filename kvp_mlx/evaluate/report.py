@@ -47,12 +47,24 @@ def page(parts: Sequence[Sequence[dict[str, Any]]]) -> str:
         parts: documents of one bundle each; with several, each has a heading, and the first comes first.
     """
     lines = ["# What a sooner first token costs", "", INTRODUCTION, ""]
-    level = "##" if len(parts) == 1 else "###"
+    level, names = "##" if len(parts) == 1 else "###", [models_of(documents) for documents in parts]
     for documents in parts:
         if len(parts) > 1:
-            lines += [f"## {', '.join(dict.fromkeys(str(each['model']) for each in documents))}", ""]
+            name = models_of(documents)
+            lines += [f"## {name}, maps {maps_of(documents)}" if names.count(name) > 1 else f"## {name}", ""]
         lines += [*summary_lines(documents), "", *(line for each in documents for line in section(each, level))]
     return "\n".join(lines)
+
+
+def models_of(documents: Sequence[dict[str, Any]]) -> str:
+    """Return the names of what documents are about."""
+    return ", ".join(dict.fromkeys(str(each["model"]) for each in documents))
+
+
+def maps_of(documents: Sequence[dict[str, Any]]) -> str:
+    """Return the hashes of the maps that were measured, which tell results of a bundle from those of its earlier maps."""
+    hashes = [str(each["recipe"].get("predictor", "")) for each in documents if isinstance(each.get("recipe"), dict)]
+    return " and ".join(dict.fromkeys(found.removeprefix("sha256:")[:12] for found in hashes if found))
 
 
 def summary(documents: Sequence[dict[str, Any]]) -> str:
