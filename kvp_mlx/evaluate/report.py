@@ -62,7 +62,7 @@ def models_of(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def maps_of(documents: Sequence[dict[str, Any]]) -> str:
-    """Return the hashes of the maps that were measured, which tell results of a bundle from those of its earlier maps."""
+    """Return the hashes of the maps that were measured: they tell a bundle from what it was before."""
     hashes = [str(each["recipe"].get("predictor", "")) for each in documents if isinstance(each.get("recipe"), dict)]
     return " and ".join(dict.fromkeys(found.removeprefix("sha256:")[:12] for found in hashes if found))
 

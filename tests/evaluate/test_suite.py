@@ -189,6 +189,12 @@ def test_the_page_of_several_bundles(tmp_path: Path, kvp: Kvp) -> None:
     text = (tmp_path / "page.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert [line.split(":")[0] for line in headings[1:]] == ["## large-one", "### needle", "## small-one", "### needle"]
+    recipe = document["recipe"] | {"predictor": "sha256:0123456789abcdef"}
+    (small / "needle.json").write_text(json.dumps(document | {"model": "large-one", "recipe": recipe}))
+    assert kvp("eval", "report", large, small, "--out", tmp_path / "page.md").code == 0
+    headings = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("## ")]
+    own = document["recipe"]["predictor"].removeprefix("sha256:")[:12]
+    assert headings == [f"## large-one, maps {own}", "## large-one, maps 0123456789ab"]
 
 
 def test_a_bundle_that_cannot_recompute_has_no_dials(data: Path) -> None:
