@@ -201,7 +201,7 @@ def train(
     with clean_stdout(json), scratch_directory() as scratch, display() as (phase, progress):
         begun = starting_bundle(out) if resume else None if start is None else bundle_directory(start)
         if begun is not None and (begun / "kvp.json").is_file():
-            check_goes_on(read_config(begun), base, layers, auxiliary, prune)
+            check_goes_on(read_config(begun), base, layers, auxiliary, prune, preceding)
 
         def beginning() -> str:
             if fitting is None:
@@ -223,20 +223,26 @@ def train(
 
 
 def check_goes_on(
-    config: BundleConfig, base: str, layers: int | None, auxiliary: str | None, prune: float | None
+    config: BundleConfig,
+    base: str,
+    layers: int | None,
+    auxiliary: str | None,
+    prune: float | None,
+    preceding: int | None,
 ) -> None:
-    """Refuse a base or an auxiliary other than those of the bundle that training is to go on from.
+    """Refuse a base, an auxiliary or inputs other than those of the bundle that training is to go on from.
 
     Raises:
         InputError: it has another one.
     """
     own = config.auxiliary
-    given = {"--layers": layers, "--auxiliary": auxiliary, "--prune": prune}
+    given = {"--layers": layers, "--auxiliary": auxiliary, "--prune": prune, "--preceding": preceding}
     fits = {"--layers": own.kind == "prefix" and layers == own.layers, "--auxiliary": own.kind == "model"}
-    fits["--prune"] = own.kind == "pruned"
+    fits |= {"--prune": own.kind == "pruned", "--preceding": preceding == config.predictor.preceding}
     if wrong := [name for name, value in given.items() if value is not None and not fits[name]]:
         raise InputError(
-            f"training goes on from a {own.kind} of {plural(own.layers, 'layer')}, to which {wrong[0]} "
+            f"training goes on from a {own.kind} of {plural(own.layers, 'layer')} that reads "
+            f"{plural(config.predictor.preceding, 'token')} before each, to which {wrong[0]} "
             f"{given[wrong[0]]} does not fit; leave it out, or begin anew without --start and --resume."
         )
     if fingerprint(find_model(base)) != config.base.fingerprint:

@@ -115,6 +115,7 @@ def test_dataset_without_network_is_one_line(tmp_path: Path) -> None:
         (("--layers", 2), "to which --layers 2 does not fit"),
         (("--prune", 0.5), "to which --prune 0.5 does not fit"),
         (("--auxiliary", "x"), "to which --auxiliary x does not fit"),
+        (("--preceding", 3), "to which --preceding 3 does not fit"),
         (("--lora-rank", 2**31), "--lora-rank"),
     ],
 )
