@@ -1,10 +1,12 @@
 """What ``prefill="auto"`` does with the threshold that was calibrated."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import kvp_mlx
+from kvp_mlx.engine import calibration
 from kvp_mlx.engine.calibration import AUTO_MIN_PROMPT_TOKENS, auto_min_tokens, calibration_path, store_auto_min
 
 
@@ -31,4 +33,14 @@ def test_auto_follows_what_was_calibrated(model: kvp_mlx.KVPModel, base_dir: Pat
 def test_a_damaged_file_is_as_none(model: kvp_mlx.KVPModel) -> None:
     store_auto_min(model, 20)
     calibration_path().write_text("{")
+    assert auto_min_tokens(model) == AUTO_MIN_PROMPT_TOKENS
+
+
+def test_a_threshold_is_of_one_version_and_one_bundle(model: kvp_mlx.KVPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_auto_min(model, 20)
+    base = model.config.base.model_copy(update={"fingerprint": "sha256:other"})
+    other = replace(model, config=model.config.model_copy(update={"base": base}))
+    assert auto_min_tokens(other) == AUTO_MIN_PROMPT_TOKENS
+    assert auto_min_tokens(model) == 20
+    monkeypatch.setattr(calibration, "__version__", "9.9")
     assert auto_min_tokens(model) == AUTO_MIN_PROMPT_TOKENS

@@ -265,3 +265,29 @@ def test_a_quality_is_what_the_bundle_measured_for_the_whole_prompt():
     assert (first.prompt_tokens < 150, first.path) == (True, "full")  # its constants would predict
     assert (second.prompt_tokens >= 150, second.path, second.exact_tail) == (True, "kvp", 3)
     assert second.cached_tokens > 100  # what the turn before read is read once
+
+
+def test_a_full_window_is_emptied_to_three_quarters():
+    chat, room = Chat("prefix", context=120), 4
+    chat.conversation.model.text_tokenizer._eos_token_ids.clear()
+    filled = []
+    for number in range(12):
+        turn = chat.say(f"w{number} w{number + 1} w{number + 2}", path="full", max_tokens=room)
+        filled.append((turn.prompt_tokens + room, chat.conversation.dropped_turns > 0))
+    turn_tokens = filled[1][0] - filled[0][0]
+    (after,) = (tokens for tokens, dropped in filled if dropped)
+    assert 90 - turn_tokens < after <= 90  # and no more turns left than that takes
+    assert max(tokens for tokens, _ in filled) > 120 - turn_tokens
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_just_fits_the_window_drops_nothing(more):
+    chat = Chat("prefix", context=200)
+    chat.conversation.model.text_tokenizer._eos_token_ids.clear()
+    chat.say("w1 w2", path="full")
+    probe = Chat("prefix", context=200)
+    probe.conversation.model.text_tokenizer._eos_token_ids.clear()
+    probe.say("w1 w2", path="full")
+    one = probe.say("w3", path="full").prompt_tokens
+    chat.say(" ".join(["w3"] * (1 + 200 - 4 - one + more)), path="full")
+    assert chat.conversation.dropped_turns == more
