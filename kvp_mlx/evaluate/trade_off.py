@@ -16,7 +16,7 @@ from ..bundle.loading import KVPModel
 from ..bundle.named import DATA, NAMED
 from ..engine.context import Context
 from ..engine.decode import Answer, decode_alone, decode_refining
-from ..engine.dial import BESIDE_QUALITY, Dial
+from ..engine.dial import Dial
 from ..engine.prefill import Progress
 from ..engine.prompt import check_window
 from ..engine.reply import first_token_on
@@ -39,7 +39,7 @@ def dials(
     return [Dial("full", 0, 0), *predicted]
 
 
-KEPT = (*BESIDE_QUALITY, "recovery", "sooner")
+KEPT = ("exact_head", "exact_tail", "recompute", "recovery", "sooner")
 
 
 class Followed(NamedTuple):
@@ -221,7 +221,8 @@ def soonest(rows: Sequence[dict[str, Any]], promises: Mapping[Any, float]) -> li
         found.append(MeasuredDial(quality=quality, from_tokens=0, path="full"))
         for length in sorted({row["prompt_tokens"] for row in rows}):
             kept: list[dict[str, Any]] = [
-                {name: row[name] for name in KEPT} | {"retention": row.get("retention", {}).get("mean")}
+                {name: row[name] for name in KEPT}
+                | {"refine_tokens": row.get("refine_tokens") or None, "retention": row.get("retention", {}).get("mean")}
                 for row in rows
                 if row["prompt_tokens"] == length and row["sooner"] > 1 and keeps(row, least)
             ]

@@ -92,6 +92,15 @@ def test_what_was_measured_is_kept_and_followed(bundle: Path, options: tuple, kv
     assert (bundle / "kvp.json").read_bytes() == before
 
 
+def test_refinement_is_measured_and_kept(bundle: Path, options: tuple, kvp: Kvp) -> None:
+    outcome = kvp("eval", "dial", bundle, *options, "--refine-tokens", 9, "--json")
+    assert outcome.code == 0, outcome.err
+    assert {(row["path"], row["refine_tokens"]) for row in outcome.json()["rows"]} == {("full", 0), ("kvp", 9)}
+    row = {"prompt_tokens": 90, "path": "kvp", "exact_head": 0, "exact_tail": 4, "recompute": 0.0, "refine_tokens": 9}
+    full, kept = soonest([row | {"recovery": 1.0, "sooner": 2.0, "context_gain": 1.0}], {"fast": 0.9})
+    assert (full.refine_tokens, kept.refine_tokens) == (None, 9)
+
+
 def test_a_measured_dial_is_what_a_quality_means(bundle: Path, kvp: Kvp) -> None:
     data = json.loads((bundle / "kvp.json").read_text())
     data["dials"] = [
