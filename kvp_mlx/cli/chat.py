@@ -90,14 +90,7 @@ def chat(
     """
     if system is not None and cache is not None:
         raise InputError("--system and --cache both say how the conversation begins; give one.")
-    dial = dial_of(
-        quality,
-        path=prefill,
-        exact_head=exact_head,
-        exact_tail=exact_tail,
-        recompute=recompute,
-        refine_tokens=refine_tokens,
-    )
+    dial = dial_of(quality, prefill, exact_head, exact_tail, recompute, refine_tokens)
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
     arguments = parse_template_arguments(template_arguments)
     session = Session(dial, refine and kv_bits is None and not is_launched(), max_tokens, sampling)

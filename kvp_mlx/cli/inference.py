@@ -126,14 +126,7 @@ def generate(
     if json and json_stream:
         raise InputError("--json and --json-stream both say what stdout holds; give one.")
     refuse_contradictions(raw=raw, cache=cache, system=system, arguments=template_arguments)
-    dial = dial_of(
-        quality,
-        path=prefill,
-        exact_head=exact_head,
-        exact_tail=exact_tail,
-        recompute=recompute,
-        refine_tokens=refine_tokens,
-    )
+    dial = dial_of(quality, prefill, exact_head, exact_tail, recompute, refine_tokens)
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop or ())
     arguments = parse_template_arguments(template_arguments)
     text = "" if launched_rank() else prompt_text(prompt_file or [], prompt if prompt_option is None else prompt_option)

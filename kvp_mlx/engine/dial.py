@@ -128,7 +128,6 @@ QUALITIES = {
 
 def dial_of(
     quality: str = "balanced",
-    *,
     path: Path | None = None,
     exact_head: int | None = None,
     exact_tail: int | None = None,

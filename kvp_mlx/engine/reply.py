@@ -304,13 +304,6 @@ def stream_generate(
     Raises:
         InputError: see ``encode`` and ``reply``.
     """
-    dial = dial_of(
-        quality,
-        path=prefill,
-        exact_head=exact_head,
-        exact_tail=exact_tail,
-        recompute=recompute,
-        refine_tokens=refine_tokens,
-    )
+    dial = dial_of(quality, prefill, exact_head, exact_tail, recompute, refine_tokens)
     ids = encode(model, prompt, raw=raw, system=system, template_arguments=template_arguments)
     yield from reply(context or Context(model), ids, dial, **options)
