@@ -79,8 +79,8 @@ def read_with(dial: Dial, model: KVPModel, ids: mx.array, reading: Reading) -> R
     cache = make_prompt_cache(model.base)
     report: dict[str, Any] = {"prefill_step_size": reading.step_size, "times": reading.times}
     auxiliary_cache = auxiliary_cache_for(model, cache)
-    output = fill(model, ids, cache, auxiliary_cache, dial, with_last=reading.with_last, **report)
-    return Ready(model.base, cache, output)
+    filled = fill(model, ids, cache, auxiliary_cache, dial, with_last=reading.with_last, **report)
+    return Ready(model.base, cache, filled.output)
 
 
 def kvp_arm_work(model: KVPModel, numbers: Numbers, tokens: int, batch: int) -> Work:

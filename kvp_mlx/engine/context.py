@@ -26,6 +26,7 @@ from .auxiliary import auxiliary_cache_for
 from .dial import Dial
 from .pace import Pace, Steps, finish
 from .prefill import PrefillTimes, Progress, base_prefilling, catch_up_auxiliary, exact_end, filling, read_ahead
+from .prefix_stream import PrefixStream
 
 REFINE_CHUNK_TOKENS = 32
 """1,024 tokens of the default base, two CPU cores: 6.8 s and 7 ms a layer; in chunks of 64 5.3 s and 11 ms."""
@@ -59,6 +60,7 @@ class Context:
         tokens: what the base's cache holds, always.
         exact_tokens: how many of the first tokens have the entries that full prefill would give. What the base reads
             on top of a predicted entry is not exact either, since it saw the prediction.
+        prefix_stream: what an exact prefix made of the tokens that were predicted last, if any are left.
 
     The auxiliary's own cache (kinds ``model`` and ``pruned``) may lag behind, since replies are generated without
     it; it catches up before the next prediction, or in ``idle_work``.
@@ -68,6 +70,7 @@ class Context:
         self.model = model
         self.tokens: list[int] = []
         self.exact_tokens = 0
+        self.prefix_stream: PrefixStream | None = None
         self.cache: Cache = make_prompt_cache(model.base)
         self._own_auxiliary_cache = None if model.is_prefix else make_prompt_cache(model.auxiliary)
         self._uncounted_tokens = 0  # that layers hold which do not count them
@@ -83,6 +86,11 @@ class Context:
     def is_quantised(self) -> bool:
         """Whether mlx-lm quantised the cache, on which nothing is predicted."""
         return any(isinstance(layer, QuantizedKVCache) for layer in self.cache)
+
+    @property
+    def turns(self) -> list[int]:
+        """Lengths that it can come back to where not every cache can be trimmed."""
+        return [snapshot[0].length for snapshot in self._snapshots]
 
     @property
     def _caches(self) -> list[Cache]:
@@ -125,7 +133,13 @@ class Context:
             length = self._keep_or_restore(length)
         self.tokens = self.tokens[:length]
         self.exact_tokens = min(self.exact_tokens, length)
+        self._cut_stream()
         return length
+
+    def _cut_stream(self) -> None:
+        """Let go of what an exact prefix made of tokens that are gone, or all of it where nothing is left to refine."""
+        stream = self.prefix_stream and self.prefix_stream.cut(len(self.tokens))
+        self.prefix_stream = stream if stream and stream.end > max(stream.first, self.exact_tokens) else None
 
     def _keep_or_restore(self, length: int) -> int:
         """Do what ``keep`` does where not every cache can be trimmed."""
@@ -141,7 +155,7 @@ class Context:
     def remember(self) -> None:
         """Take a snapshot of what cannot be trimmed, for ``keep`` to come back to; the last few are kept."""
         length = len(self.tokens)
-        if length and not self.is_plain and length not in [snapshot[0].length for snapshot in self._snapshots]:
+        if length and not self.is_plain and length not in self.turns:
             self._snapshots = [*self._snapshots, self._snapshot()][-KEPT_SNAPSHOTS:]
 
     def _snapshot(self) -> Snapshot:
@@ -177,6 +191,7 @@ class Context:
         other = Context(self.model)
         other._uncounted_tokens, other._snapshots = self._uncounted_tokens, list(self._snapshots)
         other.tokens, other.exact_tokens = list(self.tokens), self.exact_tokens
+        other.prefix_stream = self.prefix_stream
         cut = length if self.is_plain else len(self.tokens)  # the others go back to a snapshot, or not at all
         other.cache = first_entries(self.cache, cut)
         if self._own_auxiliary_cache is not None:
@@ -201,7 +216,8 @@ class Context:
         """What the caches take."""
         own = sum(layer.nbytes for cache in self._caches for layer in cache if not layer.empty())
         kept = sum(layer.nbytes for snapshot in self._snapshots for part in snapshot for layer in part.layers.values())
-        return own + kept + (self._exact.nbytes if self._exact else 0)
+        stream = self.prefix_stream.x.nbytes if self.prefix_stream else 0
+        return own + kept + stream + (self._exact.nbytes if self._exact else 0)
 
     def read(self, ids: list[int], dial: Dial, **how: Any) -> mx.array | None:
         """Bring the caches up to the last of ``ids``; what they hold stays. See ``reading``."""
@@ -249,7 +265,11 @@ class Context:
                 filling_steps = filling(
                     self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, with_last=with_last, **report
                 )
-                output = yield from filling_steps
+                output, below = yield from filling_steps
+                if below is not None:
+                    layers, first = self.model.config.auxiliary.layers, end + (output is not None) - below.shape[1]
+                    mx.eval(below)  # another thread cannot
+                    self.prefix_stream = PrefixStream(layers, first, below)
             elif held < end:
                 yield from base_prefilling(self.model, mx.array([ids[held:end]]), self.cache, **report)
             self._uncounted_tokens = end
@@ -280,6 +300,7 @@ class Context:
     def note_exact(self, tokens: int) -> None:
         """Note that so many of the first tokens have exact entries by now, as far as the caches hold them."""
         self.exact_tokens = min(tokens, len(self.tokens))
+        self._cut_stream()
 
     def idle_work(self) -> Iterator[None]:
         """Do what the next turn gains from: let the auxiliary catch up, then refine. As ``refining``."""
@@ -304,28 +325,41 @@ class Context:
     def _refining_beside(self, chunk_tokens: int) -> Iterator[None]:
         """Read in a second context what is not exact here, and take over its caches at the end."""
         while self.exact_tokens < len(self.tokens):
-            exact = self._exact = self._exact or self.copy(self.exact_tokens)
-            start = exact.keep(common_prefix_len(exact.tokens, self.tokens))
-            turns = [snapshot[0].length for snapshot in self._snapshots]
-            end = min(start + chunk_tokens, len(self.tokens), *(turn for turn in turns if turn > start))
+            exact = self._exact = self.beginning()
+            start = len(exact.tokens)
+            end = min(start + chunk_tokens, len(self.tokens), *(turn for turn in self.turns if turn > start))
             yield from exact.reading([*self.tokens[:end], 0], FULL, pace=Pace(0.0))  # a pause after every layer
-            if end in turns:
+            if end in self.turns:
                 exact.remember()
-            if end == len(self.tokens):
-                self.cache, self._snapshots, self._exact = exact.cache, exact._snapshots, None
-                self.exact_tokens = end
+            self.take_over(exact)
             yield
+
+    def beginning(self) -> "Context":
+        """Return what was read exactly of its first tokens, be it beside its own caches, to be read on."""
+        exact, self._exact = self._exact or self.copy(self.exact_tokens), None
+        exact.keep(common_prefix_len(exact.tokens, self.tokens))
+        return exact
+
+    def take_over(self, exact: "Context") -> None:
+        """Go on from a context that was read exactly, if it holds all tokens; else keep it until it does."""
+        self._exact = exact
+        if len(exact.tokens) == len(self.tokens):
+            self.cache, self._snapshots, self._exact = exact.cache, exact._snapshots, None
+            self.exact_tokens = len(self.tokens)
 
     def _refining_in_place(self, chunk_tokens: int) -> Iterator[None]:
         while self.exact_tokens < len(self.tokens):
             start = self.exact_tokens
-            x = mx.array([self.tokens[start : start + chunk_tokens]])
+            end, layers = min(start + chunk_tokens, len(self.tokens)), 0
+            x = mx.array([self.tokens[start:end]])
+            if (stream := self.prefix_stream) and stream.first <= start < stream.end:
+                layers, x = stream.layers, stream.of(start, end)
             exact: list[Pair] = []
-            for number in range(len(self.cache)):
+            for number in range(layers, len(self.cache)):
                 x, pair = self._layer_on_exact(number, x)
                 exact.append(pair)
                 yield
-            self._overwrite(start, exact)
+            self.overwrite(start, exact)
             yield
 
     def _layer_on_exact(self, number: int, x: mx.array) -> tuple[mx.array, Pair]:
@@ -340,12 +374,12 @@ class Context:
             mx.eval(keys, values, [] if number + 1 == len(self.cache) else x)
         return x, (keys, values)
 
-    def _overwrite(self, start: int, exact: list[Pair]) -> None:
-        """Write one exact pair per layer over the entries from ``start`` on; the entries behind them stay."""
+    def overwrite(self, start: int, exact: list[Pair]) -> None:
+        """Write exact pairs of the last layers over the entries from ``start`` on; the entries behind them stay."""
         length = len(self.tokens)
         try:
             with mx.stream(generation_stream):
-                for layer, (keys, values) in zip(self.cache, exact, strict=True):
+                for layer, (keys, values) in zip(self.cache[-len(exact) :], exact, strict=True):
                     layer.trim(length - start)
                     layer.update_and_fetch(keys, values)
                     layer.offset = length
@@ -353,7 +387,7 @@ class Context:
         except BaseException:
             self.keep(start)  # some layers may be ahead of the others
             raise
-        self.exact_tokens = min(length, start + exact[0][0].shape[2])
+        self.note_exact(start + exact[0][0].shape[2])
 
     def _catching_up(self, auxiliary_cache: Cache) -> Iterator[None]:
         while (lag := held_positions(auxiliary_cache)) is not None and lag < len(self.tokens):

@@ -21,6 +21,7 @@ from ..bundle.loading import KVPModel
 from ..models.entries import held_positions
 from ..models.families import Cache
 from .clock import Chooser, FirstStep, Ready, greedy, time_first_token
+from .context import Context
 from .prefill import PrefillTimes
 from .refining_network import RefiningNetwork, can_refine
 
@@ -216,16 +217,16 @@ def decode_refining(model: KVPModel, answer: Answer, ids: list[int], refine_toke
     Returns:
         Whether the answer goes on.
     """
-    if not refine_tokens or not can_refine(model, answer.cache):
+    if not refine_tokens or not can_refine(model):
         return True
     cache: Any = repeated(model.base, answer.cache, 1)
     network: nn.Module = model.base  # for the first token, which waits for nothing to be refined
-    refining = RefiningNetwork(model.base, ids, 0, refine_tokens)
+    refining = RefiningNetwork(Context(model), ids, refine_tokens)
 
     def ready(_: PrefillTimes) -> Ready:
         return Ready(network, cache)
 
-    while answer.tokens_left and refining.exact_tokens < cache[0].offset:
+    while answer.tokens_left and not refining.is_exact:
         (answer.last,) = time_first_token(ready, [answer.last], sampler=answer.sampler).tokens
         if not answer.add(answer.last):
             return False

@@ -7,7 +7,7 @@ the prompt is mlx-lm's own.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,6 +45,19 @@ class PrefillTimes:
     recompute_ms: float = 0.0
     base_prefill_ms: float = 0.0
     recomputed_tokens: int = 0
+
+
+class Filled(NamedTuple):
+    """What filling a cache left besides.
+
+    Attributes:
+        output: what the base's last layer makes of the newest token ``(B, 1, hidden)``, normed and lazy, where the
+            base read it on top of the prediction.
+        below: what an exact prefix made of the tokens that it read ``(B, T, hidden)``; None where it read none.
+    """
+
+    output: mx.array | None = None
+    below: mx.array | None = None
 
 
 @dataclass
@@ -105,7 +118,7 @@ def predicting(
     times: PrefillTimes | None = None,
     progress: Progress | None = None,
     pace: Pace | None = None,
-) -> Steps[mx.array | None]:
+) -> Steps[Filled]:
     """Do what ``predict_base_cache`` does, with pauses.
 
     Args:
@@ -121,10 +134,6 @@ def predicting(
         times: filled with what each part took.
         progress: called with (tokens done, tokens in all) after every chunk; what the base reads itself is part of it.
         pace: pause between groups of layers, too, and not only between chunks.
-
-    Returns:
-        What the base's last layer makes of the newest token ``(B, 1, hidden)``, normed and lazy, where the base reads
-        it on top of the prediction.
 
     Raises:
         InputError: the auxiliary has not read what the base's cache holds, a negative exact tail, a share that the
@@ -142,7 +151,9 @@ def predicting(
     layers, tail = read_layers(model), min(dial.exact_tail, tokens - exact_head)
     repair = work_of(spans(model, share, tokens, tail, exact_head)) if is_repaired else 0
     tally = Tally(progress, tokens, tokens * layers + repair)
-    read: list[ReadPart] = []
+    asks_prefix = is_repaired and share > 0 and settings_of(model).asks == "prefix"
+    streams: list[mx.array] = []
+    hidden: list[mx.array] = []
     deviations: list[mx.array] = []
     output = before = None
     with wired_limit(model.base), room_for(ids.shape[1], cache, auxiliary_cache):
@@ -152,21 +163,18 @@ def predicting(
             )
             chunk_parts, estimates = yield from chunk_steps
             before = chunk_parts[-1].inputs
-            if is_repaired:
-                read += chunk_parts
-                deviations += estimates
+            streams += [part.below for part in chunk_parts]
+            hidden += [part.hidden for part in chunk_parts if asks_prefix and part.hidden is not None]
+            deviations += estimates
             release_buffers()
             tally.add(chunk.shape[1] * layers)
             yield
-        if is_repaired:
+        below = mx.concatenate(streams, axis=1) if streams else None
+        if is_repaired and below is not None:
             size = prefill_step_size or default_step_size()
             estimated = mx.concatenate(deviations, axis=1) if deviations else None
-            x = mx.concatenate([part.below for part in read], axis=1)
-            attention = None
-            if share > 0 and settings_of(model).asks == "prefix":
-                hidden = mx.concatenate([part.hidden for part in read if part.hidden is not None], axis=1)
-                attention = attention_of_prefix(model, hidden, cache)
-            steps = repairing(model, x, estimated, cache, share, tail, size, pace, tally.add, exact_head, attention)
+            attention = attention_of_prefix(model, mx.concatenate(hidden, axis=1), cache) if hidden else None
+            steps = repairing(model, below, estimated, cache, share, tail, size, pace, tally.add, exact_head, attention)
             recomputed, outputs = yield from _timed(steps, times, "recompute_ms")
             times.recomputed_tokens += recomputed - exact_head
             output = None if outputs is None else outputs[:, -1:]
@@ -177,7 +185,7 @@ def predicting(
     if rest.size:
         times.recomputed_tokens += rest.shape[1]
         tally.add(rest.shape[1] * layers)
-    return output
+    return Filled(output, below if model.has_exact_prefix else None)
 
 
 def reads_on_top(model: KVPModel, share: float, exact_tail: int) -> bool:
@@ -334,7 +342,7 @@ def fill(
     auxiliary_cache: Cache,
     dial: Dial,
     **how: Any,
-) -> mx.array | None:
+) -> Filled:
     """Bring caches that hold the beginning of prompts up to the last token, as a settled dial says; see ``filling``."""
     return finish(filling(model, ids, cache, auxiliary_cache, dial, **how))
 
@@ -366,7 +374,7 @@ def filling(
     progress: Progress | None = None,
     times: PrefillTimes | None = None,
     prefill_step_size: int | None = None,
-) -> Steps[mx.array | None]:
+) -> Steps[Filled]:
     """Do what ``fill`` does, with pauses.
 
     Args:
@@ -381,9 +389,6 @@ def filling(
         progress: see ``predicting``; of all that the caches do not hold yet.
         times: see ``predicting``.
         prefill_step_size: see ``predicting``.
-
-    Returns:
-        What the base's last layer makes of the last token ``(B, 1, hidden)``, normed and lazy, if that was read.
     """
     end, held = ids.shape[1] - 1, held_positions(cache) or 0
     times = times or PrefillTimes()
@@ -397,7 +402,7 @@ def filling(
     if held < ahead:
         yield from base_prefilling(model, ids[:, held:ahead], cache, progress=since(held), **report)
     if ahead == end:
-        return None
+        return Filled()
     lag = held_positions(auxiliary_cache)
     if lag is not None and lag < ahead:
         behind = reading_prompt(model.auxiliary, ids[:, lag:ahead], auxiliary_cache, pace=pace)
@@ -415,6 +420,6 @@ def filling(
         progress=since(ahead),
         **report,
     )
-    output = yield from predicting_steps
+    filled = yield from predicting_steps
     times.recomputed_tokens -= last
-    return output if last else None
+    return filled if last else filled._replace(output=None)

@@ -1,100 +1,121 @@
 """Refinement while decoding: beside each new token the base reads some of what was predicted, exactly.
 
 A step of decoding reads all of the base's weights for one token, so that a few dozen tokens more cost little where
-memory is what it waits for. They are taken from the front: what stands before them is exact, and so are they then. An
-answer of some length thus rests on full prefill's entries but for its beginning, which comes as soon as without.
+memory is what it waits for. They are read from the front into a cache beside the predicted one, which takes its place
+when all is read: an answer rests on prediction first, then on full prefill's entries, and never on a mixture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 
 from ..bundle.loading import KVPModel
-from ..models.families import Cache, LayerCache, fixed_kinds
-from ..models.positions import at_positions
-from ..models.sections import output_head, run_layers
+from ..models.families import Cache
+from ..models.sections import output_head, run_layers, section
+from ..models.sides import beside, sides
 from .context import Context
+from .prefix_stream import PrefixStream
 
 
-def can_refine(model: KVPModel, cache: Cache) -> bool:
-    """Return whether a base can replace the entries of a cache one by one, while it decodes."""
-    is_plain = all(type(layer) is KVCache for layer in cache)
-    return model.hosts is None and model.config.has_predictor and is_plain and not fixed_kinds(model.base)
+def can_refine(model: KVPModel) -> bool:
+    """Return whether a base can read beside its cache, while it decodes, what is to take its place."""
+    return model.config.has_predictor and model.hosts is None
 
 
 def refining_network(context: Context, ids: list[int], refine_tokens: int) -> "RefiningNetwork | None":
     """Return what decodes behind a prompt that a context holds, and refines it; None where it cannot or need not."""
     is_exact = context.exact_tokens >= len(context.tokens)
-    if not refine_tokens or is_exact or not can_refine(context.model, context.cache):
+    if not refine_tokens or is_exact or context.is_quantised or not can_refine(context.model):
         return None
-    return RefiningNetwork(context.model.base, ids, context.exact_tokens, refine_tokens)
+    stream = context.prefix_stream if context.is_plain else None
+    return RefiningNetwork(context.beginning(), ids, refine_tokens, stream, context.turns)
 
 
 class RefiningNetwork(nn.Module):
     """Stands in for the base where mlx-lm decodes one sequence.
 
     Attributes:
-        exact_tokens: how many of the first tokens in the cache have the entries that full prefill would give.
+        exact_tokens: how many of the first tokens have been read exactly.
 
     Args:
-        network: the base; see ``can_refine``.
-        ids: the tokens that its cache holds, all of them.
-        exact_tokens: see above, to begin with.
+        exact: the first of the tokens, read exactly; its cache is extended, and its layers become the other's.
+        ids: what the base's cache holds, all of it.
         refine_tokens: how many are read beside those of each call.
+        stream: what an exact prefix has made of the tokens, if that is known; its layers, which can be trimmed, do not
+            read them again.
+        turns: lengths that a later turn may come back to.
     """
 
-    def __init__(self, network: nn.Module, ids: Sequence[int], exact_tokens: int, refine_tokens: int):
+    def __init__(
+        self,
+        exact: Context,
+        ids: list[int],
+        refine_tokens: int,
+        stream: PrefixStream | None = None,
+        turns: Collection[int] = (),
+    ):
         super().__init__()
-        self.network, self.exact_tokens = network, exact_tokens
-        self._refine_tokens, self._ids = refine_tokens, mx.array([ids], dtype=mx.int32)
+        self.exact_tokens, self._held = len(exact.tokens), len(ids)
+        self._exact, self._ids, self._refine_tokens, self._turns = exact, ids, refine_tokens, turns
+        if stream is None or stream.first > self.exact_tokens:
+            stream = PrefixStream(0, 0, mx.array([ids], dtype=mx.int32))
+        self._stream, self._behind_stream = stream, mx.array([ids[stream.end :]], dtype=mx.int32)
+        self._is_reading = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the cache holds full prefill's entries alone."""
+        return self.exact_tokens == self._held
 
     def __call__(self, ids: mx.array, cache: Cache) -> mx.array:
         """Return the base's logits ``(1, T, vocab)`` for ``ids`` (1, T) on top of its cache; lazy."""
-        held: int = cache[0].offset
-        end = held + ids.shape[1]
-        first, last = self.exact_tokens, min(self.exact_tokens + self._refine_tokens, held)
-        if first == held:
-            logits: mx.array = self.network(ids, cache=cache)
+        base, held, new = self._exact.model.base, self._held, ids.shape[1]
+        self._held += new
+        if self.exact_tokens == held:
+            self.exact_tokens = self._held
+            logits: mx.array = base(ids, cache=cache)
+            return logits
+        self._is_reading = True
+        self._read_below(ids, cache)
+        below, layers = self._stream, self._stream.layers
+        view = section(base, layers, len(cache))
+        first = self.exact_tokens
+        last = min(held, first + self._refine_tokens, *(turn for turn in self._turns if turn > first))
+        x = mx.concatenate([below.of(first, last), below.of(held, self._held)], axis=1)
+        if last == held:
+            output, _ = run_layers(view, x, self._exact.cache[layers:])
+            cache[layers:], last = self._exact.cache[layers:], self._held
         else:
-            self._ids = mx.concatenate([self._ids, ids.astype(mx.int32)], axis=1)
-            logits = self._refined(first, last, held, end, cache)
-        self.exact_tokens = end if last == held else last
-        return logits
+            both: Any = [sides(*each, last - first) for each in zip(self._exact.cache, cache, strict=True)]
+            output, _ = run_layers(beside(view, last - first), x, both[layers:])
+        self.exact_tokens, self._is_reading = last, False
+        if last in self._turns:
+            self._exact.take_back(self._exact.cache, self._ids[:last])
+            self._exact.remember()
+        return output_head(base, output[:, -new:])
 
-    def _refined(self, first: int, last: int, held: int, end: int, cache: Cache) -> mx.array:
-        """Read tokens ``first`` to ``last`` again and ``held`` to ``end`` anew; returns the logits of the latter."""
-        positions = mx.concatenate([mx.arange(first, last), mx.arange(held, end)])[None]
-        refined: Any = [_RefinedCache(layer, first, last, positions) for layer in cache]
-        x = mx.take_along_axis(self._ids, positions, axis=1)
-        output, _ = run_layers(at_positions(self.network, positions), x, refined)
-        return output_head(self.network, output[:, last - first :])
+    def _read_below(self, ids: mx.array, cache: Cache) -> None:
+        """Let the layers of the prefix read new ``ids``, and those of the cache that their stream lacks."""
+        x = mx.concatenate([self._behind_stream, ids.astype(mx.int32)], axis=1)
+        if layers := self._stream.layers:
+            for layer in cache[:layers]:
+                layer.trim(self._behind_stream.shape[1])
+            x, _ = run_layers(section(self._exact.model.base, 0, layers), x, cache[:layers])
+        self._stream, self._behind_stream = self._stream.grown(x), self._behind_stream[:, :0]
 
-
-class _RefinedCache:
-    """Stands in for one layer's cache: some of what the layer writes takes the place of entries ``first`` to ``last``.
-
-    Attributes:
-        offset: entries that are seen.
-    """
-
-    def __init__(self, cache: LayerCache, first: int, last: int, positions: mx.array):
-        self.offset = cache.offset + positions.shape[1] - (last - first)
-        self._cache, self._first, self._last, self._positions = cache, first, last, positions
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Take entries (1, H, T, D), those to replace and then new ones; returns all (1, H, S, D)."""
-        held: Any = self._cache
-        first, last = self._first, self._last
-        held.keys[..., first:last, :] = keys[..., : last - first, :]
-        held.values[..., first:last, :] = values[..., : last - first, :]
-        seen: tuple[mx.array, mx.array] = held.update_and_fetch(
-            keys[..., last - first :, :], values[..., last - first :, :]
-        )
-        return seen
-
-    def make_mask(self, length: int, **_: Any) -> mx.array:
-        """Return which entries each token sees ``(1, 1, T, S)``: those up to its own position."""
-        return (mx.arange(self.offset) <= self._positions[..., None])[:, None]
+    def leave(self, context: Context) -> None:
+        """Let a context have what was read beside its cache; that need not be all."""
+        start, tokens = context.exact_tokens, context.tokens[: self.exact_tokens]
+        if not context.is_plain:
+            if not self._is_reading:  # an interrupt leaves nobody knows what in each layer
+                self._exact.take_back(self._exact.cache, tokens)
+                context.take_over(self._exact)
+            return
+        own: Any = self._exact.cache[self._stream.layers :]
+        if start < len(tokens) and context.cache[-1] is not own[-1]:
+            pairs = (layer.keys_and_values() for layer in own)
+            ends = slice(start, len(tokens))
+            context.overwrite(start, [(keys[..., ends, :], values[..., ends, :]) for keys, values in pairs])
+        context.note_exact(len(tokens))

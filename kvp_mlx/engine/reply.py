@@ -45,7 +45,7 @@ class Piece:
         generation_tps: as mlx-lm counts it, all generated tokens over the time since the first one.
         from_draft: whether the auxiliary had proposed this token.
         drafted_tokens: how many it has proposed so far.
-        refined_tokens: how many of the first tokens, of prompt and answer, have full prefill's entries by now.
+        refined_tokens: how many of the first tokens, of prompt and answer, have been read exactly by now.
     """
 
     text: str
@@ -155,7 +155,7 @@ def reply(
         finally:
             context.grown_to(ids + generated)
             if refining is not None:
-                context.note_exact(refining.exact_tokens)
+                refining.leave(context)
 
 
 def until(pieces: Iterator[Piece], stop: Sequence[str]) -> Iterator[Piece]:

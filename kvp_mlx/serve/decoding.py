@@ -155,15 +155,19 @@ class Refined:
     def step(self) -> list[Decoded]:
         """See ``Batch.step``."""
         for work, network in list(self._refining.items()):
-            if network.exact_tokens >= len(work.context.tokens):
-                del self._refining[work]
+            if network.is_exact:
+                self.remove(work)
                 self._others.insert(work)
         alone = [Decoded(work, *work.refined_step(network)) for work, network in self._refining.items()]
         return alone + (self._others.step() if len(self._others) else [])
 
     def remove(self, work: Work) -> tuple[Cache, list[int]] | None:
         """See ``Batch.remove``; what was being refined is in its context."""
-        return None if self._refining.pop(work, None) else self._others.remove(work)
+        network = self._refining.pop(work, None)
+        if network is None:
+            return self._others.remove(work)
+        network.leave(work.context)
+        return None
 
     def close(self) -> None:
         """See ``Batch.close``."""

@@ -180,7 +180,6 @@ class Work:
             process=processed(self.tokens, self.processors),
         )
         context.take_back(context.cache, self.tokens)
-        context.note_exact(network.exact_tokens)
         (token,) = step.tokens
         self.tokens = [*self.tokens, token]
         return token, step.logprobs

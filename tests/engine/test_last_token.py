@@ -27,7 +27,7 @@ N = 60
 def filled(model, ids, dial, **how):
     """Return the caches after a prompt, and what was made of its last token."""
     cache = make_prompt_cache(model.base)
-    return cache, fill(model, mx.array(ids), cache, auxiliary_cache_for(model, cache), dial, **how)
+    return cache, fill(model, mx.array(ids), cache, auxiliary_cache_for(model, cache), dial, **how).output
 
 
 @pytest.mark.parametrize("name", SETUPS)

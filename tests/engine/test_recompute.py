@@ -6,6 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from support import architectures, families
+from support.architectures import CONFIGS as ARCHITECTURES
+from support.architectures import bundle, random_ids
+from support.families import CONFIGS as FAMILIES
 from support.repair import ASKING_TOKENS, ATTENTION_REACH, SETUPS, read_below, repaired_by_hand, repairing
 from support.tiny import (
     assert_cache_equal,
@@ -21,6 +25,7 @@ from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import PrefillTimes, base_prefill, predict_base_cache
 from kvp_mlx.engine.recompute import largest, reached, spans
 from kvp_mlx.errors import InputError
+from kvp_mlx.models.families import kinds_of
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -94,6 +99,17 @@ def test_recomputing_everything_is_full_prefill(name):
     model, _ = repairing(name)
     ids = mx.array(token_ids(12, batch=2))
     assert_cache_equal(predict_base_cache(model, ids, recompute=1.0), entries_of(base_prefill(model, ids)))
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES])
+def test_every_architecture_that_keeps_entries_reads_them_again_in_their_places(name):
+    base = architectures.tiny_model(name) if name in ARCHITECTURES else families.tiny_model(name)
+    model, ids = bundle(base, 1), random_ids(30, 1)
+    expected, found = (make_prompt_cache(base) for _ in range(2))
+    base_prefill(model, ids, expected)
+    predict_base_cache(model, ids, found, exact_tail=30)
+    if all(kind.is_rewritable for kind in kinds_of(base)):
+        assert_cache_equal(found, entries_of(expected), atol=2e-3)
 
 
 def test_the_largest_are_found_per_sequence_and_rise():

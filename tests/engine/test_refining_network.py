@@ -12,6 +12,7 @@ from support.architectures import bundle, random_ids
 from support.families import CONFIGS as FAMILIES
 from support.scheduling import endless, plain
 from support.tiny import (
+    VOCABULARY,
     assert_cache_equal,
     chat_tokenizer,
     entries_of,
@@ -31,10 +32,9 @@ from kvp_mlx.cli.output import summary
 from kvp_mlx.engine.context import Context, refine
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import base_prefill, predict_base_cache
-from kvp_mlx.engine.refining_network import RefiningNetwork, can_refine
+from kvp_mlx.engine.refining_network import RefiningNetwork, refining_network
 from kvp_mlx.engine.reply import Piece, reply
 from kvp_mlx.errors import InputError
-from kvp_mlx.models.families import kinds_of
 
 KINDS = {
     "prefix": lambda: estimating(prefixed(llama(), 1, tokenizer=chat_tokenizer())[0]),
@@ -62,7 +62,7 @@ def test_entries_become_full_prefills(kind: str, tokens: int) -> None:
     base_prefill(model, mx.array([ids]), full)
     context = Context(model)
     context.read([*ids, 0], PREDICTED)
-    network, errors = RefiningNetwork(model.base, ids, 4, tokens), []
+    network, errors = refining_network(context, ids, tokens), []
     for number, token in enumerate(rest):
         one = mx.array([[token]])
         expected, found = model.base(one, cache=full), network(one, context.cache)
@@ -82,10 +82,15 @@ def test_a_reply_begins_as_predicted_and_leaves_exact_entries(kind: str) -> None
     predicted, left = answered(model, PREDICTED)
     refined, context = answered(model, REFINED)
     assert left.exact_tokens == 4
-    assert refined[0].token == predicted[0].token
-    assert [piece.token for piece in refined] != [piece.token for piece in predicted]
-    assert (context.exact_tokens, len(context.tokens)) == (84, 84)
     counts = [piece.refined_tokens for piece in refined]
+    beside = next(number for number, count in enumerate(counts) if count >= 60)  # from then on full prefill's
+    before, after = zip(
+        *[(piece.token, other.token) for piece, other in zip(predicted, refined, strict=True)], strict=True
+    )
+    assert 4 <= beside <= 6
+    assert before[:beside] == after[:beside]
+    assert before[beside:] != after[beside:]
+    assert (context.exact_tokens, len(context.tokens)) == (84, 84)
     assert counts == sorted(counts)
     assert (counts[0], refined[0].exact_tokens, refined[-1].exact_tokens) == (4, 4, 4)
     assert counts[-1] >= 60 + 23
@@ -120,6 +125,50 @@ def test_a_reply_that_ends_early_leaves_what_it_refined() -> None:
             np.testing.assert_allclose(one[..., :end, :], other[..., :end, :], atol=1e-4)
     refine(context)
     assert_cache_equal(context.cache, entries_of(expected.cache), atol=1e-4)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_what_an_exact_prefix_has_made_of_the_prompt_is_not_read_again(idle: bool) -> None:
+    model, ids = KINDS["prefix"](), prompt()
+    context, expected = Context(model), make_prompt_cache(model.base)
+    context.read([*ids, 0], PREDICTED)
+    base_prefill(model, mx.array([ids]), expected)
+    if idle:
+        context.tokens = [7] * 60
+        refine(context)
+    else:
+        network = refining_network(context, [7] * 60, 20)
+        for token in (5, 6, 8, 9, 10):
+            one = mx.array([[token]])
+            wanted, found = model.base(one, cache=expected), network(one, context.cache)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert_cache_equal(context.cache, entries_of(expected), atol=1e-4)
+    assert context.prefix_stream is None or not idle
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 24])
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3_text", "gpt_oss", "lfm2", "deepseek_v3"])
+def test_caches_that_cannot_be_cut_are_refined_too(name: str, tokens: int) -> None:
+    """What an answer leaves unfinished, idle time goes on with; and a later turn comes back to where one was."""
+    base = architectures.tiny_model(name, vocab_size=VOCABULARY)
+    model = endless(bundle(base, 1, chat_tokenizer()))
+    context = Context(model)
+    context.read(prompt()[:31], PREDICTED)
+    context.remember()
+    generated = [piece.token for piece in reply(context, prompt(), REFINED, max_tokens=tokens)]
+    held = [*prompt(), *generated][: len(context.tokens)]
+    assert len(held) >= 60 + tokens - 1
+    assert (context.exact_tokens == len(held)) == (tokens == 24)
+    refine(context)
+    for length in (len(held), 30):
+        context.keep(length)
+        assert context.tokens == held[:length]
+        assert context.exact_tokens == length
+        expected = Context(model)
+        expected.read([*held[:length], 0], Dial("full", 0, 0))
+        after = mx.array([[7, 8, 9]])
+        found, wanted = (base(after, cache=each.copy(length).cache) for each in (context, expected))
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 def test_the_next_turn_goes_on_refining_what_the_last_one_left() -> None:
@@ -172,19 +221,13 @@ def test_a_bundles_measured_dial_refines() -> None:
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES])
-def test_every_architecture_is_refined_or_said_not_to_be(name: str) -> None:
+def test_every_architecture_is_refined(name: str) -> None:
     base = architectures.tiny_model(name) if name in ARCHITECTURES else families.tiny_model(name)
     model, ids = bundle(base, 1), random_ids(30, 1)
     full, cache = (make_prompt_cache(base) for _ in range(2))
     base_prefill(model, ids, full)
     predict_base_cache(model, ids, cache)
-    assert can_refine(model, cache) == all(kind.is_rewritable for kind in kinds_of(base))
-    if not can_refine(model, cache):
-        return
-    read_again = make_prompt_cache(base)
-    predict_base_cache(model, ids, read_again, exact_tail=30)
-    assert_cache_equal(read_again, entries_of(full), atol=2e-3)
-    network = RefiningNetwork(base, ids[0].tolist(), 0, 9)
+    network = RefiningNetwork(Context(model), ids[0].tolist(), 9)
     for token in random_ids(10, 1)[0].tolist():
         expected, found = base(mx.array([[token]]), cache=full), network(mx.array([[token]]), cache)
     assert network.exact_tokens == 40
