@@ -10,8 +10,8 @@ from typing import Any
 from ..arms.arm import Arm
 from ..arms.kinds import KINDS, kvp_dial
 from ..bundle.loading import KVPModel
-from ..engine.context import FULL, Context
-from ..engine.dial import Dial
+from ..engine.context import Context
+from ..engine.dial import FULL, Dial
 from ..engine.prompt import encode
 from ..engine.reply import reply
 from ..engine.speculative import Draft, Drafting

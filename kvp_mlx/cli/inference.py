@@ -13,7 +13,7 @@ import typer
 from ..bundle.loading import KVPModel, load_any
 from ..device.hosts import is_launched, launched_rank
 from ..engine.context import Context
-from ..engine.dial import Dial, dial_of
+from ..engine.dial import FULL, Dial, dial_of
 from ..engine.following import follow
 from ..engine.prompt import check_size, check_text, encode, render
 from ..engine.reply import Piece, reply
@@ -69,7 +69,7 @@ from .output import (
 )
 
 DEMO_DIALS = {
-    "full prefill": Dial("full", 0, 0),
+    "full prefill": FULL,
     "kvp": Dial("kvp", 0, 0),
     f"kvp, exact tail {DEFAULT_EXACT_TAIL}": Dial("kvp", 0, DEFAULT_EXACT_TAIL),
 }

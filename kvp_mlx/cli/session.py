@@ -14,6 +14,7 @@ from ..engine.context import Context
 from ..engine.conversation import Conversation
 from ..engine.dial import QUALITIES, Dial
 from ..engine.prompt import Message
+from ..engine.refining import idle_work
 from ..engine.reply import Piece
 from ..engine.saved_caches import cache_place, load_cache, save_cache
 from ..engine.transcripts import load_conversation, save_conversation
@@ -160,7 +161,7 @@ class Session:
     def idle_work(self) -> Iterator[None]:
         """Return what the worker does between jobs."""
         has_conversation = hasattr(self, "conversation")
-        return self.conversation.context.idle_work() if self.refine and has_conversation else iter(())
+        return idle_work(self.conversation.context) if self.refine and has_conversation else iter(())
 
     def status(self) -> str:
         """Return the status line."""

@@ -23,9 +23,10 @@ from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
 from ..files import private_directory, read_json, sha256_of
 from ..files.directories import atomic_directory
+from ..models.cutting import first_entries
 from ..models.entries import one_token_cache
 from ..models.families import Cache
-from .context import Context, first_entries
+from .context import Context
 from .prompt import Message
 
 FORMAT_VERSION: Final = 1

@@ -116,6 +116,8 @@ class Dial:
         return prompt_tokens - 1 - self.exact_tail - max(cached_tokens, self.exact_head)
 
 
+FULL = Dial("full", 0, 0)
+"""Read all of it exactly."""
 PREDICT = Dial("kvp", 0, 0)
 """Predict everything but what the bundle recomputes."""
 QUALITIES = {

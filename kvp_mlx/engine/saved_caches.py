@@ -16,6 +16,7 @@ from ..bundle.loading import KVPModel
 from ..errors import BundleError, InputError, KVPError
 from ..files import cache_dir
 from ..files.directories import directory_bytes, recover, remove_directory, sweep
+from ..models.cutting import first_entries
 from .cache_format import (
     Role,
     SavedCache,
@@ -25,7 +26,7 @@ from .cache_format import (
     read_saved,
     write_context,
 )
-from .context import Context, first_entries
+from .context import Context
 from .dial import Dial
 from .prefill import Progress
 from .prompt import check_size, check_text, check_window, render

@@ -20,11 +20,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..bundle.loading import KVPModel
 from ..errors import InputError
+from ..models.cutting import TRIMMABLE, trim_to
 from ..models.entries import held_positions
 from ..models.families import Cache, kinds_of
 from ..models.sections import is_cut
 from .clock import Chooser, FirstStep, greedy
-from .context import TRIMMABLE, Context, trim_to
+from .context import Context
 from .decode import LogitsProcessor
 from .pace import Pace, finish
 from .pace import Steps as PausingSteps

@@ -16,7 +16,7 @@ from ..bundle.loading import KVPModel
 from ..bundle.named import DATA, NAMED
 from ..engine.context import Context
 from ..engine.decode import Answer, decode_alone, decode_refining
-from ..engine.dial import Dial
+from ..engine.dial import FULL, Dial
 from ..engine.prefill import Progress
 from ..engine.prompt import check_window
 from ..engine.reply import first_token_on
@@ -36,7 +36,7 @@ def dials(
 ) -> list[Dial]:
     """Return full prefill and the combinations of heads, tails and shares to recompute (None: the bundle's)."""
     predicted = (Dial("kvp", *each, refine_tokens=refine_tokens) for each in product(heads, tails, shares))
-    return [Dial("full", 0, 0), *predicted]
+    return [FULL, *predicted]
 
 
 KEPT = ("exact_head", "exact_tail", "recompute", "recovery", "sooner")

@@ -20,11 +20,12 @@ from mlx_lm.utils import common_prefix_len
 
 from ..bundle.loading import KVPModel
 from ..engine.clock import FirstStep
-from ..engine.context import Context, refine
+from ..engine.context import Context
 from ..engine.decode import decode
-from ..engine.dial import PREDICT, Dial
+from ..engine.dial import FULL, PREDICT, Dial
 from ..engine.prefill import Progress
 from ..engine.prompt import render
+from ..engine.refining import refine, refining
 from ..engine.reply import first_token_on
 from ..errors import InputError
 from ..models.sections import output_head, run_layers
@@ -161,7 +162,7 @@ class Replay:
 
     def __init__(self, model: KVPModel, arm: str, exact_tail: int):
         self.model, self.arm = model, arm
-        self.dial = Dial("full", 0, 0) if arm == "full" else Dial("kvp", 0, exact_tail)
+        self.dial = FULL if arm == "full" else Dial("kvp", 0, exact_tail)
         self.context = Context(model)
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []
@@ -282,7 +283,7 @@ def _greedy_reply(replay: Replay, first: FirstStep) -> str:
 
 def _fresh_ttft_ms(model: KVPModel, ids: list[int]) -> float:
     """Return the time to the first token by full prefill, without any cache."""
-    dial = Dial("full", 0, 0).settled(model.config, len(ids), 0, 0)
+    dial = FULL.settled(model.config, len(ids), 0, 0)
     return first_token_on(Context(model), ids, dial).ttft_ms
 
 
@@ -321,7 +322,7 @@ def yield_times_ms(model: KVPModel, tokens: int = 2048) -> dict[str, float]:
     context, steps = Context(model), []
     context.read(ids, PREDICT.settled(model.config, len(ids), 0, 0))
     start = time.perf_counter()
-    for _ in context.refining():
+    for _ in refining(context):
         steps.append(1e3 * (time.perf_counter() - start))
         start = time.perf_counter()
     return {"tokens": count, "median": float(np.median(steps)), "largest": float(np.max(steps))}

@@ -14,6 +14,7 @@ import numpy as np
 from ..bundle.loading import KVPModel
 from ..engine.context import Context
 from ..engine.dial import Dial
+from ..engine.refining import idle_work
 from .shelf import Shelf, dial_from
 
 SAVE_AFTER_SECONDS = 1.0
@@ -211,7 +212,7 @@ class Prefixes:
             if (context := self._context_of(entry)) is None:
                 continue
             try:
-                yield from context.idle_work()
+                yield from idle_work(context)
             finally:
                 entry.exact_tokens, entry.nbytes = context.exact_tokens, context.nbytes
                 if context.exact_tokens == len(entry.tokens):

@@ -12,7 +12,7 @@ from mlx_lm.utils import common_prefix_len
 from ..bundle.loading import KVPModel
 from ..engine.calibration import auto_min_tokens
 from ..engine.clock import FirstStep, Ready, time_first_token
-from ..engine.context import Context, reading_together
+from ..engine.context import Context
 from ..engine.decode import LogitsProcessor, processed
 from ..engine.dial import QUALITIES, Dial
 from ..engine.pace import Pace, Steps
@@ -21,6 +21,7 @@ from ..engine.prompt import allowed_tokens
 from ..engine.refining_network import RefiningNetwork, refining_network
 from ..engine.reply import StopTexts
 from ..engine.speculative import Drafting, Speculation, speculate
+from ..engine.together import reading_together
 from ..errors import KVPError
 from ..models.families import Cache
 from .choosing import processors_of, sampler_of

@@ -9,10 +9,12 @@ from mlx_lm.generate import generate_step
 from support.mirror import Mirror, StopReadingError, stop_reading
 from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, prefixed, pruned, small_llama
 
-from kvp_mlx.engine.context import FULL, Context, reading_together, refine
+from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.conversation import Conversation
-from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.dial import FULL, Dial
 from kvp_mlx.engine.pace import Pace, finish
+from kvp_mlx.engine.refining import refine, refining
+from kvp_mlx.engine.together import reading_together
 from kvp_mlx.errors import InputError
 
 KINDS = {
@@ -111,13 +113,13 @@ def test_every_token_after_refinement_is_the_one_full_prefill_gives(kind):
 def test_a_refinement_that_is_closed_keeps_whole_chunks_and_nothing_of_the_one_begun():
     context, true = predicted_context("prefix", list(range(5, 25)))
     before = entries_of(context.cache)
-    work = context.refining(chunk_tokens=8)
+    work = refining(context, chunk_tokens=8)
     for _ in range(2):  # two of the three layers that have predicted entries, of the first chunk
         next(work)
     work.close()
     assert context.exact_tokens == 0
     assert largest_difference(context, before) == 0
-    work = context.refining(chunk_tokens=8)
+    work = refining(context, chunk_tokens=8)
     for _ in range(3 + 1 + 2):  # the first chunk's layers, its write, and a part of the second chunk
         next(work)
     work.close()
@@ -130,7 +132,7 @@ def test_a_refinement_that_is_closed_keeps_whole_chunks_and_nothing_of_the_one_b
 @pytest.mark.parametrize("call", range(1, 4))
 def test_a_refinement_that_fails_leaves_what_is_exact(call, monkeypatch):
     context, true = predicted_context("prefix", list(range(5, 25)))
-    work = context.refining(chunk_tokens=8)
+    work = refining(context, chunk_tokens=8)
     for _ in range(2 * 4 - 1):  # one chunk is written, the second only computed
         next(work)
     layer, calls = type(context.cache[0]), iter(range(1, 100))

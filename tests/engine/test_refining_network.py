@@ -29,9 +29,10 @@ from kvp_mlx import stream_generate
 from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.cli.output import summary
-from kvp_mlx.engine.context import Context, refine
+from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.prefill import base_prefill, predict_base_cache
+from kvp_mlx.engine.refining import refine
 from kvp_mlx.engine.refining_network import RefiningNetwork, refining_network
 from kvp_mlx.engine.reply import Piece, reply
 from kvp_mlx.errors import InputError

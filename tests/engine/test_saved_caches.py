@@ -18,9 +18,10 @@ from support.tiny import chat_tokenizer, entries_of, llama, openelm, paired, pre
 import kvp_mlx
 from kvp_mlx.engine import saved_caches as store
 from kvp_mlx.engine import transcripts
-from kvp_mlx.engine.context import Context, refine
+from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.conversation import Conversation
 from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.refining import refine
 from kvp_mlx.errors import BundleError, InputError
 
 KINDS = {

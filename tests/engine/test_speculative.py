@@ -21,9 +21,9 @@ from support.tiny import chat_tokenizer, llama, prefixed, token_ids
 from kvp_mlx import stream_generate
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine.clock import Chooser
-from kvp_mlx.engine.context import FULL, Context
+from kvp_mlx.engine.context import Context
 from kvp_mlx.engine.conversation import Conversation
-from kvp_mlx.engine.dial import Dial
+from kvp_mlx.engine.dial import FULL, Dial
 from kvp_mlx.engine.reply import Piece, first_token_on, reply
 from kvp_mlx.engine.speculative import Drafting, speculate
 from kvp_mlx.errors import InputError

@@ -8,10 +8,11 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 from support.architectures import bundle, tiny_model
 from support.tiny import VOCABULARY, chat_tokenizer
 
-from kvp_mlx.engine.context import KEPT_SNAPSHOTS, Context, refine
+from kvp_mlx.engine.context import KEPT_SNAPSHOTS, Context
 from kvp_mlx.engine.conversation import Conversation
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.engine.pace import Pace
+from kvp_mlx.engine.refining import refine, refining
 from kvp_mlx.engine.saved_caches import load_cache, save_cache
 from kvp_mlx.errors import BundleError
 
@@ -132,7 +133,7 @@ def test_refinement_ends_in_what_full_prefill_gives_and_keeps_turns(name, chunk)
 def test_refinement_that_is_closed_goes_on_where_it_was_and_follows_the_next_turn(name, steps):
     context = Context(model_of(name))
     context.read(IDS[:51], KVP)
-    work = context.refining(chunk_tokens=8)
+    work = refining(context, chunk_tokens=8)
     for _ in range(steps):
         next(work, None)
     work.close()

@@ -6,6 +6,7 @@ import numpy as np
 from mlx_lm.utils import common_prefix_len
 
 from kvp_mlx.engine.conversation import Conversation
+from kvp_mlx.engine.refining import idle_work
 
 from .oracle import Entries
 from .tiny import assert_cache_equal
@@ -57,7 +58,7 @@ class Mirror:
         """Refine for a number of steps, then close."""
         context, before = self.conversation.context, self.conversation.context.exact_tokens
         assert before == self.exact
-        work = context.idle_work()
+        work = idle_work(context)
         for _ in itertools.islice(work, steps):
             pass
         work.close()
