@@ -48,7 +48,7 @@ class Scheduler:
         model: the bundle; it needs a tokeniser.
         max_batch: requests that are read or decoded at a time.
         queue_limit: requests that may wait beyond those.
-        slice_ms: how long, about, reading holds up those that decode.
+        slice_ms: how long, about, reading holds up those that decode; or as long as a step of theirs takes.
         cache_bytes: what past requests' contexts may take in memory, and again on disk.
         cache_dir: where they outlive the process.
         drafting: of answers that are decoded alone.
@@ -82,7 +82,7 @@ class Scheduler:
         self._ready: list[Work] = []  # read, their answers not begun
         self._counts = dict.fromkeys(("requests", "finished", "cancelled", "failed", "slices", "steps"), 0)
         self._published: dict[str, int] = {}
-        self._pace = Pace(slice_ms)
+        self._pace, self._step_ms = Pace(slice_ms), 0.0
         self._ended = threading.Event()
         self._prefixes = Prefixes(model, cache_bytes, cache_dir)
         self._decoder = self._new_decoder()
@@ -254,8 +254,10 @@ class Scheduler:
     def _decode(self) -> None:
         if len(self._decoder):
             self._counts["steps"] += 1
+            start = time.perf_counter()
             for decoded in self._decoder.step():
                 self._answer(decoded)
+            self._step_ms = 1e3 * (time.perf_counter() - start)
 
     def _next_to_read(self) -> Work | None:
         """Return the work whose prompt is most urgent."""
@@ -270,7 +272,8 @@ class Scheduler:
             if work not in self._reading:
                 self._begin(work)
             self._counts["slices"] += 1
-            self._pace.slice_ms = self._slice_ms if len(self._decoder) else max(self._slice_ms, LONE_SLICE_MS)
+            least = self._step_ms if len(self._decoder) else LONE_SLICE_MS  # who decodes and refines leaves half the time
+            self._pace.slice_ms = max(self._slice_ms, least)
             if not self._slice(work):
                 self._reading.remove(work)
                 self._ready.append(work)
