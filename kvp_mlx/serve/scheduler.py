@@ -272,7 +272,7 @@ class Scheduler:
             if work not in self._reading:
                 self._begin(work)
             self._counts["slices"] += 1
-            least = self._step_ms if len(self._decoder) else LONE_SLICE_MS  # who decodes and refines leaves half the time
+            least = self._step_ms if len(self._decoder) else LONE_SLICE_MS  # who refines leaves half the time
             self._pace.slice_ms = max(self._slice_ms, least)
             if not self._slice(work):
                 self._reading.remove(work)
