@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.directories import write_llama
 
 import kvp_mlx
 from kvp_mlx.bundle.config import read_config
+from kvp_mlx.bundle.mark import check_mark, mark_of
 from kvp_mlx.errors import BundleError, InputError
 
 from ..conftest import Kvp
@@ -58,6 +60,30 @@ def test_another_model_of_the_same_shape_is_refused(
     with pytest.raises(BundleError, match="weights differ by"):
         kvp_mlx.load(str(bundle), base_name=str(other))
     assert kvp_mlx.load(str(bundle), base_name=str(other), allow_base_mismatch=True).base is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "is_known"),
+    [
+        ("norm", 1.015, True),
+        ("norm", 1.025, False),
+        ("matrix", 1.3, True),
+        ("matrix", 0.82, True),
+        ("matrix", 1.37, False),
+    ],
+)
+def test_weights_differ_by_what_rounding_makes_and_no_more(
+    base_dir: Path, kind: str, factor: float, is_known: bool
+) -> None:
+    model = mlx_lm_load_model(base_dir)[0]
+    mark = mark_of(model, None)
+    rows = {
+        name: tuple(value * factor for value in row) if (name.count(",") > 0) == (kind == "matrix") else row
+        for name, row in mark.rows.items()
+    }
+    changed = mark.model_copy(update={"rows": rows})
+    with nullcontext() if is_known else pytest.raises(BundleError, match="weights differ by"):
+        check_mark(changed, model, None)
 
 
 @pytest.mark.parametrize("options", [("--q-bits", 8), ()])
