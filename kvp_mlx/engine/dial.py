@@ -122,7 +122,7 @@ PREDICT = Dial("kvp", 0, 0)
 """Predict everything but what the bundle recomputes."""
 QUALITIES = {
     "fast": Dial("auto", 0, 32, quality="fast"),
-    "balanced": Dial("auto", 32, 32, quality="balanced"),
+    "balanced": Dial("auto", 32, 32, refine_tokens=32, quality="balanced"),
     "exact": Dial("full", 0, 0, quality="exact"),
 }
 """Where a bundle has measured none: chosen from the trade-off between recovery and time of one base (docs/chat.md)."""
@@ -138,11 +138,15 @@ def dial_of(
 ) -> Dial:
     """Return a named quality with what is given beside it; ``Dial.at`` says what that means for a prompt.
 
+    Where prediction is asked for by name (path ``kvp``), nothing is refined unless that is asked for, too.
+
     Raises:
         InputError: no such quality, what a prompt that is read in full cannot follow, or see ``Dial``.
     """
     if quality not in QUALITIES:
         raise InputError(f"quality is one of {', '.join(QUALITIES)}, not '{quality}'.")
+    if path == "kvp" and refine_tokens is None:
+        refine_tokens = 0  # whoever wants prediction in any case is shown prediction
     given: dict[str, Any] = {"path": path, "exact_head": exact_head, "exact_tail": exact_tail, "recompute": recompute}
     given |= {"refine_tokens": refine_tokens}
     given = {name: value for name, value in given.items() if value is not None}

@@ -25,6 +25,7 @@ from support.tiny import (
     token_ids,
 )
 
+import kvp_mlx.engine.reply as reply_module
 from kvp_mlx import stream_generate
 from kvp_mlx.bundle.config import MeasuredDial
 from kvp_mlx.bundle.loading import KVPModel
@@ -208,15 +209,23 @@ def test_the_line_behind_an_answer_tells_of_it() -> None:
     assert summary(answered(model, Dial("full", 0, 0))[0][-1]).endswith("; all exact")
 
 
-def test_a_bundles_measured_dial_refines() -> None:
+def test_what_refines_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Balanced, as many tokens as its bundle says; not fast, and not who wants prediction by name."""
+    monkeypatch.setattr(reply_module, "auto_min_tokens", lambda _: 1)
     model = endless(KINDS["prefix"]())
     dial = MeasuredDial(quality="balanced", from_tokens=0, exact_head=4, exact_tail=8, recompute=0.0, refine_tokens=13)
     measured = replace(model, config=model.config.model_copy(update={"dials": (dial,)}))
-    expected = [piece.token for piece in answered(model, REFINED)[0]]
-    how = {"prefill": "kvp", "max_tokens": 24}
-    assert [piece.token for piece in stream_generate(measured, prompt(), **how)] == expected
-    predicted = [piece.token for piece in answered(model, PREDICTED)[0]]
-    assert [piece.token for piece in stream_generate(measured, prompt(), refine_tokens=0, **how)] == predicted
+
+    def tokens(of: KVPModel, **how: object) -> list[int]:
+        return [piece.token for piece in stream_generate(of, prompt(), max_tokens=24, **how)]
+
+    predicted, refined = ([piece.token for piece in answered(model, each)[0]] for each in (PREDICTED, REFINED))
+    assert tokens(measured) == refined
+    assert tokens(measured, refine_tokens=0) == tokens(measured, prefill="kvp") == predicted
+    assert tokens(measured, prefill="kvp", refine_tokens=13) == refined
+    own = {"exact_head": 4, "exact_tail": 8, "recompute": 0.0}
+    assert tokens(model, **own) == tokens(model, **own, refine_tokens=32) != predicted
+    assert tokens(model, quality="fast", **own) == predicted
     without = Dial("auto", quality="balanced").without_refinement().at(measured.config, 60)
     assert (without.exact_tail, without.refine_tokens) == (8, 0)
 
