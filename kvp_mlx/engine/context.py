@@ -10,7 +10,6 @@ from mlx_lm.models.cache import (
     QuantizedKVCache,
     can_trim_prompt_cache,
     make_prompt_cache,
-    trim_prompt_cache,
 )
 from mlx_lm.utils import common_prefix_len
 
@@ -120,10 +119,10 @@ class Context:
 
     def _keep_or_restore(self, length: int) -> int:
         """Do what ``keep`` does where not every cache can be trimmed."""
-        held = self.position
+        held, offsets = self.position, {layer.offset for layer in self.cache if hasattr(layer, "offset")}
         if held > length > 0 and self.own_auxiliary_cache is None and can_trim_prompt_cache(self.cache):
-            trim_prompt_cache(self.cache, held - length)
-        elif not 0 < held <= length:
+            trim_to(self.cache, length)
+        elif not 0 < held <= length or len(offsets) > 1:
             self._restore(next((each for each in reversed(self._snapshots) if each[0].length <= length), None))
         length = self.position
         self._snapshots = [snapshot for snapshot in self._snapshots if snapshot[0].length <= length]
@@ -169,6 +168,7 @@ class Context:
         other._uncounted_tokens, other._snapshots = self._uncounted_tokens, list(self._snapshots)
         other.tokens, other.exact_tokens = list(self.tokens), self.exact_tokens
         other.prefix_stream = self.prefix_stream
+        other._exact = self._exact and self._exact.copy(length)
         cut = length if self.is_plain else len(self.tokens)  # the others go back to a snapshot, or not at all
         other.cache = first_entries(self.cache, cut)
         if self.own_auxiliary_cache is not None:
@@ -243,7 +243,7 @@ class Context:
                     self.model, mx.array([ids]), self.cache, self.auxiliary_cache, dial, with_last=with_last, **report
                 )
                 output, below = yield from filling_steps
-                if below is not None:
+                if below is not None and self.is_plain and self.model.hosts is None:
                     layers, first = self.model.config.auxiliary.layers, end + (output is not None) - below.shape[1]
                     mx.eval(below)  # another thread cannot
                     self.prefix_stream = PrefixStream(layers, first, below)
@@ -290,7 +290,7 @@ class Context:
         self._exact = exact
         if len(exact.tokens) == len(self.tokens):
             self.cache, self._snapshots, self._exact = exact.cache, exact._snapshots, None
-            self.exact_tokens = len(self.tokens)
+            self.note_exact(len(self.tokens))
 
     def overwrite(self, start: int, exact: list[Pair]) -> None:
         """Write exact pairs of the last layers over the entries from ``start`` on; the entries behind them stay."""
@@ -298,7 +298,7 @@ class Context:
         try:
             with mx.stream(generation_stream):
                 for layer, (keys, values) in zip(self.cache[-len(exact) :], exact, strict=True):
-                    layer.trim(length - start)
+                    layer.trim(layer.offset - start)
                     layer.update_and_fetch(keys, values)
                     layer.offset = length
                 mx.eval([layer.state for layer in self.cache])

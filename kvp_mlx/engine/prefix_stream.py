@@ -28,8 +28,12 @@ class PrefixStream(NamedTuple):
         return self.x[:, max(0, first - self.first) : max(0, last - self.first)]
 
     def cut(self, length: int) -> "PrefixStream":
-        """Return the part that belongs to the first ``length`` positions."""
-        return self._replace(x=self.of(self.first, length))
+        """Return the part that belongs to the first ``length`` positions, evaluated: another thread cannot."""
+        if length >= self.end:
+            return self
+        x = mx.contiguous(self.of(self.first, length))
+        mx.eval(x)
+        return self._replace(x=x)
 
     def grown(self, x: mx.array) -> "PrefixStream":
         """Return the stream of the tokens behind it as well."""

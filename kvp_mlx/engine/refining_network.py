@@ -2,7 +2,8 @@
 
 A step of decoding reads all of the base's weights for one token, so that a few dozen tokens more cost little where
 memory is what it waits for. They are read from the front into a cache beside the predicted one, which takes its place
-when all is read: an answer rests on prediction first, then on full prefill's entries, and never on a mixture.
+when all is read: an answer rests on prediction first, then on full prefill's entries, and never on a mixture. Where it
+ends before, what was read is put in its places.
 """
 
 from collections.abc import Collection
@@ -105,17 +106,22 @@ class RefiningNetwork(nn.Module):
             x, _ = run_layers(section(self._exact.model.base, 0, layers), x, cache[:layers])
         self._stream, self._behind_stream = self._stream.grown(x), self._behind_stream[:, :0]
 
-    def leave(self, context: Context) -> None:
-        """Let a context have what was read beside its cache; that need not be all."""
-        start, tokens = context.exact_tokens, context.tokens[: self.exact_tokens]
-        if not context.is_plain:
-            if not self._is_reading:  # an interrupt leaves nobody knows what in each layer
-                self._exact.take_back(self._exact.cache, tokens)
-                context.take_over(self._exact)
+    def leave(self, context: Context, tokens: list[int]) -> None:
+        """Let a context whose cache was extended to ``tokens`` have what was read beside it; that need not be all."""
+        exact, is_swapped = self._exact, context.cache[-1] is self._exact.cache[-1]
+        if not context.is_plain and is_swapped:
+            exact.take_back(exact.cache, tokens)
+            context.tokens = list(exact.tokens)  # its snapshots are of the cache that is gone
+            context.take_over(exact)
             return
-        own: Any = self._exact.cache[self._stream.layers :]
-        if start < len(tokens) and context.cache[-1] is not own[-1]:
-            pairs = (layer.keys_and_values() for layer in own)
-            ends = slice(start, len(tokens))
-            context.overwrite(start, [(keys[..., ends, :], values[..., ends, :]) for keys, values in pairs])
-        context.note_exact(len(tokens))
+        context.grown_to(tokens)
+        start, tokens = context.exact_tokens, context.tokens[: self.exact_tokens]
+        if context.is_plain:
+            if start < len(tokens) and not is_swapped:
+                pairs = (layer.keys_and_values() for layer in exact.cache[self._stream.layers :])
+                ends = slice(start, len(tokens))
+                context.overwrite(start, [(keys[..., ends, :], values[..., ends, :]) for keys, values in pairs])
+            context.note_exact(len(tokens))
+        elif not self._is_reading:  # an interrupt leaves nobody knows what in each layer
+            exact.take_back(exact.cache, tokens)
+            context.take_over(exact.compacted())

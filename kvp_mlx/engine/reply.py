@@ -153,9 +153,10 @@ def reply(
             with closing(pieces()) as stream:
                 yield from until(stream, stop)
         finally:
-            context.grown_to(ids + generated)
-            if refining is not None:
-                refining.leave(context)
+            if refining is None:
+                context.grown_to(ids + generated)
+            else:
+                refining.leave(context, ids + generated)
 
 
 def until(pieces: Iterator[Piece], stop: Sequence[str]) -> Iterator[Piece]:

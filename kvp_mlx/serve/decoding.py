@@ -166,7 +166,7 @@ class Refined:
         network = self._refining.pop(work, None)
         if network is None:
             return self._others.remove(work)
-        network.leave(work.context)
+        network.leave(work.context, work.context.tokens)
         return None
 
     def close(self) -> None:

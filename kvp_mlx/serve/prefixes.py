@@ -1,7 +1,7 @@
 """What was read before: the contexts of past requests, found again by their longest common prefix with a prompt.
 
 mlx-lm's ``LRUPromptCache`` has the same task, but its entries are either there or not: here a context is exact up to
-some token and predicted behind it, is refined in place while nothing else runs, and may be on disk only.
+some token and predicted behind it, is refined while nothing else runs, and may be on disk only.
 """
 
 import time
@@ -207,7 +207,7 @@ class Prefixes:
             yield POLL_SECONDS
 
     def _refining(self) -> Iterator[None]:
-        """Make exact what was predicted, first the conversation that has waited longest; see ``Context.refining``."""
+        """Make exact what was predicted, first the conversation that has waited longest; see ``engine.refining``."""
         while (entry := next((entry for entry in self._entries if entry.can_be_refined), None)) is not None:
             if (context := self._context_of(entry)) is None:
                 continue

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 from support.scheduling import FULL, alone, ask, plain, prompts, recomputing, replies, scheduler_of
 
+import kvp_mlx.serve.work as work_module
 from kvp_mlx.bundle.loading import KVPModel
 from kvp_mlx.engine.dial import Dial
 from kvp_mlx.serve.decoding import Batch
@@ -71,3 +73,26 @@ def test_a_seed_gives_the_same_answer_while_it_is_refined(model: KVPModel) -> No
         among, *_ = replies(*map(scheduler.submit, [request, replace(request, ids=other), replace(request, ids=other)]))
     assert single.tokens == among.tokens
     assert len(set(single.tokens)) > 12
+
+
+@pytest.mark.parametrize("call", [2, 5, 12])
+def test_a_step_that_fails_leaves_no_entry_out_of_place(
+    model: KVPModel, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """The network has read a token by then that the answer does not have yet."""
+    (ids,), calls = prompts(90), iter(range(1, 100))
+
+    def failing(_: mx.array, logits: mx.array) -> mx.array:
+        if next(calls) == call:
+            raise RuntimeError("out of memory")
+        return logits
+
+    with scheduler_of(model) as scheduler:
+        scheduler._prefixes._refining = lambda: iter(())
+        with monkeypatch.context() as patch:
+            patch.setattr(work_module, "processors_of", lambda *_: [failing])
+            with pytest.raises(RuntimeError, match="out of memory"):
+                ask(scheduler, ids, REFINED, 24)
+        found = ask(scheduler, [*ids, 9], FULL, 12)
+    assert found.usage.cached_tokens > 5
+    assert found.tokens == plain(model.base, [*ids, 9], 12)
