@@ -125,8 +125,8 @@ RefineTokens = Annotated[
     typer.Option(
         "--refine-tokens",
         min=0,
-        help="Predicted tokens that the base reads itself beside each one that it writes ('balanced' 32, others none); "
-        "not with --kv-bits, --draft.",
+        help="Predicted tokens that the base reads itself beside each one that it writes (by default 32, with "
+        "--prefill kvp none); not with --kv-bits, --draft.",
         rich_help_panel=READING,
     ),
 ]

@@ -121,7 +121,7 @@ FULL = Dial("full", 0, 0)
 PREDICT = Dial("kvp", 0, 0)
 """Predict everything but what the bundle recomputes."""
 QUALITIES = {
-    "fast": Dial("auto", 0, 32, quality="fast"),
+    "fast": Dial("auto", 0, 32, refine_tokens=32, quality="fast"),
     "balanced": Dial("auto", 32, 32, refine_tokens=32, quality="balanced"),
     "exact": Dial("full", 0, 0, quality="exact"),
 }
