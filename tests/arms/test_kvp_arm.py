@@ -31,10 +31,10 @@ def test_an_arm_refines_what_it_predicts_as_its_name_says():
     assert [refined.refine_tokens(model, tokens) for tokens in (2, 40)] == [0, 32]  # two are read in full
     assert refined.work(model, 40) == parse_arm("kvp-2-0.5").work(model, 40)
     assert parse_arm("kvp-2-0.5").refine_tokens(model, 40) == parse_arm("full").refine_tokens(model, 40) == 0
-    dials = (MeasuredDial(quality="balanced", from_tokens=90, exact_head=0, exact_tail=8, refine_tokens=32),)
+    dials = (MeasuredDial(quality="balanced", from_tokens=90, exact_head=0, exact_tail=8, refine_tokens=16),)
     model = replace(model, config=model.config.model_copy(update={"dials": dials}))
-    assert [parse_arm("balanced").refine_tokens(model, tokens) for tokens in (80, 100)] == [0, 32]
-    assert parse_arm("fast").refine_tokens(model, 100) == 0
+    assert [parse_arm("balanced").refine_tokens(model, tokens) for tokens in (80, 100)] == [0, 16]
+    assert parse_arm("fast").refine_tokens(model, 100) == 32
 
 
 @pytest.mark.parametrize("name", ["kvp-x", "kvp-1-2", "kvp-1-a", "kvp-1-0.5-3", "kvp-1+3", "kvp-1-0.5+", "kvp-1-0+0.5"])
