@@ -74,7 +74,7 @@ def dial_rows(dials: list[dict[str, Any]]) -> list[tuple[str, str]]:
         if dial["path"] != "full":
             parts = {"exact_head": "head {}", "exact_tail": "tail {}", "recompute": "recompute {:g}"}
             parts |= {"refine_tokens": "refine {}"}
-            parts |= {"recovery": "recovers {:.2f}", "retention": "keeps {:.0%} of F1", "sooner": "{:.2f}x sooner"}
+            parts |= {"recovery": "recovery {:.2f}", "retention": "F1 {:.0%}", "sooner": "{:.2f}x sooner"}
             how = ", ".join(form.format(dial[name]) for name, form in parts.items() if dial[name] is not None)
         found.append((dial["quality"], f"from {dial['from_tokens']:5,} tokens: {how or 'auto'}"))
     return found
