@@ -291,4 +291,4 @@ def test_every_architecture_is_refined(name: str) -> None:
     for token in random_ids(10, 1)[0].tolist():
         expected, found = base(mx.array([[token]]), cache=full), network(mx.array([[token]]), cache)
     assert network.exact_tokens == 40
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
